@@ -1,0 +1,1 @@
+"""gpt-fast for TorchServe: a small PyTorch-native engine for Llama-family models, and its server package."""

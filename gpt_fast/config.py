@@ -1,0 +1,222 @@
+"""What a model is, how it is served, what a request may ask: three frozen dataclasses, checked on the way in.
+
+No torch here: the scheduler, the HTTP layer and the handler's start-up check import this file.
+Errors are ConfigError, one line of the form `key: problem (got X, allowed Y)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served: one line, naming key, value and what is allowed."""
+
+    def __init__(self, key: str, problem: str, *, got: object = None, allowed: str | None = None) -> None:
+        details = [f"got {got!r}"] if got is not None else []
+        details += [f"allowed {allowed}"] if allowed is not None else []
+        self.key = key
+        super().__init__(f"{key}: {problem}" + (f" ({', '.join(details)})" if details else ""))
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the length the model was first trained on.
+
+    kind "linear": positions / factor. kind "llama3": Llama 3.1's three bands. kind "yarn": NTK-by-parts
+    (arXiv:2309.00071). kind "longrope": Phi-3's per-frequency factors (arXiv:2402.13753), the short list
+    while the served length stays within the original one, else the long list.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One Llama-family architecture. Sizes are counts of elements; `head_dim` is per head."""
+
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    dim: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_dim: int = 0  # rotated elements of each head; 0 means all
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()  # layers the window applies to
+    n_expert: int = 0  # 0: dense
+    n_expert_per_token: int = 0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.rope_dim or self.head_dim
+
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Bytes one token occupies in the KV cache over all layers."""
+        return 2 * self.n_layer * self.kv_dim * bytes_per_element
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "head_dim", "intermediate_size",
+                     "max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(name, "must be a positive whole number", got=value)
+        if self.n_head % self.n_kv_head:
+            raise ConfigError("n_kv_head", f"must divide n_head={self.n_head}", got=self.n_kv_head)
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ConfigError("rope_dim", "must be even and within head_dim", got=self.rotary_dim,
+                              allowed=f"2..{self.head_dim}")
+        if self.n_expert and not 1 <= self.n_expert_per_token <= self.n_expert:
+            raise ConfigError("n_expert_per_token", "must be within the experts",
+                              got=self.n_expert_per_token, allowed=f"1..{self.n_expert}")
+
+
+# ------------------------------------------------------------------------------------- the service
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs one model: what `handler:` in model_config.yaml holds, and the CLI's flags.
+
+    max_seq_len: positions a slot can hold, prompt and answer together; 0 means the model's own limit,
+        at most 8192. max_num_seqs: slots, i.e. requests decoded together.
+    """
+
+    checkpoint_path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    max_seq_len: int = 0
+    max_num_seqs: int = 8
+    prefill_chunk: int = 256
+    compile: bool = False
+    compile_prefill: bool = False
+    threads: int = 0  # 0: cores, less what TorchServe's front end needs when it serves
+
+    DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, self.DTYPES)
+        check_int("max_seq_len", self.max_seq_len, 0, 1 << 22)
+        check_int("max_num_seqs", self.max_num_seqs, 1, 256)
+        check_int("prefill_chunk", self.prefill_chunk, 16, 8192)
+        check_int("threads", self.threads, 0, 1024)
+        for name in ("compile", "compile_prefill"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, "must be true or false", got=getattr(self, name))
+        if not isinstance(self.checkpoint_path, str) or not self.checkpoint_path:
+            raise ConfigError("checkpoint_path", "must be a path", got=self.checkpoint_path)
+        if not isinstance(self.device, str) or not self.device:
+            raise ConfigError("device", "must be a torch device", got=self.device, allowed="auto, cpu, cuda, mps")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> EngineConfig:
+        """Build from parsed yaml; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{where}.{key}", "unknown key", allowed=", ".join(known))
+        if "checkpoint_path" not in values:
+            raise ConfigError(f"{where}.checkpoint_path", "is required")
+        return cls(**values)
+
+
+# ------------------------------------------------------------------------------------- the request
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks of the sampler. Neutral values leave the distribution as the model gave it.
+
+    Order of application (as in vLLM and Hugging Face): penalties and bias, temperature, top_k, top_p, min_p.
+    temperature 0 is argmax. top_k 0, top_p 1 and min_p 0 keep everything. seed None draws a fresh one.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+
+    MAX_STOP = 16
+    MAX_STOP_CHARS = 256
+    MAX_LOGPROBS = 20
+
+    def __post_init__(self) -> None:
+        check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 22)
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_int("top_k", self.top_k, 0, 1 << 24)
+        check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise ConfigError("top_p", "must be above 0", got=self.top_p, allowed="0 < top_p <= 1")
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        check_int("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logprobs is not None:
+            check_int("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
+        if len(self.stop) > self.MAX_STOP:
+            raise ConfigError("stop", "too many stop strings", got=len(self.stop), allowed=f"at most {self.MAX_STOP}")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= self.MAX_STOP_CHARS:
+                raise ConfigError("stop", "each must be a non-empty string", got=text,
+                                  allowed=f"1..{self.MAX_STOP_CHARS} characters")
+
+
+def check_int(key: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(key, "must be a whole number in range", got=value, allowed=f"{low}..{high}")
+
+
+def check_float(key: str, value: object, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type]
+        raise ConfigError(key, "must be a number in range", got=value, allowed=f"{low}..{high}")
+
+
+def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(key, "unknown value", got=value, allowed=", ".join(choices))
