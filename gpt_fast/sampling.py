@@ -1,0 +1,162 @@
+"""From logits to a token: pure functions of (fp32 logits, per-row parameters, per-row uniforms).
+
+Shapes: B rows, V vocabulary, C candidates. Nothing here mixes rows, so a request's token does not depend on its
+neighbours; the uniforms are a hash of (seed, position), so it does not depend on history either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt_fast.config import SamplingParams
+
+CANDIDATES = 1024  # sorted candidates looked at before a full sort; nearly every nucleus fits
+
+
+class SamplingTensors(NamedTuple):
+    """Per-row sampling parameters on the device; the meaning of each is SamplingParams's."""
+
+    temperature_B: Tensor  # float32
+    top_k_B: Tensor  # int64, 0: all
+    top_p_B: Tensor  # float32
+    min_p_B: Tensor  # float32
+
+
+def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors | None:
+    """Stack the rows' parameters; None when every row is greedy, so that the step is one argmax."""
+    if all(p.temperature == 0 for p in params):
+        return None
+    return SamplingTensors(
+        torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+        torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+    )
+
+
+def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor) -> Tensor:
+    """One token a row: argmax where temperature is 0 (or params is None), else inverse-CDF sampling.
+
+    Args:
+        logits_BV: float32.
+        uniform_B: float64 in [0, 1), one a row; see `uniform`.
+    """
+    greedy_B = logits_BV.argmax(-1)
+    if params is None:
+        return greedy_B
+    return torch.where(params.temperature_B == 0, greedy_B, invert_cdf(probabilities(logits_BV, params), uniform_B))
+
+
+def probabilities(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
+    """The distribution a row samples from, float32 [B, V]; one-hot at the argmax where temperature is 0."""
+    greedy_B = params.temperature_B == 0
+    temperature_B1 = torch.where(greedy_B, 1.0, params.temperature_B)[:, None]
+    scaled_BV = logits_BV / temperature_B1
+    keep_BV = scaled_BV >= scaled_BV.amax(-1, keepdim=True) + params.min_p_B.log()[:, None]
+    if bool(((params.top_k_B > 0) | (params.top_p_B < 1)).any()):
+        keep_BV = keep_BV & nucleus(scaled_BV, params)
+    probs_BV = scaled_BV.masked_fill(~keep_BV, float("-inf")).softmax(-1)
+    one_hot_BV = torch.zeros_like(probs_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    return torch.where(greedy_B[:, None], one_hot_BV, probs_BV)
+
+
+def nucleus(scaled_BV: Tensor, params: SamplingTensors) -> Tensor:
+    """Which tokens top_k, then top_p (Holtzman et al., arXiv:1904.09751) keep: bool [B, V]; ties by lowest id.
+
+    Both rules keep a prefix of the row sorted by probability, so each row reduces to a count. Only the best
+    CANDIDATES are sorted; a row whose nucleus is wider falls back to the whole vocabulary.
+    """
+    vocab = scaled_BV.shape[-1]
+    k_B = torch.where(params.top_k_B > 0, params.top_k_B, vocab).clamp(max=vocab)
+    count = min(vocab, max(CANDIDATES, int(torch.where(k_B < vocab, k_B, 0).amax())))
+    sorted_BC = scaled_BV.topk(count).values
+    keep_B, complete = nucleus_size(sorted_BC, k_B, scaled_BV, params.top_p_B)
+    if not complete:
+        sorted_BC = scaled_BV.sort(descending=True).values
+        keep_B, _ = nucleus_size(sorted_BC, k_B, scaled_BV, params.top_p_B)
+    threshold_B1 = sorted_BC.gather(1, (keep_B - 1).clamp(max=sorted_BC.shape[1] - 1)[:, None])
+    above_BV = scaled_BV > threshold_B1
+    tied_BV = scaled_BV == threshold_B1
+    room_B1 = keep_B[:, None] - above_BV.sum(-1, keepdim=True)
+    chosen_BV = above_BV | (tied_BV & (tied_BV.cumsum(-1) <= room_B1))
+    return chosen_BV | (keep_B >= vocab)[:, None]
+
+
+def nucleus_size(sorted_BC: Tensor, k_B: Tensor, scaled_BV: Tensor, top_p_B: Tensor) -> tuple[Tensor, bool]:
+    """How many of the best tokens each row keeps, and whether the candidates were enough to tell."""
+    count, vocab = sorted_BC.shape[1], scaled_BV.shape[1]
+    rank_C = torch.arange(count, device=sorted_BC.device)
+    in_k_BC = rank_C < k_B[:, None]
+    total_of_all_B1 = scaled_BV.logsumexp(-1, keepdim=True)
+    total_of_k_B1 = sorted_BC.masked_fill(~in_k_BC, float("-inf")).logsumexp(-1, keepdim=True)
+    total_B1 = torch.where((k_B < vocab)[:, None], total_of_k_B1, total_of_all_B1)
+    probs_BC = (sorted_BC - total_B1).exp().double()
+    before_BC = probs_BC.cumsum(-1) - probs_BC
+    by_p_B = ((before_BC < top_p_B.double()[:, None]) & in_k_BC).sum(-1).clamp(min=1)
+    keep_B = torch.where(top_p_B < 1, by_p_B, k_B)
+    undecided_B = (top_p_B < 1) & (by_p_B == count) & (k_B > count)
+    return keep_B, count == vocab or not bool(undecided_B.any())
+
+
+def invert_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes the uniform: int64 [B]."""
+    cdf_BV = probs_BV.double().cumsum(-1)
+    # Scaling by the row's own total absorbs rounding; right=True never lands on a token of probability 0.
+    target_B1 = (uniform_B * cdf_BV[:, -1])[:, None]
+    index_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
+    last_B = probs_BV.shape[-1] - 1 - (probs_BV.flip(-1) > 0).to(torch.int8).argmax(-1)
+    return torch.minimum(index_B, last_B)
+
+
+def uniform(seed_B: Tensor, position_B: Tensor, stream: int = 0) -> Tensor:
+    """Counter-based uniforms in [0, 1), float64: a hash of (seed, position, stream), equal on every device.
+
+    Two rounds of SplitMix64's finalizer (Steele, Lea, Flood, OOPSLA 2014). `stream` separates the draws that
+    one position needs (a sample, an acceptance test, ...).
+    """
+    counter_B = position_B * 4 + stream
+    return (_shift(_mix(_mix(seed_B) ^ (counter_B * -7046029254386353131)), 11)).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+# ------------------------------------------------------------------- edits of one row before sampling
+
+
+def edit_logits(
+    logits_V: Tensor, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], eos_ids: Sequence[int]
+) -> Tensor:
+    """Penalties, bias and min_tokens on one row. Formulas: CTRL (arXiv:1909.05858) for repetition, OpenAI's
+    for presence and frequency (over the output only)."""
+    logits_V = logits_V.clone()
+    if params.repetition_penalty != 1.0 and (prompt or output):
+        seen = torch.tensor(sorted({*prompt, *output}), device=logits_V.device)
+        values = logits_V[seen]
+        logits_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and output:
+        ids, counts = torch.tensor(output, device=logits_V.device).unique(return_counts=True)
+        logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    for token, bias in params.logit_bias.items():
+        logits_V[token] += bias
+    if len(output) < params.min_tokens and eos_ids:
+        logits_V[list(eos_ids)] = float("-inf")
+    return logits_V
+
+
+def needs_edit(params: SamplingParams, output_length: int) -> bool:
+    """Whether `edit_logits` would change anything for this row now."""
+    penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return bool(penalized or params.logit_bias or output_length < params.min_tokens)

@@ -1,0 +1,261 @@
+"""Who runs in the next step: slots, admission, chunked prefill, prefix reuse, abort. Plain Python, no torch.
+
+One step has two parts, either of which may be empty: every running sequence decodes, and prompts advance by
+chunks. `schedule` says what to do, the runner does it, `commit` turns the sampled tokens into events. A slot keeps
+the tokens it holds after its sequence has ended, so the next prompt with the same beginning (a chat's next turn, a
+shared system prompt) starts behind it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gpt_fast.config import SamplingParams
+
+MIN_SHARED = 16  # a shorter common prefix is not worth a copy
+
+
+@dataclass
+class Sequence:
+    """One request's tokens and where it stands. `computed` tokens have their keys and values in the slot."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    owner: str = ""  # prefixes are shared only between equal owners
+    output: list[int] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    reused: int = 0
+    arrival: float = field(default_factory=time.monotonic)
+    started: float | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop-1 of prompt and output together."""
+        n = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(start - n, 0) : max(stop - n, 0)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` tokens of `sequence` from its `computed` on; `last` when they end the prompt, so one is sampled."""
+
+    sequence: Sequence
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class PrefixCopy:
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step computes. `copies` come first, then the chunks, then one token for each decoding sequence."""
+
+    copies: tuple[PrefixCopy, ...]
+    chunks: tuple[Chunk, ...]
+    decodes: tuple[Sequence, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks or self.decodes)
+
+
+Logprobs = tuple[tuple[int, float], ...]  # (token, logprob): the sampled one first, then the best
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    token: int
+    logprobs: Logprobs = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A sampled token of a request; `finish_reason` ("stop", "length") with its last one."""
+
+    request_id: str
+    token: int
+    finish_reason: str | None = None
+    logprobs: Logprobs = ()
+
+
+@dataclass
+class Slot:
+    """What a slot's cache holds, whoever wrote it, and when it was last used."""
+
+    tokens: list[int] = field(default_factory=list)
+    owner: str = ""
+    used: int = 0
+
+
+class Scheduler:
+    """Owns every sequence and slot. Not thread-safe: one thread adds, aborts, schedules and commits."""
+
+    def __init__(self, *, slots: int, max_seq_len: int, eos_ids: Iterable[int], reuse_prefix: bool = True) -> None:
+        self.max_seq_len = max_seq_len
+        self.eos_ids = frozenset(eos_ids)
+        self.reuse_prefix = reuse_prefix
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[str, Sequence] = {}
+        self.slots = [Slot() for _ in range(slots)]
+        self.free = set(range(slots))
+        self.clock = 0
+        self.steps = 0
+
+    # ------------------------------------------------------------------------------ in and out
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Its prompt must leave room for at least one token of a slot."""
+        if not 0 < len(sequence.prompt) < self.max_seq_len:
+            raise ValueError(f"prompt: {len(sequence.prompt)} tokens (allowed 1..{self.max_seq_len - 1})")
+        if sequence.id in self.running or any(s.id == sequence.id for s in self.waiting):
+            raise ValueError(f"request id: {sequence.id} is already running")
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request, running or waiting; its slot is free at once. False when it is unknown."""
+        if request_id in self.running:
+            self._release(self.running[request_id])
+            return True
+        before = len(self.waiting)
+        self.waiting = deque(s for s in self.waiting if s.id != request_id)
+        return len(self.waiting) < before
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    # ------------------------------------------------------------------------------- one step
+
+    def schedule(self, *, chunk: int, chunk_beside_decode: int) -> StepPlan:
+        """The next step. A prompt advances by at most `chunk` tokens, by `chunk_beside_decode` when others decode."""
+        self._admit()
+        decodes = tuple(s for s in self.running.values() if s.output)
+        copies, chunks = self._prefill(chunk_beside_decode if decodes else chunk)
+        return StepPlan(copies, chunks, decodes)
+
+    def commit(self, plan: StepPlan, sampled: Mapping[str, list[SampledToken]]) -> list[TokenEvent]:
+        """Record what the step computed and sampled; `sampled` covers every decode and every last chunk.
+
+        A decode that verified proposals brings more than one token. What follows a sequence's end is dropped.
+        """
+        events = []
+        for chunk in plan.chunks:
+            self._fed(chunk.sequence, chunk.count)
+            if chunk.last:
+                events += self._append(chunk.sequence, sampled[chunk.sequence.id])
+        for sequence in plan.decodes:
+            for token in sampled[sequence.id]:
+                self._fed(sequence, 1)
+                events += self._append(sequence, [token])
+                if sequence.id not in self.running:
+                    break
+        return events
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless slots and sequences agree. Cheap; called whenever the engine falls idle."""
+        held = [s.slot for s in self.running.values()]
+        if len(set(held)) != len(held) or self.free & set(held) or len(held) + len(self.free) != len(self.slots):
+            raise RuntimeError(f"slots are inconsistent: held {sorted(held)}, free {sorted(self.free)}")
+        for sequence in self.running.values():
+            if self.slots[sequence.slot].tokens != sequence.tokens(0, sequence.computed):
+                raise RuntimeError(f"slot {sequence.slot} does not hold the tokens of request {sequence.id}")
+
+    # ------------------------------------------------------------------------------- internals
+
+    def _admit(self) -> None:
+        """Give waiting sequences free slots, first come first served."""
+        while self.waiting and self.free:
+            sequence = self.waiting.popleft()
+            shared = {index: self._shared(sequence, self.slots[index]) for index in self.free}
+            best = max(shared, key=lambda index: (shared[index], -self.slots[index].used, -index))
+            length = shared[best] if shared[best] >= MIN_SHARED else 0
+            oldest = min(self.free, key=lambda index: (self.slots[index].used, index))
+            self._occupy(sequence, best if length else oldest, length)
+            sequence.started = time.monotonic()
+            self.running[sequence.id] = sequence
+
+    def _prefill(self, budget: int) -> tuple[tuple[PrefixCopy, ...], tuple[Chunk, ...]]:
+        """Spend at most `budget` prompt tokens, oldest prompt first and every other step the shortest first.
+
+        Only a prompt's first chunk looks for its beginning in other slots, so prompts that arrive together and
+        share a beginning compute it once.
+        """
+        copies, chunks = [], []
+        self.steps += 1
+        pending = [s for s in self.running.values() if not s.output]
+        if self.steps % 2:
+            pending.sort(key=lambda s: len(s.prompt) - s.computed)
+        for sequence in pending:
+            if budget <= 0:
+                break
+            if sequence.computed == sequence.reused and (copy := self._copy(sequence)):
+                copies.append(copy)
+            left = len(sequence.prompt) - sequence.computed
+            count = min(left, budget)
+            chunks.append(Chunk(sequence, count, last=count == left))
+            budget -= count
+        return tuple(copies), tuple(chunks)
+
+    def _copy(self, sequence: Sequence) -> PrefixCopy | None:
+        """The copy from another slot that would spare the sequence at least MIN_SHARED tokens, if any."""
+        shared = [self._shared(sequence, slot) for slot in self.slots]
+        source = max(range(len(shared)), key=shared.__getitem__)
+        if shared[source] < sequence.computed + MIN_SHARED:
+            return None
+        self._occupy(sequence, sequence.slot, shared[source])
+        return PrefixCopy(source, sequence.slot, shared[source])
+
+    def _occupy(self, sequence: Sequence, index: int, length: int) -> None:
+        self.free.discard(index)
+        self.clock += 1
+        self.slots[index] = Slot(sequence.prompt[:length], sequence.owner, self.clock)
+        sequence.slot, sequence.computed, sequence.reused = index, length, length
+
+    def _shared(self, sequence: Sequence, slot: Slot) -> int:
+        if not self.reuse_prefix or slot.owner != sequence.owner:
+            return 0
+        limit = min(len(slot.tokens), len(sequence.prompt) - 1)  # the last token must run, to be sampled from
+        if slot.tokens[:limit] == sequence.prompt[:limit]:
+            return limit
+        return next(i for i in range(limit) if slot.tokens[i] != sequence.prompt[i])
+
+    def _fed(self, sequence: Sequence, count: int) -> None:
+        slot = self.slots[sequence.slot]
+        slot.tokens += sequence.tokens(sequence.computed, sequence.computed + count)
+        sequence.computed += count
+
+    def _append(self, sequence: Sequence, tokens: Iterable[SampledToken]) -> list[TokenEvent]:
+        events = []
+        for sampled in tokens:
+            sequence.output.append(sampled.token)
+            reason = self._finish_reason(sequence, sampled.token)
+            events.append(TokenEvent(sequence.id, sampled.token, reason, sampled.logprobs))
+            if reason is not None:
+                self._release(sequence)
+                break
+        return events
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        if token in self.eos_ids and not sequence.params.ignore_eos:
+            return "stop"
+        full = sequence.length >= self.max_seq_len or len(sequence.output) >= sequence.params.max_new_tokens
+        return "length" if full else None
+
+    def _release(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.free.add(sequence.slot)
+        self.clock += 1
+        self.slots[sequence.slot].used = self.clock
