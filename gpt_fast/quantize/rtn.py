@@ -1,0 +1,103 @@
+"""Round to nearest: a float weight to a scheme's stored tensors, without calibration.
+
+Shapes: N output features, K input features, G groups of input features, E groupsize.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_fast.ops.int4 import dequantize_int4, pack_nibbles
+from gpt_fast.ops.int8 import dequantize_int8, expand_groups
+from gpt_fast.quantize.scheme import QuantizationError, Scheme
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def quantize_weight(weight_NK: Tensor, scheme: Scheme, *, name: str) -> dict[str, Tensor]:
+    """The stored tensors of `weight_NK`; `name` is for errors.
+
+    Errors are at most scale/2 an element (plus float16's rounding of scale and min where groups are used).
+    QuantizationError: a NaN, an infinity, a value that float16 scales cannot reach, an odd K for int4.
+    """
+    weight_NK = weight_NK.float()
+    check_finite(weight_NK, name=name)
+    if scheme.bits == 4:
+        return quantize_int4(weight_NK, groupsize=scheme.groupsize, name=name)
+    return quantize_int8(weight_NK, groupsize=scheme.groupsize, name=name)
+
+
+def dequantize_weight(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """float32 [N, K] of what quantize_weight stored."""
+    if scheme.bits == 4:
+        return dequantize_int4(tensors["weight"], tensors["scale"], tensors["min"], groupsize=scheme.groupsize)
+    return dequantize_int8(tensors["weight"], tensors["scale"], groupsize=scheme.groupsize)
+
+
+def quantize_int8(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, Tensor]:
+    if groupsize:
+        amax_NG = groups(weight_NK.abs(), groupsize, pad=0.0).amax(-1)
+        scale_NG = to_float16(amax_NG / 127, name=name)
+        divisor_NK = expand_groups(scale_NG.float(), weight_NK.shape[1], groupsize)
+        q_NK = torch.where(divisor_NK > 0, weight_NK / divisor_NK, 0)
+        return {"weight": q_NK.round().clamp(-127, 127).to(torch.int8), "scale": scale_NG}
+    # A scale never below the smallest normal number keeps rows of zeros and denormals within scale/2.
+    scale_N = (weight_NK.abs().amax(-1) / 127).clamp(min=TINY)
+    q_NK = (weight_NK / scale_N[:, None]).round().clamp(-127, 127)
+    return {"weight": q_NK.to(torch.int8), "scale": scale_N}
+
+
+def quantize_int4(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, Tensor]:
+    if weight_NK.shape[1] % 2:
+        raise QuantizationError(f"{name}: int4 needs an even number of inputs (got {weight_NK.shape[1]})")
+    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize, name=name)
+    columns = weight_NK.shape[1]
+    scale_NK = expand_groups(scale_NG.float(), columns, groupsize)
+    min_NK = expand_groups(min_NG.float(), columns, groupsize)
+    q_NK = nearest_int4(weight_NK, scale_NK, min_NK)
+    return {"weight": pack_nibbles(q_NK.to(torch.uint8)), "scale": scale_NG, "min": min_NG}
+
+
+def int4_grid(weight_NK: Tensor, *, groupsize: int, name: str) -> tuple[Tensor, Tensor]:
+    """scale_NG and min_NG (float16) that span each group from its least to its largest weight.
+
+    The scale is taken from the rounded min, so a group that already is q * scale + min comes back exactly.
+    """
+    low_NG = groups(weight_NK, groupsize, pad=torch.inf).amin(-1)
+    high_NG = groups(weight_NK, groupsize, pad=-torch.inf).amax(-1)
+    min_NG = to_float16(low_NG, name=name)
+    scale_NG = to_float16((high_NG - min_NG.float()).clamp(min=0) / 15, name=name)
+    return scale_NG, min_NG
+
+
+def nearest_int4(weight: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """The nearest of 0..15, as float; 0 where the group has one value only. All arguments of one shape."""
+    return torch.where(scale > 0, (weight - minimum) / scale, 0).round().clamp(0, 15)
+
+
+def groups(weight_NK: Tensor, groupsize: int, *, pad: float) -> Tensor:
+    """[N, G, E], the last group filled up with `pad`."""
+    missing = -weight_NK.shape[1] % groupsize
+    return F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
+
+
+def to_float16(value_NG: Tensor, *, name: str) -> Tensor:
+    half_NG = value_NG.half()
+    if not half_NG.isfinite().all():
+        row = int((~half_NG.isfinite()).any(-1).nonzero()[0])
+        raise QuantizationError(f"{name}: row {row} holds weights beyond float16's range (allowed -65504..65504)")
+    return half_NG
+
+
+def check_finite(weight_NK: Tensor, *, name: str) -> None:
+    bad_N = ~weight_NK.isfinite().all(-1)
+    if bad_N.any():
+        raise QuantizationError(f"{name}: row {int(bad_N.nonzero()[0])} holds NaN or infinity")
+
+
+def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(|w|^2 / |w - w'|^2); inf where they are equal."""
+    noise = (reference.double() - quantized.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
