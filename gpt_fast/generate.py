@@ -1,0 +1,176 @@
+"""python -m gpt_fast.generate: gpt-fast's command line over the engine.
+
+    python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
+    python -m gpt_fast.generate --checkpoint_path DIR --interactive
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from gpt_fast.config import ConfigError, SamplingParams
+from gpt_fast.llm import Engine, TextEvent
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpt_fast.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint_path", required=True, help="a converted checkpoint, or a weights file in it")
+    parser.add_argument("--prompt", default="Hello, my name is")
+    parser.add_argument("--interactive", action="store_true", help="chat with the model's own chat template")
+    parser.add_argument("--num_samples", type=int, default=5)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=1, help="rows decoded together, each with its own seed")
+    parser.add_argument("--top_k", type=int, default=200)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=None, help="row r of sample n draws from seed + n * rows + r")
+    parser.add_argument("--compile", action="store_true", help="compile decoding")
+    parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's forward too")
+    parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--max_seq_len", type=int, default=0, help="0: the model's own, at most 8192")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        engine = load(args)
+        chat(engine, args) if args.interactive else samples(engine, args)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def load(args: argparse.Namespace) -> Engine:
+    print("Loading model ...", flush=True)
+    engine = Engine.load(
+        args.checkpoint_path,
+        dtype=args.dtype,
+        device=args.device,
+        max_seq_len=args.max_seq_len,
+        max_num_seqs=args.batch_size,
+        compile=args.compile,
+        compile_prefill=args.compile_prefill,
+    )
+    print(f"Time to load and warm up: {engine.description['load_seconds']:.2f} seconds. {engine.description}")
+    return engine
+
+
+def sampling(args: argparse.Namespace, *, sample: int, row: int) -> SamplingParams:
+    seed = None if args.seed is None else args.seed + sample * args.batch_size + row
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed
+    )
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def samples(engine: Engine, args: argparse.Namespace) -> None:
+    """gpt-fast's loop: the same prompt num_samples times, with figures after each and their mean at the end."""
+    prompt = engine.encode(args.prompt)
+    print(f"Prompt length: {len(prompt)}")
+    rates = []
+    for index in range(args.num_samples):
+        profile = args.profile is not None and index == args.num_samples - 1
+        with torch.profiler.profile() if profile else nullcontext() as profiler:
+            rates.append(one_sample(engine, prompt, args, index))
+        if profile:
+            profiler.export_chrome_trace(str(args.profile))
+            print(f"Profile written to {args.profile}")
+    print("==========")
+    print(f"Batch Size: {args.batch_size}")
+    print(f"Prompt Length: {len(prompt)}")
+    print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
+    print(f"Memory used: {memory_used(engine.core.runner.device) / 1e9:.2f} GB")
+
+
+def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, index: int) -> float:
+    """Decode one sample of every row, print it and its figures; returns decoded tokens a second, all rows."""
+    for row in range(args.batch_size):
+        engine.add(f"row-{row}", prompt, sampling(args, sample=index, row=row))
+    if args.batch_size == 1:
+        print(args.prompt, end="", flush=True)
+    texts = [args.prompt] * args.batch_size
+    started = time.perf_counter()
+    first = count = 0
+    while not engine.idle:
+        for event in engine.step():
+            texts[int(event.request_id.removeprefix("row-"))] += event.text
+            show(event, streamed=args.batch_size == 1)
+            first = first or time.perf_counter()  # type: ignore[assignment]
+            count += 1
+    ended = time.perf_counter()
+    for row, text in enumerate(texts if args.batch_size > 1 else []):
+        print(f"\n--- row {row}\n{text}")
+    rate = (count - args.batch_size) / (ended - first) if count > args.batch_size else count / (ended - started)
+    bandwidth = engine.description["weight_bytes_per_step"] * rate / args.batch_size
+    print(
+        f"\nTime for inference {index + 1}: {ended - started:.2f} sec total, {rate:.2f} tokens/sec, "
+        f"TTFT {(first - started) * 1000:.1f} ms"
+    )
+    print(f"Bandwidth achieved: {bandwidth / 1e9:.2f} GB/s")
+    return rate
+
+
+def show(event: TextEvent, *, streamed: bool) -> None:
+    if streamed:
+        print(event.text, end="", flush=True)
+
+
+def memory_used(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ------------------------------------------------------------------------------------------ chat
+
+
+def chat(engine: Engine, args: argparse.Namespace) -> None:
+    """A conversation on the terminal. Each turn prefills only what is new: the slot still holds the rest."""
+    print("Type a message; /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            messages = []
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = say(engine, messages, sampling(args, sample=0, row=0))
+            messages.append({"role": "assistant", "content": answer})
+
+
+def say(engine: Engine, messages: list[dict[str, str]], params: SamplingParams) -> str:
+    """Stream one answer to the terminal and return it; Ctrl-C ends it where it stands."""
+    text = ""
+    try:
+        for event in engine.events(engine.encode_chat(messages), params):
+            print(event.text, end="", flush=True)
+            text += event.text
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Engine: text in, text out, over one checkpoint. The library's front door; the TorchServe package uses it too.
+
+    from gpt_fast import Engine
+    engine = Engine.load("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
+    for text in engine.stream("The capital of France is", max_new_tokens=32):
+        print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
+from gpt_fast.load import Parts, load_parts
+from gpt_fast.scheduler import Logprobs, TokenEvent
+from gpt_fast.serve.stream import TextStream
+from gpt_fast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextEvent:
+    """What one decoded token brought a request: `text` is complete UTF-8 and past every stop string's reach.
+
+    `finish_reason` ("stop", "length") comes with the request's last event.
+    """
+
+    request_id: str
+    text: str
+    token: int
+    finish_reason: str | None = None
+    logprobs: Logprobs = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer. `tokens` includes the end-of-sequence token when the model ended it."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+class Engine:
+    """An EngineCore with its tokenizer. One thread at a time may use it."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.core = parts.core
+        self.tokenizer = parts.tokenizer
+        self.model_config = parts.model_config
+        self.chat_template = parts.chat_template
+        self.description = parts.description
+        self._texts: dict[str, _RequestText] = {}
+        self._ids = itertools.count()
+
+    @classmethod
+    def load(cls, checkpoint_path: str, **options: Any) -> Engine:
+        """Load and warm up a converted checkpoint; options are EngineConfig's fields."""
+        return cls(load_parts(EngineConfig(checkpoint_path=str(checkpoint_path), **options)))
+
+    # -------------------------------------------------------------------------------- the prompt
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a plain prompt; special tokens in it are text."""
+        return self.tokenizer.encode(prompt, add_bos=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None = None) -> list[int]:
+        """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
+        if self.chat_template is None:
+            raise ConfigError("messages", "this checkpoint has no chat template")
+        text = self.chat_template.render(list(messages), tools=tools, add_generation_prompt=True)
+        return self.tokenizer.encode_with_specials(text)
+
+    # -------------------------------------------------------------------------------- many requests
+
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> None:
+        """Queue a request. ValueError when the prompt does not fit, or the id is in use."""
+        self.core.add(request_id, prompt, params, owner=owner)
+        self._texts[request_id] = _RequestText(self.tokenizer, params)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request wherever it is; unknown ids are ignored, for it may just have ended."""
+        self.core.abort(request_id)
+        self._texts.pop(request_id, None)
+
+    def step(self) -> list[TextEvent]:
+        """One step of everything that runs; the text it produced."""
+        events = []
+        for event in self.core.step():
+            if event.request_id in self._texts:  # a stop string may have ended it earlier in this step
+                events.append(self._text_event(event))
+        return events
+
+    @property
+    def idle(self) -> bool:
+        return self.core.idle
+
+    def _text_event(self, event: TokenEvent) -> TextEvent:
+        state = self._texts[event.request_id]
+        text, stopped = state.push(event)
+        reason = "stop" if stopped else event.finish_reason
+        if reason is not None:
+            self.abort(event.request_id)
+        return TextEvent(event.request_id, text, event.token, reason, event.logprobs)
+
+    # -------------------------------------------------------------------------------- one request
+
+    def stream(self, prompt: str | list[int], **sampling: Any) -> Iterator[str]:
+        """The answer's text as it is decoded; `sampling` are SamplingParams' fields."""
+        for event in self.events(prompt, SamplingParams(**sampling)):
+            if event.text:
+                yield event.text
+
+    def events(self, prompt: str | list[int], params: SamplingParams) -> Iterator[TextEvent]:
+        """The answer, a token an event. Leaving the loop early drops the request."""
+        request_id = f"local-{next(self._ids)}"
+        self.add(request_id, self.encode(prompt) if isinstance(prompt, str) else prompt, params)
+        try:
+            while request_id in self._texts:
+                yield from (event for event in self.step() if event.request_id == request_id)
+        finally:
+            self.abort(request_id)
+
+    def generate(self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams]) -> list[Completion]:
+        """Answer all prompts together; rows are independent requests with their own sampling and stop."""
+        ids = [f"local-{next(self._ids)}" for _ in prompts]
+        for request_id, prompt, row in zip(ids, prompts, params, strict=True):
+            self.add(request_id, self.encode(prompt) if isinstance(prompt, str) else prompt, row)
+        events: dict[str, list[TextEvent]] = {request_id: [] for request_id in ids}
+        while any(request_id in self._texts for request_id in ids):
+            for event in self.step():
+                events[event.request_id].append(event)
+        return [completion(events[request_id]) for request_id in ids]
+
+
+def completion(events: Sequence[TextEvent]) -> Completion:
+    """Fold a request's events into its answer."""
+    reason = events[-1].finish_reason or "length"
+    return Completion("".join(e.text for e in events), tuple(e.token for e in events), reason)
+
+
+class _RequestText:
+    """One request's way from token ids to text: bytes, then UTF-8, then stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self.detokenizer = tokenizer.detokenizer()
+        self.stream = TextStream(params.stop)
+
+    def push(self, event: TokenEvent) -> tuple[str, bool]:
+        """The text that may leave now, and whether a stop string was met."""
+        text = self.stream.push(self.detokenizer.push(event.token))
+        if event.finish_reason is not None and not self.stream.stopped:
+            text += self.stream.finish()
+        return text, self.stream.stopped

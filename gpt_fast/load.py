@@ -1,0 +1,144 @@
+"""From an EngineConfig to a warm engine: read the checkpoint, size the cache, choose the fast path, warm up."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gpt_fast.cache import KVCache
+from gpt_fast.chat import ChatTemplate, load_chat_template
+from gpt_fast.checkpoint import load_checkpoint
+from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
+from gpt_fast.engine import EngineCore, Forward, Runner
+from gpt_fast.model import Transformer
+from gpt_fast.tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_MAX_SEQ_LEN = 8192  # what a slot holds unless max_seq_len asks for more
+
+
+class Parts(NamedTuple):
+    """What an llm.Engine is made of."""
+
+    core: EngineCore
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    chat_template: ChatTemplate | None
+    description: dict[str, Any]  # what was chosen, for the log and the user
+
+
+def load_parts(config: EngineConfig) -> Parts:
+    """Build everything once; when this returns, no request compiles or allocates."""
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    path = Path(config.checkpoint_path)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    loaded = load_checkpoint(path, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(loaded.directory)
+    check_vocabulary(tokenizer.vocab_size, loaded.config)
+    max_seq_len = choose_max_seq_len(config, loaded.config)
+    cache = build_cache(config, loaded.config, max_seq_len, loaded.model.tok_embeddings.weight.dtype, device)
+    loaded.model.setup_rope(max_seq_len, device)
+    decode, prefill = compile_forwards(config, loaded.model)
+    runner = Runner(
+        decode=decode,
+        prefill=prefill,
+        cache=cache,
+        eos_ids={*loaded.config.eos_ids, *tokenizer.eos_ids},
+        prefill_chunk=min(config.prefill_chunk, max_seq_len),
+    )
+    runner.warm_up()
+    return Parts(
+        EngineCore(runner),
+        tokenizer,
+        loaded.config,
+        load_chat_template(loaded.directory),
+        {
+            "checkpoint": str(loaded.directory),
+            "device": str(device),
+            "dtype": str(loaded.model.tok_embeddings.weight.dtype).removeprefix("torch."),
+            "max_seq_len": max_seq_len,
+            "max_num_seqs": config.max_num_seqs,
+            "weight_bytes_per_step": weight_bytes_per_step(loaded.model),
+            "kv_cache_gib": round(cache.nbytes / 2**30, 3),
+            "load_seconds": round(time.perf_counter() - started, 2),
+        },
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", "unknown device", got=name, allowed="auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError("device", "not on this machine", got=name, allowed=f"{count} CUDA devices")
+    return device
+
+
+def check_vocabulary(tokens: int, config: ModelConfig) -> None:
+    if tokens > config.vocab_size:
+        raise ConfigError("tokenizer", "has more tokens than the model's embedding", got=tokens,
+                          allowed=f"at most {config.vocab_size}")  # fmt: skip
+
+
+def choose_max_seq_len(config: EngineConfig, model: ModelConfig) -> int:
+    wanted = config.max_seq_len or min(model.max_position, DEFAULT_MAX_SEQ_LEN)
+    if wanted > model.max_position:
+        limit = f"at most {model.max_position}"
+        raise ConfigError("max_seq_len", "is past the model's context", got=wanted, allowed=limit)
+    return wanted
+
+
+def build_cache(
+    config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """Allocate the KV cache, after checking that the machine has room for it."""
+    need = model.kv_bytes_per_token(dtype.itemsize) * (max_seq_len + 1) * config.max_num_seqs
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise ConfigError(
+            "max_num_seqs",
+            f"{config.max_num_seqs} slots of {max_seq_len} positions need {need / 2**30:.2f} GiB of KV cache",
+            allowed=f"{free / 2**30:.2f} GiB free on {device}; lower max_num_seqs or max_seq_len",
+        )
+    return KVCache(model, slots=config.max_num_seqs, max_seq_len=max_seq_len, dtype=dtype, device=device)
+
+
+def weight_bytes_per_step(model: Transformer) -> int:
+    """Bytes of weights one decode step reads: all of them, but only a row of an embedding that is not the head's."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    untied = 0 if model.config.tie_embeddings else sum(t.nbytes for t in model.tok_embeddings.parameters())
+    return total - untied
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def compile_forwards(config: EngineConfig, model: Transformer) -> tuple[Forward, Forward]:
+    """The decode and prefill forwards: the model itself, compiled where the configuration asks."""
+    decode: Forward = model
+    prefill: Forward = model
+    if config.compile:
+        decode = torch.compile(model, fullgraph=True)
+    if config.compile_prefill:
+        prefill = torch.compile(model, fullgraph=True)
+    return decode, prefill

@@ -1,0 +1,118 @@
+"""The engine on its own thread, and the mailbox between it and TorchServe's rounds.
+
+TorchServe calls the handler in rounds; the engine never waits for one. The handler submits requests, cancels the
+ones whose client has gone, and takes what was produced since the last round.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from gpt_fast.config import SamplingParams
+from gpt_fast.llm import Engine, TextEvent
+
+SILENCE_SECONDS = 1.0  # no round for this long while output waits: every client of the last round is gone
+
+
+@dataclass
+class Mailbox:
+    """What the engine produced for one request and nobody has taken yet."""
+
+    events: list[TextEvent] = field(default_factory=list)
+    done: bool = False
+
+
+class Service:
+    """Thread-safe front of an Engine. `start` it once; every other method may be called from any thread."""
+
+    def __init__(self, engine: Engine, *, threads: int = 0) -> None:
+        self.engine = engine
+        self.fatal: BaseException | None = None
+        self._threads = threads
+        self._changed = threading.Condition()
+        self._mail: dict[str, Mailbox] = {}
+        self._inbox: list[Callable[[], None]] = []
+        self._last_round = time.monotonic()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    # ------------------------------------------------------------------ the handler's side
+
+    def submit(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> None:
+        """Queue a request; the caller has checked it against `engine.core.max_seq_len`."""
+        with self._changed:
+            self._mail[request_id] = Mailbox()
+            self._inbox.append(lambda: self.engine.add(request_id, prompt, params, owner=owner))
+            self._changed.notify_all()
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Drop requests whose client has gone; ended ones are only forgotten."""
+        with self._changed:
+            for request_id in request_ids:
+                if not self._mail.pop(request_id, Mailbox(done=True)).done:
+                    self._inbox.append(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
+            self._changed.notify_all()
+
+    def wait(self, *, timeout: float) -> None:
+        """Return as soon as any request has something to take, or after `timeout` seconds."""
+        with self._changed:
+            self._last_round = time.monotonic()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.fatal or any(m.events for m in self._mail.values()), timeout)
+
+    def take(self, request_id: str) -> list[TextEvent]:
+        """A request's new events, oldest first. The one with a finish_reason ends it: the id is then forgotten."""
+        with self._changed:
+            box = self._mail[request_id]
+            events, box.events = box.events, []
+            if box.done:
+                del self._mail[request_id]
+            return events
+
+    def known(self) -> set[str]:
+        with self._changed:
+            return set(self._mail)
+
+    # ------------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)  # per thread for MKL: the loader's setting does not reach here
+        try:
+            while True:
+                self._admit()
+                self._deliver(self.engine.step())
+        except BaseException as error:
+            with self._changed:
+                self.fatal = error
+                self._changed.notify_all()
+            raise
+
+    def _admit(self) -> None:
+        """Run queued calls; block while there is nothing to decode, or nobody left to read it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or not (self.engine.idle or self._deserted()))
+            calls, self._inbox = self._inbox, []
+        for call in calls:
+            call()
+        if self.engine.idle:
+            self.engine.core.scheduler.check_integrity()
+
+    def _deserted(self) -> bool:
+        waiting = any(m.events for m in self._mail.values())
+        return waiting and time.monotonic() - self._last_round > SILENCE_SECONDS
+
+    def _deliver(self, events: list[TextEvent]) -> None:
+        with self._changed:
+            for event in events:
+                box = self._mail.get(event.request_id)
+                if box is not None:  # else cancelled while this step ran
+                    box.events.append(event)
+                    box.done = event.finish_reason is not None
+            self._changed.notify_all()
