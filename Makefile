@@ -1,0 +1,84 @@
+# Two commands matter: `make serve` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# --- settings: make serve MODEL=... CONFIG=... ---
+PYTHON ?= python3
+CONFIG ?= model_config.yaml
+MODEL ?=
+ARCHIVE ?= tgz
+TOKEN ?=
+PROPERTIES ?= deploy/config.properties
+RUN_DIR ?= .run
+DRAIN_SECONDS ?= 60
+START_SECONDS ?= 900
+# torch is asked for by itself: TORCH_SPEC picks a build, TORCH_INDEX an index that has it (a machine without
+# a GPU: PyTorch's CPU index; otherwise pip takes the CUDA build).
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c requirements.lock
+ARCHIVE_PATH := model_store/gpt-fast$(if $(filter tgz,$(ARCHIVE)),.tar.gz)
+INSTANCE := --properties "$(PROPERTIES)" --run-dir "$(RUN_DIR)" --token "$(TOKEN)"
+
+##@ Serve
+.PHONY: serve stop status archive bundle model
+serve: .venv/.installed-serve ## Set up all, start TorchServe, post request.json. MODEL= CONFIG= ARCHIVE=no-archive TOKEN=on
+	@$(PY) scripts/fetch_model.py --config "$(CONFIG)" --model "$(MODEL)"
+	@$(PY) scripts/archive.py --config "$(CONFIG)" --model "$(MODEL)" --format $(ARCHIVE)
+	@$(PY) scripts/serve.py start --archive $(ARCHIVE_PATH) $(INSTANCE) \
+		--start-seconds $(START_SECONDS) --drain-seconds $(DRAIN_SECONDS)
+
+stop: ## Let running requests end (DRAIN_SECONDS=60), then stop; leaves no process
+	@if [ -x $(PY) ]; then $(PY) scripts/serve.py stop --run-dir "$(RUN_DIR)" --drain-seconds $(DRAIN_SECONDS); fi
+
+status: .venv/.installed-serve ## What runs and whether the model is ready
+	@$(PY) scripts/serve.py status --run-dir "$(RUN_DIR)"
+
+archive: .venv/.installed-serve ## Build model_store/gpt-fast.tar.gz (ARCHIVE=no-archive: the folder)
+	@$(PY) scripts/archive.py --config "$(CONFIG)" --model "$(MODEL)" --format $(ARCHIVE)
+
+bundle: .venv/.installed-serve ## Stage build/bundle for torch-model-archiver --extra-files
+	@$(PY) scripts/archive.py --bundle-only
+
+model: .venv/.installed-serve ## Put the default model into checkpoints/
+	@$(PY) scripts/fetch_model.py
+
+##@ Develop
+.PHONY: test lint lock clean help
+test: .venv/.installed-test lint model ## All that CI runs: linters, types, tests (with a real TorchServe)
+	$(PY) -m pytest
+
+lint: .venv/.installed-test ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+lock: .venv/.installed-test ## Resolve every extra again into requirements.lock
+	@PIP="$(PIP)" TORCH_SPEC="$(TORCH_SPEC)" scripts/lock.sh
+
+clean: stop ## Remove what was built; .venv and checkpoints stay
+	rm -rf build model_store .run logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {print "\n" substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+# --- the environment; a stamp per set of extras ---
+.venv/.created:
+	@echo "venv: creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python: too old (got %d.%d, allowed 3.11 or newer); set PYTHON=" % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed-serve: .venv/.created pyproject.toml requirements.lock
+	@echo "venv: installing the locked packages (torch first: minutes on the first run)"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_SPEC)"
+	$(PIP) -e '.[serve,gguf]'
+	@touch $@
+
+.venv/.installed-test: .venv/.installed-serve
+	@echo "venv: installing the locked test packages"
+	$(PIP) -e '.[test]'
+	@touch $@

