@@ -64,12 +64,12 @@ class Quantized(nn.Module, ABC):
             raise RuntimeError(f"weights packed for {self.dtype} cannot change to {dtype}: cast before pack()")
         self.dtype = dtype
         # Seen as integers, the tensors move with the module and are not cast with it.
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        for name in dtypes:
-            self._buffers[name] = as_integers(self._buffers[name])  # type: ignore[arg-type]
+        held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for name, buffer in held.items():
+            self._buffers[name] = buffer.view(SAME_SIZE_INT[buffer.element_size()])
         super()._apply(fn, recurse)
-        for name, stored in dtypes.items():
-            self._buffers[name] = self._buffers[name].view(stored)  # type: ignore[union-attr]
+        for name, buffer in held.items():
+            self._buffers[name] = self._buffers[name].view(buffer.dtype)  # type: ignore[union-attr]
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -80,11 +80,7 @@ class Quantized(nn.Module, ABC):
                     f"{prefix}{name}: the file holds {got.dtype} {list(got.shape)}, "
                     f"its metadata says {self.scheme}, which is {dtype} {list(shape)}"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
-
-
-def as_integers(tensor: Tensor) -> Tensor:
-    return tensor.view(SAME_SIZE_INT[tensor.element_size()])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Int8Weight(Quantized):
@@ -184,7 +180,7 @@ class QuantizedLinear(Quantized):
         """The same weight with groups small enough to be cut at `boundary`."""
         tensors, scheme = self._stored(), self.scheme
         size = math.gcd(scheme.groupsize, boundary)
-        if size == scheme.groupsize:
+        if not scheme.groupsize or size == scheme.groupsize:
             return scheme, tensors
         smaller = Scheme(scheme.bits, size)
         for name in tensors.keys() - {"weight"}:
@@ -220,9 +216,7 @@ class Int4Linear(QuantizedLinear):
     run_groupsize: int
 
     def pack(self) -> None:
-        packed = int4.pack_int4(
-            self.weight, self.scale, self.min, groupsize=self.scheme.groupsize, dtype=self.dtype
-        )
+        packed = int4.pack_int4(self.weight, self.scale, self.min, groupsize=self.scheme.groupsize, dtype=self.dtype)
         if packed is None:
             return
         self.packed, self.run, self.run_groupsize = True, packed.run, packed.groupsize

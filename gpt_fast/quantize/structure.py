@@ -1,7 +1,7 @@
 """Which modules of a model are quantized and how: planned for a mode, or read from a file's metadata.
 
 The metadata is a JSON object under "quantization" in the safetensors header:
-{"version": 1, "mode": "int4", "groupsize": 32, "source": {...}, "modules": {"layers.0.attention.wqkv": "int4.g32", ...}}.
+{"version": 1, "mode": "int4", "groupsize": 32, "source": {...}, "modules": {"layers.0.attention.wqkv": "int4.g32"}}.
 `modules` alone decides the structure; the rest says where the file came from.
 """
 
@@ -67,14 +67,13 @@ def apply_schemes(model: Transformer, schemes: Mapping[str, Scheme]) -> None:
             raise QuantizationError(f"quantization metadata: {name} is {scheme}, but the model has no such module")
         model.set_submodule(name, quantized_like(modules[name], scheme, name=name))
     if model.config.tie_embeddings and isinstance(model.tok_embeddings, Int8Embedding):
-        model.output = TiedHead(model.tok_embeddings)
+        model.set_submodule("output", TiedHead(model.tok_embeddings))
 
 
 def quantized_like(module: nn.Module, scheme: Scheme, *, name: str) -> Quantized:
     """An empty quantized module of the same sizes, device and dtype. QuantizationError where it cannot be one."""
-    weight = module.weight
     if isinstance(module, nn.Embedding) and scheme.bits == 8:
-        rows, columns = module.num_embeddings, module.embedding_dim
+        rows, columns, weight = module.num_embeddings, module.embedding_dim, module.weight
         return Int8Embedding(scheme, rows, columns, dtype=weight.dtype, device=weight.device)
     if not isinstance(module, nn.Linear):
         raise QuantizationError(f"{name}: a {type(module).__name__} cannot be {scheme}")
@@ -86,8 +85,8 @@ def quantized_like(module: nn.Module, scheme: Scheme, *, name: str) -> Quantized
         module.in_features,
         module.out_features,
         bias=module.bias is not None,
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=module.weight.dtype,
+        device=module.weight.device,
     )
 
 
