@@ -7,7 +7,7 @@ Errors are ConfigError, one line of the form `key: problem (got X, allowed Y)`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class RopeScaling:
 
     kind "linear": positions / factor. kind "llama3": Llama 3.1's three bands. kind "yarn": NTK-by-parts
     (arXiv:2309.00071). kind "longrope": Phi-3's per-frequency factors (arXiv:2402.13753), the short list
-    while the served length stays within the original one, else the long list.
+    while the served length stays within the original one, else the long list. attention_factor multiplies cos and
+    sin (yarn, longrope); whoever reads a checkpoint works out the published default where it names none.
     """
 
     kind: str
@@ -43,7 +44,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
-    attention_factor: float | None = None
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +141,12 @@ class EngineConfig:
             raise ConfigError("device", "must be a torch device", got=self.device, allowed="auto, cpu, cuda, mps")
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> EngineConfig:
-        """Build from parsed yaml; an unknown key is an error that lists the known ones."""
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str, also_known: Iterable[str] = ()) -> EngineConfig:
+        """Build from parsed yaml; an unknown key is an error that lists the known ones, other readers' too."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ConfigError(f"{where}.{key}", "unknown key", allowed=", ".join(known))
+                raise ConfigError(f"{where}.{key}", "unknown key", allowed=", ".join([*known, *sorted(also_known)]))
         if "checkpoint_path" not in values:
             raise ConfigError(f"{where}.checkpoint_path", "is required")
         return cls(**values)

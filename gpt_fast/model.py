@@ -218,11 +218,11 @@ def scaled_frequencies(
         smooth_E = smooth_E.clamp(0, 1)
         return frequency_E * (smooth_E + (1 - smooth_E) / scaling.factor), 1.0
     if scaling.kind == "yarn":
-        return yarn_frequencies(frequency_E, scaling, config), scaling.attention_factor or 1.0
+        return yarn_frequencies(frequency_E, scaling, config), scaling.attention_factor
     # longrope: which list applies depends on the served length, fixed when the table is made.
     long = positions - 1 > scaling.original_max_position
     factor_E = torch.tensor(scaling.long_factor if long else scaling.short_factor, dtype=torch.float64)
-    return frequency_E / factor_E, scaling.attention_factor or 1.0
+    return frequency_E / factor_E, scaling.attention_factor
 
 
 def yarn_frequencies(frequency_E: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
