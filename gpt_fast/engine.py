@@ -5,6 +5,7 @@ Shapes: B rows (requests), S tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterable
@@ -79,13 +80,18 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run every shape once, so that nothing compiles or allocates for a request."""
+        """Run every kind of step once, so that nothing compiles or allocates for a request.
+
+        Two lengths and two sizes are enough for a compiler to learn that they vary. Rows that are slots 0, 1, ... take
+        a path of their own (`slots_B` None), so every size runs both in and out of slot order.
+        """
+        last, ends = self.cache.slots - 1, (self.lengths[0], self.lengths[-1])
         for rows in self.rows:
-            for length in (self.lengths[0], self.lengths[-1]):
-                self._forward(self.decode, [[0]] * rows, [self.cache.scratch] * rows, list(range(rows)), 1, length)
+            for slots, length in itertools.product((list(range(rows)), [last] * rows), ends):
+                self._forward(self.decode, [[0]] * rows, [self.cache.scratch] * rows, slots, 1, length)
         for size in self.chunks:
-            for length in (self.lengths[0], self.lengths[-1]):
-                self._forward(self.prefill, [[0]], [self.cache.scratch], [0], size, length)
+            for slot, length in itertools.product((0, last), ends):
+                self._forward(self.prefill, [[0]], [self.cache.scratch], [slot], size, length)
 
     def _prefill(self, chunk: Chunk) -> Tensor:
         sequence, count = chunk.sequence, chunk.count
