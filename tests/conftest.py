@@ -1,0 +1,62 @@
+"""Fixtures the tests share: tiny random models, and an engine core over one."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny tensors gain nothing from threads
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=5000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+TINY = {
+    "vocab_size": 97, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "dim": 32, "head_dim": 8, "intermediate_size": 48,
+    "max_position": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """tiny_model(seed=0, max_seq_len=128, **options): a float32 Transformer of random weights, rope table made."""
+    import torch
+
+    from gpt_fast.config import ModelConfig
+    from gpt_fast.model import Transformer
+
+    def build(*, seed=0, max_seq_len=128, **options):
+        config = ModelConfig(**{**TINY, **options})
+        model = Transformer(config).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif "embeddings" in name:
+                parameter.copy_(noise * config.dim**-0.5 * 3)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        model.setup_rope(max_seq_len, torch.device("cpu"))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_core():
+    """make_core(model, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True): an EngineCore."""
+    import torch
+
+    from gpt_fast.cache import KVCache
+    from gpt_fast.engine import EngineCore, Runner
+
+    def build(model, *, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True):
+        cache = KVCache(
+            model.config, slots=slots, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu")
+        )
+        runner = Runner(decode=model, prefill=model, cache=cache, eos_ids=eos_ids, prefill_chunk=prefill_chunk)
+        return EngineCore(runner, reuse_prefix=reuse_prefix)
+
+    return build
