@@ -204,8 +204,11 @@ def drain(instance: Instance, seconds: float) -> None:
     end = time.monotonic() + seconds
     if active := instance.active_requests():
         say(f"waiting up to {seconds:.0f} s for running requests to end ({active:.0f} in flight)")
-    while (active := instance.active_requests()) and time.monotonic() < end:
+    quiet = 0  # looks in a row that saw none: the count of a request admitted just now may still be on its way
+    while quiet < 2 and time.monotonic() < end:
         time.sleep(0.2)
+        active = instance.active_requests()
+        quiet = 0 if active else quiet + 1
     if active:
         say(f"{active:.0f} still in flight: cut")
 

@@ -8,12 +8,19 @@ import os
 import threading
 import time
 
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
+
+import gpt_fast
+from gpt_fast.serve.startup_check import check_own_frontend
 
 
 class DummyHandler(BaseHandler):
     def initialize(self, ctx):
         settings = ctx.model_yaml_config["handler"]
+        if problems := check_own_frontend():
+            raise ValueError(problems[0])
         if "die" in settings:
             os._exit(9)
         if "fail" in settings:
@@ -37,8 +44,14 @@ class DummyHandler(BaseHandler):
             self.lock.wait_for(lambda: any(s["new"] or s["done"] for s in self.streams.values()), timeout=0.1)
             for i, request in list(ids.items()):
                 self.answer(i, request, ids, out, stop)
+            self.publish(ctx, len(self.streams))
         ctx.stopping_criteria = stop
         return out
+
+    def publish(self, ctx, running):
+        of_model = [Dimension("ModelName", ctx.model_name), Dimension("Level", "Model")]
+        name = "gpt_fast_num_requests_running"
+        ctx.metrics.add_metric(name, running, unit="Count", dimensions=of_model, metric_type=MetricTypes.GAUGE)
 
     def answer(self, i, request, ids, out, stop):
         stream = self.streams.get(request)
@@ -56,8 +69,8 @@ class DummyHandler(BaseHandler):
             stop[i], stream["sent"] = (lambda _: False), True
 
     def produce(self, stream, body):
-        root = os.environ.get("GPT_FAST_ROOT", "")
-        for text in [f"root={root}\n", *(f"{n}\n" for n in range(body["n"]))]:
+        facts = f"root={os.environ.get('GPT_FAST_ROOT')} package={gpt_fast.__file__}\n"
+        for text in [facts, *(f"{n}\n" for n in range(body["n"]))]:
             time.sleep(body["pause"])
             with self.lock:
                 stream["new"].append(text)
