@@ -1,0 +1,185 @@
+"""Plan a conversion, check it against the source, stream it to disk and install it under its final names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt_fast.checkpoint import FORMAT, check_finite
+from gpt_fast.config import ModelConfig
+from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
+from gpt_fast.convert.source import Source, TensorInfo, check_float, row_count
+from gpt_fast.hf_config import model_config_from_hf
+from gpt_fast.manifest import install, staging
+from gpt_fast.model import Transformer
+from gpt_fast.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a conversion needs besides the place it writes to.
+
+    config: in config.json's form; it is written as it is. side_files: what to write beside it, by name.
+    ignored: source tensors that the model computes itself (rotary tables).
+    """
+
+    source: Source
+    config: Mapping[str, Any]
+    candidates: Candidates
+    ignored: re.Pattern[str]
+    side_files: Mapping[str, bytes] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        generation = json.loads(self.side_files.get("generation_config.json", b"{}"))
+        return model_config_from_hf(self.config, generation=generation)
+
+
+def convert(
+    job: Job, out_dir: Path, *, dtype: str = "keep", shard_bytes: int = SHARD_BYTES, progress: bool = True
+) -> None:
+    """Write config, tokenizer files, weights and manifest into `out_dir`; nothing appears there before all is checked.
+
+    Args:
+        dtype: "keep" the source's (which must be one), or a name in DTYPES.
+    Raises:
+        CheckpointError, ConfigError: naming file and tensor; `out_dir` is then as it was.
+    """
+    config = job.model_config
+    recipes = choose_recipes(job, config)
+    specs = plan_specs(job, config, recipes, dtype)
+    check_ties(job, config)
+
+    def produce(spec: TensorSpec) -> Tensor:
+        tensor = build(job.source, recipes[spec.name], config, spec.dtype)
+        check_finite(job.source.infos[recipes[spec.name][0].name].file, recipes[spec.name][0].name, tensor)
+        return tensor
+
+    total = sum(spec.nbytes for spec in specs)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress)
+    with staging(out_dir) as stage, bar:
+        records = {"config.json": write_bytes(stage / "config.json", json_bytes(job.config))}
+        for name, data in job.side_files.items():
+            records[name] = write_bytes(stage / name, data)
+        records |= write_weights(
+            stage, "model", specs, produce, metadata=FORMAT, shard_bytes=shard_bytes, written=bar.update
+        )
+        install(stage, out_dir, records, job.origin)
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def choose_recipes(job: Job, config: ModelConfig) -> dict[str, Recipe]:
+    """One way to make each tensor of the model, in its order. A source tensor that is neither used nor ignorable is
+    refused."""
+    infos = job.source.infos
+    recipes = {target: choose(job.source, target, job.candidates[target]) for target in model_tensors(config)}
+    used = {piece.name for recipe in recipes.values() for piece in recipe}
+    tied = tied_head(job, config)
+    for name in sorted(infos.keys() - used):
+        if name != tied and not job.ignored.fullmatch(name):
+            raise CheckpointError(infos[name].file, "is not part of this model", tensor=name)
+    return recipes
+
+
+def model_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        tensors = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        tensors.pop("output.weight", None)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def choose(source: Source, target: str, ways: Sequence[Recipe]) -> Recipe:
+    present = [recipe for recipe in ways if all(piece.name in source.infos for piece in recipe)]
+    for recipe in present:
+        if all(source.infos[piece.name].shape == piece.shape for piece in recipe):
+            return recipe
+    for piece in (present or ways)[0]:
+        info = source.infos.get(piece.name)
+        if info is None:
+            raise CheckpointError(source.path, f"is missing ({target} needs it)", tensor=piece.name)
+        if info.shape != piece.shape:
+            problem = f"has the wrong shape (got {list(info.shape)}, config.json says {list(piece.shape)})"
+            raise CheckpointError(info.file, problem, tensor=piece.name)
+    raise AssertionError(target)  # unreachable: a recipe that fits was returned above
+
+
+def plan_specs(job: Job, config: ModelConfig, recipes: Mapping[str, Recipe], dtype: str) -> list[TensorSpec]:
+    """dtype and shape of every tensor to write. "keep" needs one dtype throughout, which decoding needs too."""
+    shapes = model_tensors(config)
+    first: tuple[str, TensorInfo] | None = None
+    for recipe in recipes.values():
+        for piece in recipe:
+            info = job.source.infos[piece.name]
+            check_float(piece.name, info)
+            first = first or (piece.name, info)
+            if dtype == "keep" and info.dtype != first[1].dtype:
+                problem = f"is {info.dtype}, {first[0]} is {first[1].dtype}: choose one with --dtype"
+                raise CheckpointError(info.file, problem, tensor=piece.name)
+    assert first is not None
+    out = first[1].dtype if dtype == "keep" else DTYPES[dtype]
+    return [TensorSpec(name, out, shapes[name]) for name in recipes]
+
+
+def tied_head(job: Job, config: ModelConfig) -> str | None:
+    """The source's output head, when the config says that the embedding serves as one."""
+    if not config.tie_embeddings:
+        return None
+    return next((name for name in ("lm_head.weight", "output.weight") if name in job.source.infos), None)
+
+
+def check_ties(job: Job, config: ModelConfig) -> None:
+    """A tied checkpoint may hold its head twice, but not two different ones."""
+    name = tied_head(job, config)
+    if name is None:
+        return
+    embedding = job.candidates["tok_embeddings.weight"][0][0].name
+    if not torch.equal(job.source.read(name), job.source.read(embedding)):
+        problem = f"differs from {embedding}, but tie_word_embeddings is true"
+        raise CheckpointError(job.source.infos[name].file, problem, tensor=name)
+
+
+def build(source: Source, recipe: Recipe, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """Make one target: read its pieces, reorder, join, cast."""
+    parts = [read_piece(source, piece, config) for piece in recipe]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def read_piece(source: Source, piece: Piece, config: ModelConfig) -> Tensor:
+    tensor = source.read(piece.name, piece.rows)
+    if not piece.rope_heads:
+        return tensor
+    return half_to_interleaved(tensor, piece.rope_heads, config.rotary_dim)
+
+
+def read_side_files(directory: Path) -> dict[str, bytes]:
+    """The tokenizer and generation files that a checkpoint may carry: these names and no others."""
+    return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
+
+
+__all__ = ["DTYPES", "Job", "convert", "json_bytes", "read_side_files", "row_count"]
