@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.int4 import pack_nibbles
-from gpt_fast.quantize.rtn import check_finite, int4_grid, nearest_int4
+from gpt_fast.quantize.rtn import check_finite, check_float16_range, int4_grid, nearest_int4
 from gpt_fast.quantize.scheme import QuantizationError
 
 DAMPING_STEPS = 6
@@ -53,13 +53,14 @@ def gptq_int4(
     """
     weight_NK = weight_NK.float()
     check_finite(weight_NK, name=name)
+    check_float16_range(weight_NK, name=name)
     check_finite(hessian_KK, name=f"{name}: the Hessian of its inputs")
     columns = weight_NK.shape[1]
     order_K = torch.arange(columns, device=weight_NK.device)
     if act_order:
         order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
     factor_KK = inverse_factor(hessian_KK[order_K][:, order_K], percdamp=percdamp, name=name)
-    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize, name=name)
+    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize)
     work_NK, q_NK = weight_NK[:, order_K], torch.empty_like(weight_NK)
     blocksize = -(-blocksize // groupsize) * groupsize
     for start in range(0, columns, blocksize):
@@ -70,9 +71,7 @@ def gptq_int4(
             group = column // groupsize
             if not act_order and column % groupsize == 0:
                 ahead_NE = work_NC[:, i : i + groupsize]
-                scale_NG[:, group : group + 1], min_NG[:, group : group + 1] = int4_grid(
-                    ahead_NE, groupsize=groupsize, name=name
-                )
+                scale_NG[:, group : group + 1], min_NG[:, group : group + 1] = int4_grid(ahead_NE, groupsize=groupsize)
             scale_N, min_N = scale_NG[:, group].float(), min_NG[:, group].float()
             q_NK[:, column] = nearest_int4(work_NC[:, i], scale_N, min_N)
             error_N = (work_NC[:, i] - (q_NK[:, column] * scale_N + min_N)) / factor_CC[i, i]

@@ -16,17 +16,19 @@ from gpt_fast.quantize.scheme import QuantizationError, Scheme
 TINY = torch.finfo(torch.float32).tiny
 
 
-def quantize_weight(weight_NK: Tensor, scheme: Scheme, *, name: str) -> dict[str, Tensor]:
-    """The stored tensors of `weight_NK`; `name` is for errors.
+def quantize_weight(weight_NK: Tensor, scheme: Scheme, *, name: str, first_row: int = 0) -> dict[str, Tensor]:
+    """The stored tensors of `weight_NK`; `name` and `first_row` (of a band of a larger weight) are for errors.
 
     Errors are at most scale/2 an element (plus float16's rounding of scale and min where groups are used).
     QuantizationError: a NaN, an infinity, a value that float16 scales cannot reach, an odd K for int4.
     """
     weight_NK = weight_NK.float()
-    check_finite(weight_NK, name=name)
+    check_finite(weight_NK, name=name, first_row=first_row)
+    if scheme.bits == 4 or scheme.groupsize:
+        check_float16_range(weight_NK, name=name, first_row=first_row)
     if scheme.bits == 4:
         return quantize_int4(weight_NK, groupsize=scheme.groupsize, name=name)
-    return quantize_int8(weight_NK, groupsize=scheme.groupsize, name=name)
+    return quantize_int8(weight_NK, groupsize=scheme.groupsize)
 
 
 def dequantize_weight(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
@@ -36,10 +38,10 @@ def dequantize_weight(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
     return dequantize_int8(tensors["weight"], tensors["scale"], groupsize=scheme.groupsize)
 
 
-def quantize_int8(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, Tensor]:
+def quantize_int8(weight_NK: Tensor, *, groupsize: int) -> dict[str, Tensor]:
     if groupsize:
         amax_NG = groups(weight_NK.abs(), groupsize, pad=0.0).amax(-1)
-        scale_NG = to_float16(amax_NG / 127, name=name)
+        scale_NG = (amax_NG / 127).half()
         divisor_NK = expand_groups(scale_NG.float(), weight_NK.shape[1], groupsize)
         q_NK = torch.where(divisor_NK > 0, weight_NK / divisor_NK, 0)
         return {"weight": q_NK.round().clamp(-127, 127).to(torch.int8), "scale": scale_NG}
@@ -52,7 +54,7 @@ def quantize_int8(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, 
 def quantize_int4(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, Tensor]:
     if weight_NK.shape[1] % 2:
         raise QuantizationError(f"{name}: int4 needs an even number of inputs (got {weight_NK.shape[1]})")
-    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize, name=name)
+    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize)
     columns = weight_NK.shape[1]
     scale_NK = expand_groups(scale_NG.float(), columns, groupsize)
     min_NK = expand_groups(min_NG.float(), columns, groupsize)
@@ -60,15 +62,15 @@ def quantize_int4(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, 
     return {"weight": pack_nibbles(q_NK.to(torch.uint8)), "scale": scale_NG, "min": min_NG}
 
 
-def int4_grid(weight_NK: Tensor, *, groupsize: int, name: str) -> tuple[Tensor, Tensor]:
+def int4_grid(weight_NK: Tensor, *, groupsize: int) -> tuple[Tensor, Tensor]:
     """scale_NG and min_NG (float16) that span each group from its least to its largest weight.
 
     The scale is taken from the rounded min, so a group that already is q * scale + min comes back exactly.
     """
     low_NG = groups(weight_NK, groupsize, pad=torch.inf).amin(-1)
     high_NG = groups(weight_NK, groupsize, pad=-torch.inf).amax(-1)
-    min_NG = to_float16(low_NG, name=name)
-    scale_NG = to_float16((high_NG - min_NG.float()).clamp(min=0) / 15, name=name)
+    min_NG = low_NG.half()
+    scale_NG = ((high_NG - min_NG.float()).clamp(min=0) / 15).half()
     return scale_NG, min_NG
 
 
@@ -83,18 +85,20 @@ def groups(weight_NK: Tensor, groupsize: int, *, pad: float) -> Tensor:
     return F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
 
 
-def to_float16(value_NG: Tensor, *, name: str) -> Tensor:
-    half_NG = value_NG.half()
-    if not half_NG.isfinite().all():
-        row = int((~half_NG.isfinite()).any(-1).nonzero()[0])
-        raise QuantizationError(f"{name}: row {row} holds weights beyond float16's range (allowed -65504..65504)")
-    return half_NG
+def check_finite(weight_NK: Tensor, *, name: str, first_row: int = 0) -> None:
+    refuse_rows(~weight_NK.isfinite().all(-1), f"{name}: row %d holds NaN or infinity", first_row)
 
 
-def check_finite(weight_NK: Tensor, *, name: str) -> None:
-    bad_N = ~weight_NK.isfinite().all(-1)
+def check_float16_range(weight_NK: Tensor, *, name: str, first_row: int = 0) -> None:
+    """float16 scales and mins reach no further."""
+    limit = torch.finfo(torch.float16).max
+    problem = f"{name}: row %d holds weights beyond float16's range (allowed -{limit:.0f}..{limit:.0f})"
+    refuse_rows(weight_NK.abs().amax(-1) > limit, problem, first_row)
+
+
+def refuse_rows(bad_N: Tensor, problem: str, first_row: int) -> None:
     if bad_N.any():
-        raise QuantizationError(f"{name}: row {int(bad_N.nonzero()[0])} holds NaN or infinity")
+        raise QuantizationError(problem % (first_row + int(bad_N.nonzero()[0])))
 
 
 def sqnr_db(reference: Tensor, quantized: Tensor) -> float:

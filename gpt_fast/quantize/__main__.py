@@ -1,0 +1,127 @@
+"""`python -m gpt_fast.quantize`: write a quantized file beside a converted checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from gpt_fast.quantize.blocks import GPTQOptions
+from gpt_fast.quantize.convert import Calibration, Progress, quantize_checkpoint, repack_gguf
+from gpt_fast.quantize.scheme import QuantizationError
+from gpt_fast.quantize.structure import MODES
+from gpt_fast.quantize.text import Text, calibration_part, default_text, file_text, windows
+
+BUILT_IN = "topics"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    try:
+        with tqdm(unit="B", unit_scale=True, desc=args.gguf.name if args.gguf else args.mode) as bar:
+            path = run(args, bar_progress(bar))
+    except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
+        sys.exit(f"error: {error}")
+    print(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m gpt_fast.quantize", description=__doc__)
+    add = flags.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="a converted checkpoint's directory, or its weights file")
+    add("--mode", "-q", choices=MODES, default="int8", help="int4 rounds to nearest, int4-gptq calibrates on text")
+    add("--groupsize", type=int, default=32, help="inputs that share a scale in int4: 32, 64, 128, 256")
+    add("--gguf", type=Path, help="take this file's own Q4_0, Q4_1, Q8_0 blocks, without loss, instead of --mode")
+    add("--embedding", choices=("auto", "int8", "keep"), default="auto", help="auto: int8 where the head shares it")
+    add("--label", default="_", help="goes between the source's name and the mode in the file's name")
+    add("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
+    gptq = flags.add_argument_group("int4-gptq")
+    add = gptq.add_argument
+    add("--calibration_tasks", nargs="+", default=[BUILT_IN], metavar="TASK",
+        help=f"lm-evaluation-harness tasks, or {BUILT_IN}: the help texts of this Python (default)")  # fmt: skip
+    add("--calibration_text", type=Path, help="a UTF-8 file to use instead")
+    add("--calibration_limit", type=int, default=64, help="windows of text")
+    add("--calibration_seq_length", type=int, default=512, help="tokens of a window")
+    add("--percdamp", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it")
+    add("--blocksize", type=int, default=128, help="columns between updates of the whole matrix")
+    add("--act_order", action="store_true", help="round the columns with the largest inputs first")
+    return flags
+
+
+def run(args: argparse.Namespace, progress: Progress) -> Path:
+    if args.gguf is not None:
+        return repack_gguf(args.checkpoint_path, args.gguf, label=args.label, progress=progress)
+    check_range("--percdamp", args.percdamp, 0.0, 1.0)
+    check_range("--blocksize", args.blocksize, 1, 1 << 16)
+    gptq = args.mode == "int4-gptq"
+    return quantize_checkpoint(
+        args.checkpoint_path,
+        mode=args.mode,
+        groupsize=args.groupsize,
+        embedding=args.embedding,
+        label=args.label,
+        device=parse_device(args.device),
+        calibration=calibration_of(args) if gptq else None,
+        gptq=GPTQOptions(percdamp=args.percdamp, blocksize=args.blocksize, act_order=args.act_order),
+        progress=progress,
+    )
+
+
+def calibration_of(args: argparse.Namespace) -> Calibration:
+    """Tokenize the chosen text with the checkpoint's own tokenizer and cut it into windows."""
+    from gpt_fast.tokenizer import load_tokenizer
+
+    check_range("--calibration_limit", args.calibration_limit, 1, 1 << 20)
+    check_range("--calibration_seq_length", args.calibration_seq_length, 8, 1 << 17)
+    path: Path = args.checkpoint_path
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    text = calibration_text(args)
+    rows = windows(
+        tokenizer.encode(text.content, add_bos=False),
+        length=args.calibration_seq_length,
+        limit=args.calibration_limit,
+        prefix=tokenizer.encode("", add_bos=True),
+    )
+    return Calibration(torch.tensor(rows), text.source, text.sha256)
+
+
+def calibration_text(args: argparse.Namespace) -> Text:
+    if args.calibration_text is not None:
+        return file_text(args.calibration_text)
+    if args.calibration_tasks == [BUILT_IN]:
+        return calibration_part(default_text())
+    from gpt_fast.eval.tasks import task_text
+
+    return task_text(args.calibration_tasks)
+
+
+def check_range(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise QuantizationError(f"{flag}: out of range (got {value}, allowed {low}..{high})")
+
+
+def parse_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise QuantizationError(f"--device: unknown device (got {name!r}, allowed cpu, cuda, cuda:N)") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QuantizationError(
+            f"--device: not on this machine (got {name}, allowed {torch.cuda.device_count()} CUDA devices)"
+        )
+    return device
+
+
+def bar_progress(bar: tqdm) -> Progress:
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
+
+
+if __name__ == "__main__":
+    main()
