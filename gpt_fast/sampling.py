@@ -55,8 +55,9 @@ def probabilities(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     """The distribution a row samples from, float32 [B, V]; one-hot at the argmax where temperature is 0."""
     greedy_B = params.temperature_B == 0
     temperature_B1 = torch.where(greedy_B, 1.0, params.temperature_B)[:, None]
-    scaled_BV = logits_BV / temperature_B1
-    keep_BV = scaled_BV >= scaled_BV.amax(-1, keepdim=True) + params.min_p_B.log()[:, None]
+    # Relative to the best token: no temperature, however small, can overflow.
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
+    keep_BV = scaled_BV >= params.min_p_B.log()[:, None]
     if bool(((params.top_k_B > 0) | (params.top_p_B < 1)).any()):
         keep_BV = keep_BV & nucleus(scaled_BV, params)
     probs_BV = scaled_BV.masked_fill(~keep_BV, float("-inf")).softmax(-1)
@@ -87,16 +88,19 @@ def nucleus(scaled_BV: Tensor, params: SamplingTensors) -> Tensor:
 
 
 def nucleus_size(sorted_BC: Tensor, k_B: Tensor, scaled_BV: Tensor, top_p_B: Tensor) -> tuple[Tensor, bool]:
-    """How many of the best tokens each row keeps, and whether the candidates were enough to tell."""
+    """How many of the best tokens each row keeps, and whether the candidates were enough to tell.
+
+    Sums are float64 prefix sums: a row's answer must not depend on how many candidates its neighbours asked for.
+    """
     count, vocab = sorted_BC.shape[1], scaled_BV.shape[1]
     rank_C = torch.arange(count, device=sorted_BC.device)
-    in_k_BC = rank_C < k_B[:, None]
-    total_of_all_B1 = scaled_BV.logsumexp(-1, keepdim=True)
-    total_of_k_B1 = sorted_BC.masked_fill(~in_k_BC, float("-inf")).logsumexp(-1, keepdim=True)
-    total_B1 = torch.where((k_B < vocab)[:, None], total_of_k_B1, total_of_all_B1)
-    probs_BC = (sorted_BC - total_B1).exp().double()
-    before_BC = probs_BC.cumsum(-1) - probs_BC
-    by_p_B = ((before_BC < top_p_B.double()[:, None]) & in_k_BC).sum(-1).clamp(min=1)
+    weight_BC = sorted_BC.exp().double()
+    mass_BC = weight_BC.cumsum(-1)
+    mass_of_k_B1 = mass_BC.gather(1, (k_B - 1).clamp(max=count - 1)[:, None])
+    mass_of_all_B1 = scaled_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    total_B1 = torch.where((k_B < vocab)[:, None], mass_of_k_B1, mass_of_all_B1)
+    in_p_BC = mass_BC - weight_BC < top_p_B.double()[:, None] * total_B1
+    by_p_B = (in_p_BC & (rank_C < k_B[:, None])).sum(-1).clamp(min=1)
     keep_B = torch.where(top_p_B < 1, by_p_B, k_B)
     undecided_B = (top_p_B < 1) & (by_p_B == count) & (k_B > count)
     return keep_B, count == vocab or not bool(undecided_B.any())
