@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt_fast.config import ModelConfig
 from gpt_fast.hf_config import load_model_config
-from gpt_fast.manifest import MANIFEST, read_manifest, read_values, verify_manifest
+from gpt_fast.manifest import read_manifest, read_values, verify_manifest
 from gpt_fast.model import Transformer
 from gpt_fast.safetensors_file import CheckpointError, SafetensorsFile
 
@@ -71,7 +71,7 @@ def find_weights(path: Path) -> Path:
         raise CheckpointError(
             path,
             f"is a pickled checkpoint, and {WEIGHTS} is meant: convert it with "
-            f"`python scripts/convert_hf_checkpoint.py --source_dir {path} --checkpoint_dir DIR`",
+            f"`python scripts/convert_hf_checkpoint.py --source {path} --checkpoint_dir DIR`",
         )
     if path.suffix == ".gguf":
         raise CheckpointError(path, "convert it with `python scripts/convert_gguf.py --gguf FILE --out_dir DIR`")
@@ -194,14 +194,11 @@ def check_entry(file: SafetensorsFile, name: str, like: Tensor, *, any_float: bo
         raise CheckpointError(file.path, problem, tensor=name)
 
 
-def check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinities, without a temporary of the tensor's size."""
+def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds no NaN or infinity; makes no temporary of its size."""
     if tensor.is_floating_point() and tensor.numel():
         low, high = torch.aminmax(tensor)  # both carry a NaN
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(
-                path, f"holds a value that is not finite (range {low.item()} to {high.item()})", tensor=name
-            )
-
-
-__all__ = ["FORMAT", "MANIFEST", "CheckpointError", "Loaded", "load_checkpoint", "verify_manifest"]
+            problem = f"holds a value that is not finite (range {low.item()} to {high.item()} as {tensor.dtype})"
+            raise CheckpointError(path, problem, tensor=name)
+    return tensor

@@ -145,8 +145,9 @@ def model_config_from_hf(values: Mapping[str, Any], *, generation: Mapping[str, 
         bos_id=read_bos(values, vocab_size),
         eos_ids=read_eos(values, generation or {}, vocab_size),
     )
-    for key in ("attention_bias", "mlp_bias"):
-        fields.fixed(key, False)
+    for key, is_option in (("attention_bias", family.bias_keys), ("mlp_bias", family.mlp_bias_key)):
+        if not is_option:
+            fields.fixed(key, False)
     fields.finish(where=f"config.json of a {family.model_type} model")
     return config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from tqdm import tqdm
 from gpt_fast.checkpoint import FORMAT, check_finite
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
-from gpt_fast.convert.source import Source, TensorInfo, check_float, row_count
-from gpt_fast.hf_config import model_config_from_hf
+from gpt_fast.convert.source import Source, TensorInfo, check_float
+from gpt_fast.hf_config import model_config_from_hf, read_json_object
 from gpt_fast.manifest import install, staging
 from gpt_fast.model import Transformer
 from gpt_fast.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
@@ -71,12 +71,28 @@ def convert(
     recipes = choose_recipes(job, config)
     specs = plan_specs(job, config, recipes, dtype)
     check_ties(job, config)
+    write_checkpoint(
+        out_dir,
+        job,
+        specs,
+        lambda spec: build(job.source, recipes[spec.name], config, spec.dtype),
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
 
-    def produce(spec: TensorSpec) -> Tensor:
-        tensor = build(job.source, recipes[spec.name], config, spec.dtype)
-        check_finite(job.source.infos[recipes[spec.name][0].name].file, recipes[spec.name][0].name, tensor)
-        return tensor
 
+def write_checkpoint(
+    out_dir: Path,
+    job: Job,
+    specs: Sequence[TensorSpec],
+    produce: Callable[[TensorSpec], Tensor],
+    *,
+    stem: str = "model",
+    metadata: Mapping[str, str] = FORMAT,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> None:
+    """Stage config, side files and weights, then install them: all of it or nothing."""
     total = sum(spec.nbytes for spec in specs)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress)
     with staging(out_dir) as stage, bar:
@@ -84,7 +100,7 @@ def convert(
         for name, data in job.side_files.items():
             records[name] = write_bytes(stage / name, data)
         records |= write_weights(
-            stage, "model", specs, produce, metadata=FORMAT, shard_bytes=shard_bytes, written=bar.update
+            stage, stem, specs, produce, metadata=metadata, shard_bytes=shard_bytes, written=bar.update
         )
         install(stage, out_dir, records, job.origin)
 
@@ -165,21 +181,25 @@ def check_ties(job: Job, config: ModelConfig) -> None:
 
 
 def build(source: Source, recipe: Recipe, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """Make one target: read its pieces, reorder, join, cast."""
+    """Make one target: read its pieces, check and reorder them, join, cast."""
     parts = [read_piece(source, piece, config) for piece in recipe]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if tensor.dtype == dtype:
+        return tensor
+    first = recipe[0].name
+    return check_finite(source.infos[first].file, first, tensor.to(dtype))  # float16 reaches only 65504
 
 
 def read_piece(source: Source, piece: Piece, config: ModelConfig) -> Tensor:
     tensor = source.read(piece.name, piece.rows)
-    if not piece.rope_heads:
-        return tensor
-    return half_to_interleaved(tensor, piece.rope_heads, config.rotary_dim)
+    check_finite(source.infos[piece.name].file, piece.name, tensor)
+    return half_to_interleaved(tensor, piece.rope_heads, config.rotary_dim) if piece.rope_heads else tensor
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer and generation files that a checkpoint may carry: these names and no others."""
-    return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
-
-
-__all__ = ["DTYPES", "Job", "convert", "json_bytes", "read_side_files", "row_count"]
+    """The tokenizer and generation files that a checkpoint may carry: these names and no others, JSON checked."""
+    present = [directory / name for name in SIDE_FILES if (directory / name).is_file()]
+    for path in present:
+        if path.suffix == ".json":
+            read_json_object(path)
+    return {path.name: path.read_bytes() for path in present}
