@@ -1,0 +1,232 @@
+// Causal grouped-query attention over one slot of the cache, a chunk of 64 keys at a time.
+//
+// A query's result is defined as: for each chunk that it may see, its own maximum, sum of exponentials and weighted
+// values; then these partial results merged in the order of the chunks (as flash attention does, arXiv:2205.14135).
+// Chunks start at multiples of 64 whoever asks, so decode (chunks shared out among threads), verification and prefill
+// (many queries to a chunk) give the same bits. Keys are turned so that lanes are keys: no horizontal sums.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace gf {
+
+inline constexpr int kChunk = 64;
+inline constexpr int kQueryBlock = 4;
+
+enum class CacheType : int32_t { kFloat = 0, kBf16 = 1 };
+
+// One slot and KV head of one layer: keys and values [position][head_dim].
+template <class T>
+struct Slot {
+  const T* k;
+  const T* v;
+};
+
+inline f32x16 load_value(const float* p) { return load(p); }
+inline f32x16 load_value(const uint16_t* p) { return load_bf16(p); }
+inline void store_value(float* p, f32x16 v) { store(p, v); }
+inline void store_value(uint16_t* p, f32x16 v) { store_bf16(p, v); }
+
+// The running result of one query: `o` is the sum of values weighted by exp2(score - max), `sum` the weights' sum.
+struct Partial {
+  float* max;
+  float* sum;
+  float* o;  // [head_dim]
+};
+
+inline void merge(const Partial& into, const Partial& next, int head_dim) {
+  if (*next.max == -INFINITY) return;
+  const float top = *into.max > *next.max ? *into.max : *next.max;
+  const float keep = exp2_one(*into.max - top), gain = exp2_one(*next.max - top);
+  *into.max = top;
+  *into.sum = *into.sum * keep + *next.sum * gain;
+  for (int d = 0; d < head_dim; d += kLanes)
+    store(into.o + d, fma(load(into.o + d), splat(keep), load(next.o + d) * splat(gain)));
+}
+
+inline void clear(const Partial& p, int head_dim) {
+  *p.max = -INFINITY, *p.sum = 0.0f;
+  for (int d = 0; d < head_dim; d += kLanes) store(p.o + d, splat(0.0f));
+}
+
+// A thread's working memory.
+struct AttentionScratch {
+  Buffer<float> keys;    // [head_dim][64]
+  Buffer<float> values;  // [64][head_dim]
+  Buffer<float> scores;  // [query][64]
+  Buffer<float> state;   // [query][head_dim + 16]: merged so far
+  Buffer<float> chunk;   // [query][head_dim + 16]: this chunk's
+
+  void resize(int head_dim, int queries) {
+    keys.resize(size_t(head_dim) * kChunk);
+    values.resize(size_t(head_dim) * kChunk);
+    scores.resize(size_t(queries) * kChunk);
+    state.resize(size_t(queries) * (head_dim + kLanes));
+    chunk.resize(size_t(queries) * (head_dim + kLanes));
+  }
+};
+
+inline Partial partial_at(float* base, int index, int head_dim) {
+  float* p = base + size_t(index) * (head_dim + kLanes);
+  return {p + head_dim, p + head_dim + 1, p};
+}
+
+// keys[d][0..63] = k[0..n-1][d]; keys past n are zero.
+inline void turn_keys(const float* k, int n, int head_dim, float* keys) {
+  for (int first = 0; first < n; first += kLanes)
+    for (int d = 0; d < head_dim; d += kLanes) {
+      i32x16 row[16];
+      for (int i = 0; i < 16; i++)
+        row[i] = first + i < n ? load_i(k + size_t(first + i) * head_dim + d) : splat_i(0);
+      transpose16(row);
+      for (int i = 0; i < 16; i++) store_i(keys + (d + i) * kChunk + first, row[i]);
+    }
+}
+
+inline void turn_keys(const uint16_t* k, int n, int head_dim, float* keys) {
+  for (int first = 0; first < n; first += kLanes)
+    for (int d = 0; d < head_dim; d += 2 * kLanes) {  // pairs of bfloat16 are turned as one 32-bit lane
+      const int dims = head_dim - d < 2 * kLanes ? head_dim - d : 2 * kLanes;
+      i32x16 row[16];
+      for (int i = 0; i < 16; i++)
+        row[i] = first + i < n ? load_some(k + size_t(first + i) * head_dim + d, 2 * dims) : splat_i(0);
+      transpose16(row);
+      for (int i = 0; i < dims / 2; i++) {
+        store(keys + (d + 2 * i) * kChunk + first, even_bf16(row[i]));
+        store(keys + (d + 2 * i + 1) * kChunk + first, odd_bf16(row[i]));
+      }
+    }
+}
+
+// scores[q][0..63] of Q queries: the products with the turned keys, 32 keys at a time.
+template <int Q>
+void score(const float* const* q, const float* keys, int n, int head_dim, float* scores) {
+  for (int first = 0; first < n; first += 2 * kLanes) {
+    f32x16 sum[Q][2];
+    for (auto& s : sum) s[0] = s[1] = splat(0.0f);
+    for (int d = 0; d < head_dim; d++) {
+      const f32x16 k0 = load(keys + d * kChunk + first), k1 = load(keys + d * kChunk + first + kLanes);
+      for (int i = 0; i < Q; i++) {
+        const f32x16 x = splat(q[i][d]);
+        sum[i][0] = fma(x, k0, sum[i][0]);
+        sum[i][1] = fma(x, k1, sum[i][1]);
+      }
+    }
+    for (int i = 0; i < Q; i++) {
+      store(scores + i * kChunk + first, sum[i][0]);
+      store(scores + i * kChunk + first + kLanes, sum[i][1]);
+    }
+  }
+}
+
+// Turns one query's scores into weights; only keys first..last-1 of the chunk count. False: none does.
+inline bool weigh(float* scores, int first, int last, int n, const Partial& out) {
+  if (first >= last) {
+    *out.max = -INFINITY, *out.sum = 0.0f;
+    return false;
+  }
+  f32x16 top = splat(-INFINITY);
+  for (int i = 0; i < n; i += kLanes) {
+    const f32x16 s = keep_range(load(scores + i), first - i, last - i);
+    store(scores + i, s);
+    top = max(top, s);
+  }
+  *out.max = reduce_max(top);
+  f32x16 sum = splat(0.0f);
+  for (int i = 0; i < n; i += kLanes) {
+    const f32x16 p = exp2(load(scores + i) - splat(*out.max));
+    store(scores + i, p);
+    sum = sum + p;
+  }
+  *out.sum = reduce_add(sum);
+  return true;
+}
+
+// o[q][d..d+16*V) = sum over keys of weight * value, for Q queries.
+template <int Q, int V, class T>
+void weigh_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, int d) {
+  f32x16 sum[Q][V];
+  for (auto& s : sum)
+    for (auto& x : s) x = splat(0.0f);
+  for (int t = 0; t < n; t++) {
+    f32x16 value[V];
+    for (int j = 0; j < V; j++) value[j] = load_value(v + size_t(t) * head_dim + d + j * kLanes);
+    for (int i = 0; i < Q; i++) {
+      const f32x16 p = splat(weights[i * kChunk + t]);
+      for (int j = 0; j < V; j++) sum[i][j] = fma(p, value[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < Q; i++)
+    for (int j = 0; j < V; j++) store(out[i].o + d + j * kLanes, sum[i][j]);
+}
+
+template <int Q, class T>
+void weigh_all_values(const float* weights, const T* v, int n, int head_dim, const Partial* out) {
+  int d = 0;
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) weigh_values<Q, 4>(weights, v, n, head_dim, out, d);
+  for (; d < head_dim; d += kLanes) weigh_values<Q, 1>(weights, v, n, head_dim, out, d);
+}
+
+// The queries of one KV head that look at one slot.
+struct Queries {
+  int count;
+  const float* const* q;    // [count][head_dim], already scaled by log2(e) / sqrt(head_dim)
+  const int* position;      // [count]
+  int window;               // 0: all earlier positions
+  int last_position() const {
+    int last = 0;
+    for (int i = 0; i < count; i++) last = position[i] > last ? position[i] : last;
+    return last;
+  }
+  int first_seen() const {
+    int first = position[0];
+    for (int i = 0; i < count; i++) first = position[i] < first ? position[i] : first;
+    return window == 0 || first < window ? 0 : first - window + 1;
+  }
+};
+
+// Q queries (from `at`) against a chunk whose first key is at position `start`.
+template <int Q, class T>
+void attend_block(const Queries& x, int at, int start, int n, const float* keys, const T* v, int head_dim,
+                  float* scores, const Partial* out) {
+  score<Q>(x.q + at, keys, n, head_dim, scores);
+  for (int i = 0; i < Q; i++) {
+    const int position = x.position[at + i];
+    const int first = x.window == 0 ? 0 : position - x.window + 1 - start;
+    const int last = position + 1 - start < n ? position + 1 - start : n;
+    if (!weigh(scores + i * kChunk, first < 0 ? 0 : first, last, n, out[i]))
+      for (int j = 0; j < n; j++) scores[i * kChunk + j] = 0.0f;
+  }
+  weigh_all_values<Q>(scores, v, n, head_dim, out);
+}
+
+// One chunk's partial result of every query. Reads no key or value past the last query's position.
+template <class T>
+void attend_chunk(const Queries& x, int chunk, const Slot<T>& slot, int head_dim, AttentionScratch& scratch,
+                  const Partial* out) {
+  const int start = chunk * kChunk;
+  const int left = x.last_position() + 1 - start, n = left < kChunk ? left : kChunk;
+  turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
+  const T* v = slot.v + size_t(start) * head_dim;
+  const auto block = [&](auto values) {
+    for (int at = 0; at < x.count; at += kQueryBlock) {
+      float* scores = scratch.scores.data() + size_t(at) * kChunk;
+      const float* keys = scratch.keys.data();
+      switch (x.count - at) {
+        case 1: attend_block<1>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
+        case 2: attend_block<2>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
+        case 3: attend_block<3>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
+        default: attend_block<4>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
+      }
+    }
+  };
+  if (x.count <= 2 * kQueryBlock) return block(v);
+  float* wide = scratch.values.data();  // many queries: convert the values once
+  for (int i = 0; i < n * head_dim; i += kLanes) store(wide + i, load_value(v + i));
+  block(static_cast<const float*>(wide));
+}
+
+}  // namespace gf

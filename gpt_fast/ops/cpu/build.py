@@ -1,0 +1,108 @@
+"""Compile the decoder once with the machine's C++ compiler and keep the shared library in a cache.
+
+The library has a plain C interface and includes no torch headers: it compiles in seconds and fits any torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
+         "-Wno-maybe-uninitialized")  # gcc 12 raises the last one inside its own AVX-512 header
+# Instruction sets, best first: the cpuinfo flags each needs and what the compiler is told.
+AVX512_BF16 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
+               ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"))
+AVX512 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni"))
+AVX2 = ("avx2 fma f16c", ("-march=x86-64-v3",))
+ISAS = {"avx512_bf16": AVX512_BF16, "avx512": AVX512}
+
+
+class BuildError(RuntimeError):
+    """Why the library cannot be had here: one line."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def best_isa(flags: frozenset[str]) -> str | None:
+    """The first of ISAS that the processor has."""
+    return next((name for name, (needs, _) in ISAS.items() if flags.issuperset(needs.split())), None)
+
+
+def compiler() -> str | None:
+    """$CXX, or the first C++ compiler on the path."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+
+
+def cache_dir() -> Path:
+    """$GPT_FAST_CACHE, else gpt_fast under the user's cache directory."""
+    if own := os.environ.get("GPT_FAST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_fast"
+
+
+def unavailable() -> str | None:
+    """Why no library can be built here, or None."""
+    if best_isa(cpu_flags()) is None:
+        return "the processor has neither AVX-512 VNNI nor AVX2 with FMA and F16C"
+    return None if compiler() else "no C++ compiler found (looked for $CXX, g++, clang++)"
+
+
+def load_library(isa: str | None = None) -> ctypes.CDLL:
+    """The compiled decoder for `isa` (default: the best the processor has), built now if the cache lacks it.
+
+    Raises BuildError. Processes may build at once: each writes its own file and renames it into place.
+    """
+    if reason := unavailable():
+        raise BuildError(reason)
+    isa = isa or best_isa(cpu_flags())
+    assert isa is not None
+    path = cache_dir() / f"decoder-{isa}-{source_key(isa)}.so"
+    if not path.exists():
+        build(path, isa)
+    return ctypes.CDLL(str(path))
+
+
+def source_key(isa: str) -> str:
+    """Hash of all that decides the library's contents: sources, flags, compiler."""
+    cxx = compiler()
+    version = subprocess.run([str(cxx), "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [version, *FLAGS, *ISAS[isa][1]]
+    parts += [path.read_text() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def build(path: Path, isa: str) -> None:
+    """Compile to a temporary name beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so.tmp")
+    os.close(handle)
+    try:
+        compile_sources(Path(temporary), isa, ["decoder.cpp"], ["-shared"])
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def compile_sources(output: Path, isa: str, sources: Sequence[str], extra: Sequence[str]) -> None:
+    """Run the compiler; BuildError carries its first error line."""
+    command = [str(compiler()), *FLAGS, *ISAS[isa][1], *extra, "-o", str(output), *(str(SOURCES / s) for s in sources)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
+        raise BuildError(f"the C++ compiler failed: {first.strip()}")

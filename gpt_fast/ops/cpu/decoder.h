@@ -1,0 +1,515 @@
+// One forward of the whole model: the phases of every layer, run by the pool without leaving C++.
+//
+//   normalize x -> qkv heads (+ bias, norm, rotation, cache write) -> attention -> merge + quantize -> out rows + x
+//   normalize x -> gate and up rows (+ SiLU, quantize) -> down rows + x;        at the end: normalize -> head rows
+//
+// x stays float32. Padding tokens are dropped before the first layer.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "activations.h"
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace gf {
+
+// ---- What Python passes in (decoder.py holds the ctypes twins: same order, same types).
+
+struct LayerWeights {
+  Linear qkv, out, gate_up, down;  // gate_up: tiles of 16 gate rows and 16 up rows take turns
+  const float* attention_norm;
+  const float* ffn_norm;
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;
+  int32_t window;  // 0: none
+};
+
+struct ModelWeights {
+  int32_t n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, vocab, rotary_dim;
+  int32_t embedding_type;   // 0 float32, 1 bfloat16, 2 float16, 3 int8
+  int32_t embedding_group;  // int8: neighbours that share a scale
+  float norm_eps;
+  const void* embedding;         // [vocab][dim]
+  const float* embedding_scale;  // int8: [vocab][ceil(dim / group)]
+  const float* rope;      // [positions][2][rotary_dim / 2]: cos, sin
+  const float* norm;
+  Linear head;
+  const LayerWeights* layers;
+};
+
+struct StepInput {
+  int32_t rows, row_tokens;   // B, S
+  int32_t length, positions;  // every real token lies below `length`; `positions` of a slot, the last one scratch
+  int32_t slots;              // of the cache
+  int32_t cache_type;
+  const int64_t* tokens;     // [B][S]
+  const int64_t* position;   // [B][S]; positions - 1: padding
+  const int64_t* slot;       // [B], or null: row b is slot b
+  const int64_t* select;     // [B], or null: logits of every token
+  void* k;                   // [layer][slot][kv head][position][head_dim]
+  void* v;
+  float* logits;             // [B][vocab], or [B][S][vocab]
+};
+
+enum StepError { kFine = 0, kBadToken = 1, kBadPosition = 2, kBadSlot = 3, kBadSelect = 4 };
+
+// ---- How a matrix product is cut into chunks of work.
+
+struct Split {
+  int tiles, tiles_each, rows, rows_each;
+
+  // `unit` tiles belong together. Small enough to share out evenly, large enough to stream.
+  static Split make(int tiles, int unit, int rows, int cols, int threads) {
+    Split s{tiles, 0, rows, 0};
+    const int fit = 256 * 1024 / cols / 24 * 24;  // rows of x that stay in the level 2 cache
+    s.rows_each = std::min(rows, std::max(fit, 48));
+    const int each = (tiles + threads * 8 - 1) / (threads * 8);
+    s.tiles_each = std::max(unit, std::min(round_up(each, unit), round_up(1024, unit)));
+    while (s.chunks() > Pool::kMaxChunks) s.tiles_each *= 2;
+    return s;
+  }
+  int tile_chunks() const { return (tiles + tiles_each - 1) / tiles_each; }
+  int chunks() const { return rows == 0 ? 0 : tile_chunks() * ((rows + rows_each - 1) / rows_each); }
+  struct Part {
+    int tile, tiles, row, rows;
+  };
+  Part part(int chunk) const {
+    const int tile = chunk % tile_chunks() * tiles_each, row = chunk / tile_chunks() * rows_each;
+    return {tile, std::min(tiles_each, tiles - tile), row, std::min(rows_each, rows - row)};
+  }
+};
+
+class Decoder final : public Job {
+ public:
+  Decoder(const ModelWeights& model, Pool& pool)
+      : model_(model), layers_(model.layers, model.layers + model.n_layer), pool_(pool),
+        kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8) {
+    scratch_.resize(size_t(pool.threads()));
+  }
+
+  StepError step(const StepInput& input) {
+    input_ = input;
+    const StepError error = collect_tokens();
+    if (error != kFine) return error;
+    if (tokens_.empty()) return kFine;
+    plan();
+    embed();
+    pool_.run(*this);
+    return kFine;
+  }
+
+  // ---- Job
+
+  int phases() const override { return model_.n_layer * kLayerPhases + 2; }
+
+  int chunks(int phase) const override {
+    return chunks_[phase / kLayerPhases < model_.n_layer ? phase % kLayerPhases
+                                                         : kLayerPhases + phase % kLayerPhases];
+  }
+
+  void run(int phase, int chunk, int thread) override {
+    const int index = phase / kLayerPhases;
+    if (index == model_.n_layer) {
+      return phase % kLayerPhases == 0 ? normalize_selected(chunk, scratch_[thread]) : head(chunk, scratch_[thread]);
+    }
+    const LayerWeights& w = layers_[index];
+    Scratch& s = scratch_[thread];
+    switch (phase % kLayerPhases) {
+      case kNormalizeAttention: return normalize(w.attention_norm, chunk, s);
+      case kQkv: return qkv(w, index, chunk, s);
+      case kAttend: return attend(w, index, chunk, s);
+      case kMerge: return merge_and_quantize(chunk);
+      case kOut: return add_product(w.out, out_split_, attended_q_, chunk, s);
+      case kNormalizeFfn: return normalize(w.ffn_norm, chunk, s);
+      case kGateUp: return gate_up(w, chunk, s);
+      default: return add_product(w.down, down_split_, hidden_q_, chunk, s);
+    }
+  }
+
+ private:
+  enum { kNormalizeAttention, kQkv, kAttend, kMerge, kOut, kNormalizeFfn, kGateUp, kDown, kLayerPhases };
+
+  struct Token {
+    int id, position, slot;
+    float* logits;  // null: not wanted
+  };
+
+  // Neighbouring tokens of one slot, whose queries read the cache together.
+  struct Span {
+    int first, count;
+  };
+
+  // One KV head of one span. `chunk_count` chunks from `first_chunk` go to partials; all of them when `whole`.
+  struct Item {
+    Span span;
+    int kv_head, first_chunk, chunk_count;
+    bool whole;
+  };
+
+  struct Scratch {
+    Buffer<float> out, norm;
+    AttentionScratch attention;
+    std::vector<const float*> q;
+    std::vector<int> position;
+    std::vector<Partial> partial, state;
+  };
+
+  static constexpr int kRowBlock = 48;        // rows whose products are finished before going on
+  static constexpr int kSpanTokens = 16;      // tokens of a slot attended together
+  static constexpr int kSplitBelow = 9;       // spans this short are shared out by chunks of keys
+  static constexpr int kNormRows = 4;         // rows to a chunk of the small phases
+
+  // ---- Setting up
+
+  StepError collect_tokens() {
+    tokens_.clear();
+    const int all = input_.rows * input_.row_tokens, scratch = input_.positions - 1;
+    for (int i = 0; i < all; i++) {
+      const int row = i / input_.row_tokens, column = i % input_.row_tokens;
+      const bool wanted = !input_.select || input_.select[row] == column;
+      if (input_.select && (input_.select[row] < 0 || input_.select[row] >= input_.row_tokens)) return kBadSelect;
+      float* logits = wanted ? input_.logits + size_t(input_.select ? row : i) * model_.vocab : nullptr;
+      if (input_.position[i] == scratch) {
+        if (logits) std::memset(logits, 0, sizeof(float) * model_.vocab);
+        continue;
+      }
+      const int64_t slot = input_.slot ? input_.slot[row] : row;
+      if (input_.tokens[i] < 0 || input_.tokens[i] >= model_.vocab) return kBadToken;
+      if (input_.position[i] < 0 || input_.position[i] >= std::min(input_.length, scratch)) return kBadPosition;
+      if (slot < 0 || slot >= input_.slots) return kBadSlot;
+      tokens_.push_back({int(input_.tokens[i]), int(input_.position[i]), int(slot), logits});
+    }
+    return kFine;
+  }
+
+  void plan() {
+    const int rows = int(tokens_.size()), threads = pool_.threads();
+    selected_.clear();
+    for (int i = 0; i < rows; i++)
+      if (tokens_[i].logits) selected_.push_back(i);
+    plan_attention();
+    qkv_rows_each_ = std::min(rows, kRowBlock);
+    out_split_ = Split::make(layers_[0].out.tiles(), 2, rows, layers_[0].out.cols, threads);
+    gate_up_split_ = Split::make(layers_[0].gate_up.tiles(), 4, rows, model_.dim, threads);
+    down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
+    head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
+    const int row_chunks = (rows + kNormRows - 1) / kNormRows;
+    chunks_[kNormalizeAttention] = chunks_[kNormalizeFfn] = chunks_[kMerge] = row_chunks;
+    chunks_[kQkv] = heads() * ((rows + qkv_rows_each_ - 1) / qkv_rows_each_);
+    chunks_[kAttend] = int(items_.size());
+    chunks_[kOut] = out_split_.chunks();
+    chunks_[kGateUp] = gate_up_split_.chunks();
+    chunks_[kDown] = down_split_.chunks();
+    chunks_[kLayerPhases] = (int(selected_.size()) + kNormRows - 1) / kNormRows;
+    chunks_[kLayerPhases + 1] = head_split_.chunks();
+    resize_buffers(rows);
+  }
+
+  void resize_buffers(int rows) {
+    const int dim = model_.dim, heads_dim = model_.n_head * model_.head_dim;
+    if (rows <= capacity_) return resize_partials();
+    capacity_ = rows;
+    x_.resize(size_t(rows) * dim);
+    q_.resize(size_t(rows) * heads_dim);
+    attended_.resize(size_t(rows) * heads_dim);
+    normal_q_.resize(kind_, rows, dim);
+    attended_q_.resize(kind_, rows, heads_dim);
+    hidden_q_.resize(kind_, rows, model_.ffn_dim);
+    for (auto& s : scratch_) resize_scratch(s, rows);
+    resize_partials();
+  }
+
+  void resize_scratch(Scratch& s, int rows) {
+    const int queries = std::min(rows, kSpanTokens) * group();
+    s.out.resize(size_t(std::min(rows, kRowBlock)) * std::max(model_.head_dim, 4 * kLanes));
+    s.norm.resize(size_t(round_up(model_.dim, kGroup)));
+    s.attention.resize(model_.head_dim, queries);
+    s.q.resize(size_t(queries));
+    s.position.resize(size_t(queries));
+    s.partial.resize(size_t(queries));
+    s.state.resize(size_t(queries));
+  }
+
+  void resize_partials() {
+    const size_t needed = size_t(partial_tokens_) * model_.n_head * partial_chunks_ * (model_.head_dim + kLanes);
+    if (partials_.size() < needed) partials_.resize(needed);
+  }
+
+  // Spans and items, in an order that does not matter to the result.
+  void plan_attention() {
+    items_.clear();
+    partial_chunks_ = 0;
+    partial_tokens_ = 0;
+    split_index_.assign(tokens_.size(), -1);
+    const int rows = int(tokens_.size());
+    for (int first = 0; first < rows;) {
+      int count = 1;
+      while (first + count < rows && count < kSpanTokens && tokens_[first + count].slot == tokens_[first].slot) count++;
+      add_items({first, count});
+      first += count;
+    }
+  }
+
+  void add_items(Span span) {
+    int last = 0;
+    for (int i = 0; i < span.count; i++) last = std::max(last, tokens_[span.first + i].position);
+    const int chunks = last / kChunk + 1;
+    const bool whole = span.count >= kSplitBelow;
+    if (!whole) {
+      for (int i = 0; i < span.count; i++) split_index_[span.first + i] = partial_tokens_++;
+      partial_chunks_ = std::max(partial_chunks_, chunks);
+    }
+    const int each = whole ? chunks : (chunks + 127) / 128;
+    for (int head = 0; head < model_.n_kv_head; head++)
+      for (int chunk = 0; chunk < chunks; chunk += each)
+        items_.push_back({span, head, chunk, std::min(each, chunks - chunk), whole});
+  }
+
+  int heads() const { return model_.n_head + 2 * model_.n_kv_head; }
+  int group() const { return model_.n_head / model_.n_kv_head; }
+
+  // ---- Phases
+
+  void embed() {
+    const auto* full = static_cast<const float*>(model_.embedding);
+    const auto* half = static_cast<const uint16_t*>(model_.embedding);
+    switch (model_.embedding_type) {
+      case 0: return embed_from(full, [](float v) { return v; });
+      case 1: return embed_from(half, [](uint16_t v) { return bf16_to_float(v); });
+      case 2: return embed_from(half, [](uint16_t v) { return float(read_as<_Float16>(&v)); });
+      default: return embed_int8();
+    }
+  }
+
+  void embed_int8() {
+    embed_from(static_cast<const int8_t*>(model_.embedding), [](int8_t v) { return float(v); });
+    const int group = model_.embedding_group, groups = (model_.dim + group - 1) / group;
+    for (size_t i = 0; i < tokens_.size(); i++)
+      for (int d = 0; d < model_.dim; d++)
+        x_[i * model_.dim + d] *= model_.embedding_scale[size_t(tokens_[i].id) * groups + d / group];
+  }
+
+  template <class T, class F>
+  void embed_from(const T* table, F&& to_float) {
+    for (size_t i = 0; i < tokens_.size(); i++) {
+      const T* from = table + size_t(tokens_[i].id) * model_.dim;
+      std::transform(from, from + model_.dim, x_.data() + i * model_.dim, to_float);
+    }
+  }
+
+  void normalize(const float* weight, int chunk, Scratch& s) {
+    const int rows = int(tokens_.size());
+    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++)
+      normalize_row(weight, m, m, s);
+  }
+
+  void normalize_selected(int chunk, Scratch& s) {
+    const int rows = int(selected_.size());
+    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++)
+      normalize_row(model_.norm, selected_[m], m, s);
+  }
+
+  void normalize_row(const float* weight, int from, int to, Scratch& s) {
+    norm_row(x_.data() + size_t(from) * model_.dim, weight, model_.dim, model_.norm_eps, s.norm.data());
+    normal_q_.put_row(to, s.norm.data(), model_.dim);
+  }
+
+  // One head's query, key or value of some rows.
+  void qkv(const LayerWeights& w, int layer, int chunk, Scratch& s) {
+    const int D = model_.head_dim, head = chunk % heads(), row = chunk / heads() * qkv_rows_each_;
+    const int rows = std::min(qkv_rows_each_, int(tokens_.size()) - row);
+    multiply(w.qkv, head * D / kLanes, D / kLanes, normal_q_, row, rows, s.out.data(), D);
+    for (int m = 0; m < rows; m++) {
+      float* x = s.out.data() + size_t(m) * D;
+      const Token& token = tokens_[row + m];
+      if (head < model_.n_head) {
+        if (w.q_norm) norm_row(x, w.q_norm, D, model_.norm_eps, x);
+        rotate(x, token.position);
+        scale_into(x, q_.data() + (size_t(row + m) * model_.n_head + head) * D);
+      } else if (head < model_.n_head + model_.n_kv_head) {
+        if (w.k_norm) norm_row(x, w.k_norm, D, model_.norm_eps, x);
+        rotate(x, token.position);
+        write_cache(input_.k, layer, token, head - model_.n_head, x);
+      } else {
+        write_cache(input_.v, layer, token, head - model_.n_head - model_.n_kv_head, x);
+      }
+    }
+  }
+
+  void rotate(float* x, int position) const {
+    const int pairs = model_.rotary_dim / 2;
+    const float* cos = model_.rope + size_t(position) * model_.rotary_dim;
+    const float* sin = cos + pairs;
+    int i = 0;
+    for (; i + 8 <= pairs; i += 8)
+      store(x + 2 * i, rotate_pairs(load(x + 2 * i), load_twice(cos + i), load_twice(sin + i)));
+    for (; i < pairs; i++) {
+      const float even = x[2 * i], odd = x[2 * i + 1];
+      x[2 * i] = even * cos[i] - odd * sin[i];
+      x[2 * i + 1] = odd * cos[i] + even * sin[i];
+    }
+  }
+
+  void scale_into(const float* x, float* q) const {
+    const float scale = 1.44269504f / std::sqrt(float(model_.head_dim));  // exp2 instead of exp
+    for (int d = 0; d < model_.head_dim; d += kLanes) store(q + d, load(x + d) * splat(scale));
+  }
+
+  size_t cache_offset(int layer, int slot, int kv_head) const {
+    return ((size_t(layer) * input_.slots + slot) * model_.n_kv_head + kv_head) * input_.positions * model_.head_dim;
+  }
+
+  void write_cache(void* cache, int layer, const Token& token, int kv_head, const float* x) const {
+    const size_t at = cache_offset(layer, token.slot, kv_head) + size_t(token.position) * model_.head_dim;
+    for (int d = 0; d < model_.head_dim; d += kLanes) {
+      if (input_.cache_type == int(CacheType::kFloat)) store_value(static_cast<float*>(cache) + at + d, load(x + d));
+      else store_value(static_cast<uint16_t*>(cache) + at + d, load(x + d));
+    }
+  }
+
+  void attend(const LayerWeights& w, int layer, int chunk, Scratch& s) {
+    const Item& item = items_[chunk];
+    const size_t at = cache_offset(layer, tokens_[item.span.first].slot, item.kv_head);
+    if (input_.cache_type == int(CacheType::kFloat))
+      attend_item(w, item, Slot<float>{static_cast<float*>(input_.k) + at, static_cast<float*>(input_.v) + at}, s);
+    else
+      attend_item(w, item, Slot<uint16_t>{static_cast<uint16_t*>(input_.k) + at, static_cast<uint16_t*>(input_.v) + at},
+                  s);
+  }
+
+  Queries gather_queries(const Item& item, int window, Scratch& s) const {
+    const int D = model_.head_dim, G = group();
+    for (int i = 0; i < item.span.count * G; i++) {
+      const int token = item.span.first + i / G, head = item.kv_head * G + i % G;
+      s.q[i] = q_.data() + (size_t(token) * model_.n_head + head) * D;
+      s.position[i] = tokens_[token].position;
+    }
+    return {item.span.count * G, s.q.data(), s.position.data(), window};
+  }
+
+  template <class T>
+  void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, Scratch& s) {
+    const int D = model_.head_dim, G = group();
+    const Queries queries = gather_queries(item, w.window, s);
+    const int first = queries.first_seen() / kChunk;
+    for (int i = 0; item.whole && i < queries.count; i++) {
+      s.partial[i] = partial_at(s.attention.chunk.data(), i, D);
+      s.state[i] = partial_at(s.attention.state.data(), i, D);
+      clear(s.state[i], D);
+    }
+    for (int chunk = item.first_chunk; chunk < item.first_chunk + item.chunk_count; chunk++) {
+      for (int i = 0; !item.whole && i < queries.count; i++)
+        s.partial[i] = stored_partial(item.span.first + i / G, item.kv_head * G + i % G, chunk);
+      if (chunk >= first) attend_chunk(queries, chunk, slot, D, s.attention, s.partial.data());
+      for (int i = 0; i < queries.count; i++) {
+        if (chunk < first) *s.partial[i].max = -INFINITY;
+        if (item.whole) merge(s.state[i], s.partial[i], D);
+      }
+    }
+    for (int i = 0; item.whole && i < queries.count; i++)
+      finish_query(s.state[i], item.span.first + i / G, item.kv_head * G + i % G);
+  }
+
+  Partial stored_partial(int token, int head, int chunk) {
+    const int index = (split_index_[token] * model_.n_head + head) * partial_chunks_ + chunk;
+    return partial_at(partials_.data(), index, model_.head_dim);
+  }
+
+  void finish_query(const Partial& p, int token, int head) {
+    const int D = model_.head_dim;
+    float* out = attended_.data() + (size_t(token) * model_.n_head + head) * D;
+    const f32x16 inverse = splat(1.0f / *p.sum);
+    for (int d = 0; d < D; d += kLanes) store(out + d, load(p.o + d) * inverse);
+  }
+
+  void merge_and_quantize(int chunk) {
+    const int rows = int(tokens_.size()), width = model_.n_head * model_.head_dim;
+    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++) {
+      if (split_index_[m] >= 0) merge_token(m);
+      attended_q_.put_row(m, attended_.data() + size_t(m) * width, width);
+    }
+  }
+
+  void merge_token(int token) {
+    const int chunks = tokens_[token].position / kChunk + 1;
+    for (int head = 0; head < model_.n_head; head++) {
+      const Partial total = stored_partial(token, head, 0);
+      for (int chunk = 1; chunk < chunks; chunk++) {
+        const Partial next = stored_partial(token, head, chunk);
+        if (*total.max == -INFINITY) std::memcpy(total.o, next.o, sizeof(float) * (model_.head_dim + 2));
+        else merge(total, next, model_.head_dim);
+      }
+      finish_query(total, token, head);
+    }
+  }
+
+  // x += product: the output and down projections.
+  void add_product(const Linear& w, const Split& split, const Activations& from, int chunk, Scratch& s) {
+    const Split::Part part = split.part(chunk);
+    for_blocks(part, 2, [&](int tile, int tiles, int row, int rows) {
+      multiply(w, tile, tiles, from, row, rows, s.out.data(), 2 * kLanes);
+      const int first = tile * kLanes, n = std::min(tiles * kLanes, w.rows - first);
+      for (int m = 0; m < rows; m++) {
+        const float* out = s.out.data() + size_t(m) * 2 * kLanes;
+        float* x = x_.data() + size_t(row + m) * model_.dim + first;
+        for (int i = 0; i < n; i++) x[i] += out[i];
+      }
+    });
+  }
+
+  // silu(gate) * up of 32 hidden values at a time, which are one group of the down projection's input.
+  void gate_up(const LayerWeights& w, int chunk, Scratch& s) {
+    for_blocks(gate_up_split_.part(chunk), 4, [&](int tile, int tiles, int row, int rows) {
+      multiply(w.gate_up, tile, tiles, normal_q_, row, rows, s.out.data(), 4 * kLanes);
+      for (int m = 0; m < rows; m++) {
+        const float* out = s.out.data() + size_t(m) * 4 * kLanes;
+        const f32x16 a = silu(load(out)) * load(out + kLanes);
+        const f32x16 b = silu(load(out + 2 * kLanes)) * load(out + 3 * kLanes);
+        hidden_q_.put_group(row + m, tile / 4, a, b);
+      }
+    });
+  }
+
+  void head(int chunk, Scratch& s) {
+    for_blocks(head_split_.part(chunk), 2, [&](int tile, int tiles, int row, int rows) {
+      multiply(model_.head, tile, tiles, normal_q_, row, rows, s.out.data(), 2 * kLanes);
+      const int first = tile * kLanes, n = std::min(tiles * kLanes, model_.vocab - first);
+      for (int m = 0; m < rows; m++)
+        std::memcpy(tokens_[selected_[row + m]].logits + first, s.out.data() + size_t(m) * 2 * kLanes,
+                    sizeof(float) * n);
+    });
+  }
+
+  template <class F>
+  static void for_blocks(const Split::Part& part, int unit, F&& run) {
+    for (int tile = part.tile; tile < part.tile + part.tiles; tile += unit)
+      for (int row = part.row; row < part.row + part.rows; row += kRowBlock)
+        run(tile, std::min(unit, part.tile + part.tiles - tile), row, std::min(kRowBlock, part.row + part.rows - row));
+  }
+
+  ModelWeights model_;
+  std::vector<LayerWeights> layers_;
+  Pool& pool_;
+  Kind kind_;
+  StepInput input_{};
+
+  std::vector<Token> tokens_;
+  std::vector<int> selected_;     // tokens whose logits are wanted
+  std::vector<int> split_index_;  // token -> its place in partials_, or -1
+  std::vector<Item> items_;
+  int partial_tokens_ = 0, partial_chunks_ = 0, qkv_rows_each_ = 0, capacity_ = 0;
+  int chunks_[kLayerPhases + 2] = {};
+  Split out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};
+
+  Buffer<float> x_, q_, attended_, partials_;
+  Activations normal_q_, attended_q_, hidden_q_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace gf

@@ -1,0 +1,170 @@
+"""CpuDecoder: a Transformer's forward as one C++ call (decoder.h), with gpt_fast.model.Transformer as its twin.
+
+Shapes: B rows, S tokens of a row, V vocabulary, N outputs, K inputs; caches [layers, slots, KV heads, positions, dim].
+
+Every output is the same sequence of float operations whatever the batch, the number of tokens of a call and the
+number of threads: a row's logits are the same bits alone, in any batch, in decode, verification and prefill.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, byref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt_fast.ops.cpu import build, pack
+from gpt_fast.ops.cpu.pack import Arena, Packed
+from gpt_fast.ops.cpu.structs import STEP_ERRORS, LayerWeights, Linear, ModelWeights, StepInput, load_library
+from gpt_fast.ops.cpu.weights import Packer
+
+if TYPE_CHECKING:
+    from gpt_fast.cache import KVCache
+    from gpt_fast.model import Transformer
+
+WEIGHTS = ("bfloat16", "int8", "int4")
+EMBEDDING_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+SPINS = 20000  # pauses before a waiting thread sleeps: some hundred microseconds
+
+
+def unsupported(model: Transformer) -> str | None:
+    """Why this machine or model must use the plain path, or None."""
+    config = model.config
+    if reason := build.unavailable():
+        return reason
+    if config.n_expert:
+        return f"n_expert={config.n_expert}: the CPU decoder has no mixture of experts"
+    if config.head_dim % pack.TILE:
+        return f"head_dim={config.head_dim}: the CPU decoder needs a multiple of {pack.TILE}"
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        return "the model is not on the CPU"
+    return None
+
+
+class Pool:
+    """Threads that decoders share (a target and its draft); closed with its last user."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int, spins: int = SPINS) -> None:
+        self.library, self.threads = library, threads
+        self.handle = library.gf_pool_create(threads, spins)
+
+    def __del__(self) -> None:
+        self.library.gf_pool_destroy(self.handle)
+
+
+class CpuDecoder:
+    """`forward` of a packed copy of `model`'s weights.
+
+    weights: "bfloat16"; "int8" (a scale a row); "int4" (scale and minimum per `group` inputs, head in int8 with a
+    scale per 32). Activations are int8 per 32 inputs beside int8 and int4 weights, else bfloat16; sums, residual and
+    attention are float32. threads: of the forward, the caller's included. pool: another decoder's, to share its
+    threads. isa: one of build.ISAS, for tests.
+    Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        weights: str,
+        threads: int,
+        group: int = 32,
+        pool: Pool | None = None,
+        isa: str | None = None,
+    ) -> None:
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights: unknown format (got {weights!r}, allowed {', '.join(WEIGHTS)})")
+        if reason := unsupported(model):
+            raise ValueError(reason)
+        self.config = model.config
+        self.library = load_library(isa)
+        self.pool = pool or Pool(self.library, threads)
+        self.kept: list[Tensor | Structure | ctypes.Array] = []  # what the C++ side points to
+        self.arena = Arena()
+        self.weight_bytes = 0
+        description = self.describe_model(model, Packer(weights, group))
+        self.handle = self.library.gf_decoder_create(byref(description), self.pool.handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.gf_decoder_destroy(self.handle)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        cache: KVCache,
+        *,
+        length: int,
+        slots_B: Tensor | None = None,
+        select_B: Tensor | None = None,
+    ) -> Tensor:
+        """As Transformer.forward. A padding token costs nothing, writes nothing and gets logits of zero."""
+        B, S = tokens_BS.shape
+        shape = (B, S, self.config.vocab_size) if select_B is None else (B, self.config.vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32)
+        step = StepInput.of(tokens_BS, positions_BS, cache, length, slots_B, select_B, logits)
+        if error := self.library.gf_decoder_step(self.handle, byref(step)):
+            raise ValueError(STEP_ERRORS[error])
+        return logits
+
+    __call__ = forward
+
+    # ---- describing the model to C++
+
+    def describe_model(self, model: Transformer, packer: Packer) -> ModelWeights:
+        c = model.config
+        if model.rope_cos_sin_PE is None:
+            raise ValueError("model: call setup_rope before building the CPU decoder")
+        layers = (LayerWeights * c.n_layer)()
+        for i, layer in enumerate(model.layers):
+            self.describe_layer(layers[i], layer, packer)
+        self.kept.append(layers)
+        table, table_scale, table_group = embedding_table(model.tok_embeddings)
+        return ModelWeights(
+            n_layer=c.n_layer, dim=c.dim, n_head=c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim,
+            ffn_dim=c.intermediate_size, vocab=c.vocab_size, rotary_dim=c.rotary_dim, norm_eps=c.norm_eps,
+            embedding_type=EMBEDDING_TYPES[table.dtype], embedding_group=table_group, embedding=self.keep(table),
+            embedding_scale=None if table_scale is None else self.keep_float(table_scale),
+            rope=self.keep_float(model.rope_cos_sin_PE), norm=self.keep_float(model.norm.weight),
+            head=self.describe(packer.head(model.output)), layers=layers,
+        )
+
+    def describe_layer(self, out: LayerWeights, layer: Any, packer: Packer) -> None:
+        attention = layer.attention
+        out.qkv = self.describe(packer.body(attention.wqkv))
+        out.out = self.describe(packer.body(attention.wo))
+        out.gate_up = self.describe(packer.gate_up(layer.feed_forward))
+        out.down = self.describe(packer.body(layer.feed_forward.w2))
+        out.attention_norm = self.keep_float(layer.attention_norm.weight)
+        out.ffn_norm = self.keep_float(layer.ffn_norm.weight)
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(attention, name)
+            setattr(out, name, None if isinstance(norm, nn.Identity) else self.keep_float(norm.weight))
+        out.window = attention.window or 0
+
+    def describe(self, packed: Packed) -> Linear:
+        q, scale = self.keep(self.arena.put(packed.q)), packed.scale
+        self.weight_bytes += packed.nbytes
+        return Linear(
+            format=packed.format, rows=packed.rows, cols=packed.cols, group=packed.group, q=q,
+            scale=None if scale is None else self.keep(self.arena.put(scale)),
+            bias=None if packed.bias is None else self.keep_float(packed.bias),
+        )
+
+    def keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def keep_float(self, tensor: Tensor) -> int:
+        return self.keep(tensor.detach().float().contiguous())
+
+
+def embedding_table(embedding: Any) -> tuple[Tensor, Tensor | None, int]:
+    """(table [V, D], its scales or None, how many neighbours share a scale)."""
+    if not hasattr(embedding, "quantized_weight"):
+        return embedding.weight.detach(), None, 1
+    table, scale, _ = embedding.quantized_weight()
+    return table, scale, embedding.scheme.groupsize or table.shape[1]

@@ -1,0 +1,229 @@
+// y = W x for packed weights and a few or many rows of x.
+//
+// Weights lie in tiles of 16 output rows. Within a tile, a 64-byte vector holds 4 consecutive inputs of each of the
+// 16 rows (2 inputs in bfloat16), so one load feeds one dot-product instruction and lane i belongs to row i: no
+// horizontal sums. A block of MR rows of x times NR tiles stays in registers; every loaded weight vector serves MR rows.
+//
+// Each output is the same sequence of float operations whatever MR and NR are (integer sums are exact, groups are
+// added in order), so a row's result does not depend on what it is batched with.
+#pragma once
+
+#include <cstdint>
+
+#include "activations.h"
+#include "simd.h"
+
+namespace gf {
+
+enum Format : int32_t { kInt8Row = 0, kInt8Group = 1, kInt4 = 2, kBf16 = 3 };
+
+// Filled in by Python (pack.py); the order and types of fields are shared with its ctypes twin.
+struct Linear {
+  int32_t format;
+  int32_t rows;       // outputs
+  int32_t cols;       // inputs
+  int32_t group;      // inputs that share a scale (kInt4: 32, 64, 128 or 256)
+  const uint8_t* q;   // [tile][cols/32] blocks
+  const void* scale;  // kInt8Row: float [rows]; kInt8Group: half [tile][cols/32][16];
+                      // kInt4: half [tile][cols/group][scale, minimum][16]
+  const float* bias;  // float [rows], or null
+
+  int tiles() const { return (rows + kLanes - 1) / kLanes; }
+  int groups() const { return (cols + kGroup - 1) / kGroup; }
+  int scale_groups() const { return (cols + group - 1) / group; }
+};
+
+inline constexpr int kPrefetchAhead = 2048;  // bytes; see docs/performance.md for the ablation
+
+// One class a format: the bytes of a block (16 outputs x 32 inputs), how its vectors are read, and how a block's
+// integer sum enters the float sum.
+struct Int8Row {
+  static constexpr int kBlock = 512;
+  const uint8_t* q;
+  const float* row_scale;
+
+  Int8Row(const Linear& w, int tile)
+      : q(w.q + size_t(tile) * w.groups() * kBlock), row_scale(static_cast<const float*>(w.scale) + tile * kLanes) {}
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
+  void load_scales(int) {}
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), splat(x.scale(row)[g]), sum);
+  }
+  f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
+};
+
+struct Int8Group {
+  static constexpr int kBlock = 512;
+  const uint8_t* q;
+  const uint16_t* half;
+  f32x16 scale;
+
+  Int8Group(const Linear& w, int tile)
+      : q(w.q + size_t(tile) * w.groups() * kBlock),
+        half(static_cast<const uint16_t*>(w.scale) + size_t(tile) * w.groups() * kLanes) {}
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
+  void load_scales(int g) { scale = load_f16(half + g * kLanes); }
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
+  }
+  f32x16 finish(f32x16 sum) const { return sum; }
+};
+
+// w = scale * q + minimum with q in 0..15: the minimum meets the group's sum of activations.
+struct Int4 {
+  static constexpr int kBlock = 256;
+  const uint8_t* q;
+  const uint16_t* half;
+  int blocks_per_scale;
+  f32x16 scale, minimum;
+
+  Int4(const Linear& w, int tile)
+      : q(w.q + size_t(tile) * w.groups() * kBlock),
+        half(static_cast<const uint16_t*>(w.scale) + size_t(tile) * w.scale_groups() * 2 * kLanes),
+        blocks_per_scale(w.group / kGroup) {}
+  static int32_t start(const Activations&, int, int) { return 0; }
+  void vectors(int j, i32x16& a, i32x16& b) const {
+    const i32x16 both = load_i(q + 64 * j);
+    a = low_nibbles(both), b = high_nibbles(both);
+  }
+  void load_scales(int g) {
+    const uint16_t* p = half + g / blocks_per_scale * (2 * kLanes);
+    scale = load_f16(p), minimum = load_f16(p + kLanes);
+  }
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    sum = fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
+    return fma(minimum, splat(x.weighted_sum(row)[g]), sum);
+  }
+  f32x16 finish(f32x16 sum) const { return sum; }
+};
+
+// Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane].
+template <class W, int MR, int NR>
+void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride) {
+  f32x16 sum[MR][NR];
+  for (auto& s : sum)
+    for (auto& v : s) v = splat(0.0f);
+  const int8_t* xq[MR];
+  for (int m = 0; m < MR; m++) xq[m] = x.q(row + m);
+  for (int g = 0; g < groups; g++) {
+    i32x16 block[MR][NR];
+    for (int m = 0; m < MR; m++)
+      for (int n = 0; n < NR; n++) block[m][n] = splat_i(W::start(x, row + m, g));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      i32x16 a[NR], b[NR];
+      for (int n = 0; n < NR; n++) {
+        w[n].vectors(j, a[n], b[n]);
+        for (int at = 0; at < W::kBlock / 4; at += 64) prefetch(w[n].q + kPrefetchAhead + j * (W::kBlock / 4) + at);
+      }
+      for (int m = 0; m < MR; m++) {
+        const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
+        for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], a[n], xa);
+        const i32x16 xb = splat_i(read_as<int32_t>(xq[m] + 8 * j + 4));
+        for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], b[n], xb);
+      }
+    }
+    for (int n = 0; n < NR; n++) {
+      w[n].load_scales(g);
+      for (int m = 0; m < MR; m++) sum[m][n] = w[n].add(sum[m][n], block[m][n], x, row + m, g);
+      w[n].q += W::kBlock;
+    }
+    for (int m = 0; m < MR; m++) xq[m] += kGroup;
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, w[n].finish(sum[m][n]));
+}
+
+struct Bf16 {
+  static constexpr int kBlock = 1024;
+  const uint8_t* q;
+
+  Bf16(const Linear& w, int tile) : q(w.q + size_t(tile) * w.groups() * kBlock) {}
+};
+
+template <class W, int MR, int NR>
+void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride) {
+  f32x16 sum[MR][NR];
+  for (auto& s : sum)
+    for (auto& v : s) v = splat(0.0f);
+  const uint16_t* xb[MR];
+  for (int m = 0; m < MR; m++) xb[m] = x.bf16(row + m);
+  for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kGroup / 2; j++) {
+      i32x16 pair[NR];
+      for (int n = 0; n < NR; n++) {
+        pair[n] = load_i(w[n].q + 64 * j);
+        prefetch(w[n].q + kPrefetchAhead + 64 * j);
+      }
+      for (int m = 0; m < MR; m++) {
+        const i32x16 xa = splat_i(read_as<int32_t>(xb[m] + 2 * j));
+        for (int n = 0; n < NR; n++) sum[m][n] = dot2_bf16(sum[m][n], pair[n], xa);
+      }
+    }
+    for (int n = 0; n < NR; n++) w[n].q += W::kBlock;
+    for (int m = 0; m < MR; m++) xb[m] += kGroup;
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, sum[m][n]);
+}
+
+template <class W, int MR, int NR>
+void multiply_block(const Linear& w, int tile, const Activations& x, int row, float* out, int stride) {
+  const auto run = [&](auto... offset) {
+    W at[NR] = {W(w, tile + offset)...};
+    if constexpr (W::kBlock == Bf16::kBlock) multiply_bf16<W, MR, NR>(at, w.groups(), x, row, out, stride);
+    else multiply_int8<W, MR, NR>(at, w.groups(), x, row, out, stride);
+  };
+  if constexpr (NR == 1) run(0);
+  else run(0, 1);
+}
+
+inline constexpr int kMaxRowBlock = 6;
+
+// Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
+template <class W, int NR>
+void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride) {
+  int blocks = (rows + kMaxRowBlock - 1) / kMaxRowBlock;
+  for (; rows > 0; blocks--) {
+    const int now = (rows + blocks - 1) / blocks;
+    switch (now) {
+      case 1: multiply_block<W, 1, NR>(w, tile, x, row, out, stride); break;
+      case 2: multiply_block<W, 2, NR>(w, tile, x, row, out, stride); break;
+      case 3: multiply_block<W, 3, NR>(w, tile, x, row, out, stride); break;
+      case 4: multiply_block<W, 4, NR>(w, tile, x, row, out, stride); break;
+      case 5: multiply_block<W, 5, NR>(w, tile, x, row, out, stride); break;
+      default: multiply_block<W, 6, NR>(w, tile, x, row, out, stride); break;
+    }
+    row += now, rows -= now, out += size_t(now) * stride;
+  }
+}
+
+template <class W>
+void multiply_tiles(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
+                    int stride) {
+  for (; tiles >= 2; tiles -= 2, tile += 2, out += 2 * kLanes)
+    multiply_rows<W, 2>(w, tile, x, row, rows, out, stride);
+  if (tiles == 1) multiply_rows<W, 1>(w, tile, x, row, rows, out, stride);
+}
+
+// out[r * stride + 16 t + lane] = output 16 (tile + t) + lane of x's row (row + r), bias included.
+inline void multiply(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
+                     int stride) {
+  switch (w.format) {
+    case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride); break;
+    case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride); break;
+    case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride); break;
+    default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride); break;
+  }
+  if (w.bias == nullptr) return;
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < tiles * kLanes; i += kLanes) {
+      float* p = out + size_t(r) * stride + i;
+      store(p, load(p) + load(w.bias + tile * kLanes + i));
+    }
+}
+
+}  // namespace gf

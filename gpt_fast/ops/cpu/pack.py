@@ -1,0 +1,183 @@
+"""Weights in the order the C++ kernels read them.
+
+Shapes: N output rows, K inputs, G = K / group groups, T = N / 16 tiles (N is padded to whole tiles, K to 32).
+A tile's 64-byte vector holds 4 consecutive inputs (2 in bfloat16) of each of its 16 rows; see linear.h.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 16
+GROUP = 32
+INT4_GROUPS = (32, 64, 128, 256)
+INT8_ROW, INT8_GROUP, INT4, BF16 = range(4)  # linear.h's Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """One matrix: `q` uint8 and `scale` as linear.h's Linear wants them; `bias` float32 padded to tiles, or None."""
+
+    format: int
+    rows: int
+    cols: int
+    group: int
+    q: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.numel() + (0 if self.scale is None else self.scale.numel() * self.scale.element_size())
+
+
+# ------------------------------------------------------------------------------ codes of a float matrix
+
+
+def int8_rows(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one float32 scale a row: codes [N, K] and scales [N]."""
+    scale_N = w_NK.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (w_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N
+
+
+def int8_groups(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one half-precision scale per 32 inputs (GGUF's Q8_0): codes [N, K], scales [N, G]."""
+    w_NGg = split_groups(w_NK, GROUP)
+    scale_NG = (w_NGg.abs().amax(2) / 127).half()
+    codes = (w_NGg / scale_NG.float().clamp(min=1e-12)[..., None]).round().clamp(-127, 127)
+    return codes.flatten(1)[:, : w_NK.shape[1]].to(torch.int8), scale_NG
+
+
+def int4_groups(w_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """w ~ scale * code + minimum, codes 0..15: codes [N, K], half-precision scales and minima [N, G].
+
+    With group 32 this is GGUF's Q4_1; a matrix that was stored so comes back with the same codes.
+    """
+    w_NGg = split_groups(w_NK, group)
+    minimum_NG = w_NGg.amin(2).half()
+    scale_NG = ((w_NGg.amax(2) - w_NGg.amin(2)) / 15).half()
+    codes = (w_NGg - minimum_NG.float()[..., None]) / scale_NG.float().clamp(min=1e-12)[..., None]
+    return codes.round().clamp(0, 15).flatten(1)[:, : w_NK.shape[1]].to(torch.uint8), scale_NG, minimum_NG
+
+
+def split_groups(w_NK: Tensor, group: int) -> Tensor:
+    """float32 [N, G, group]; a short last group is filled up with its last value, which changes no range."""
+    w_NK = w_NK.float()
+    fill_NP = w_NK[:, -1:].expand(-1, padding(w_NK.shape[1], group))
+    return torch.cat((w_NK, fill_NP), 1).unflatten(1, (-1, group))
+
+
+def expand_groups(value_NG: Tensor, group: int, K: int) -> Tensor:
+    """float32 [N, K]: each group's value at its inputs."""
+    return value_NG.float().repeat_interleave(group, 1)[:, :K]
+
+
+# --------------------------------------------------------------------------------------------- packing
+
+
+def pack_int8_rows(q_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> Packed:
+    """int8 codes with a scale a row."""
+    scale = F.pad(scale_N.float(), (0, padding(len(scale_N), TILE)))
+    return packed(INT8_ROW, q_NK.shape, GROUP, interleave_int8(q_NK), scale, bias_N)
+
+
+def pack_int8_groups(q_NK: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> Packed:
+    """int8 codes with a scale per 32 inputs; scales are kept in half precision."""
+    return packed(INT8_GROUP, q_NK.shape, GROUP, interleave_int8(q_NK), interleave_scales(scale_NG), bias_N)
+
+
+def pack_int4(
+    q_NK: Tensor, scale_NG: Tensor, minimum_NG: Tensor, bias_N: Tensor | None = None, *, group: int
+) -> Packed:
+    """uint8 codes 0..15 with w = scale * code + minimum; scales and minima are kept in half precision.
+
+    group: 32, 64, 128 or 256 inputs; the last group of a row may be shorter.
+    """
+    if group not in INT4_GROUPS or scale_NG.shape[1] != -(-q_NK.shape[1] // group):
+        raise ValueError(f"int4: group must be one of {INT4_GROUPS} and give one scale a group "
+                         f"(got {group} for {q_NK.shape[1]} inputs with {scale_NG.shape[1]} scales a row)")
+    q = pad_tiles(q_NK)
+    quads = q.view(-1, TILE, q.shape[1] // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    codes = (quads[:, :, 0] | quads[:, :, 1] << 4).contiguous()  # [T, K/8, 16, 4]: inputs 0-3 low, 4-7 high
+    scale = torch.stack((interleave_scales(scale_NG), interleave_scales(minimum_NG)), 2)
+    return packed(INT4, q_NK.shape, group, codes, scale, bias_N)
+
+
+def pack_bf16(w_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
+    """bfloat16 weights."""
+    w = pad_tiles(w_NK.to(torch.bfloat16))
+    pairs = w.view(-1, TILE, w.shape[1] // 2, 2).permute(0, 2, 1, 3).contiguous()
+    return packed(BF16, w_NK.shape, GROUP, pairs.view(torch.uint8), None, bias_N)
+
+
+def packed(
+    kind: int, shape: torch.Size, group: int, q: Tensor, scale: Tensor | None, bias_N: Tensor | None
+) -> Packed:
+    bias = None if bias_N is None else F.pad(bias_N.float(), (0, padding(len(bias_N), TILE)))
+    scale = None if scale is None else scale.contiguous()
+    return Packed(format=kind, rows=shape[0], cols=shape[1], group=group, q=q.flatten(), scale=scale, bias=bias)
+
+
+def interleave_int8(q_NK: Tensor) -> Tensor:
+    """[T, K/4, 16, 4] of codes + 128: the unsigned side of the dot-product instruction."""
+    q = pad_tiles(q_NK)
+    quads = q.view(-1, TILE, q.shape[1] // 4, 4).permute(0, 2, 1, 3)
+    return (quads.to(torch.int16) + 128).to(torch.uint8).contiguous()
+
+
+def interleave_scales(scale_NG: Tensor) -> Tensor:
+    """[T, G, 16] half-precision."""
+    rows = F.pad(scale_NG.half(), (0, 0, 0, padding(len(scale_NG), TILE)))
+    return rows.view(-1, TILE, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def pad_tiles(w_NK: Tensor) -> Tensor:
+    return F.pad(w_NK, (0, padding(w_NK.shape[1], GROUP), 0, padding(w_NK.shape[0], TILE)))
+
+
+def padding(size: int, multiple: int) -> int:
+    return -size % multiple
+
+
+def unpack_nibbles(q_NJ: Tensor) -> Tensor:
+    """uint8 [N, 2J] of 0..15 from bytes that hold input 2j low and 2j + 1 high."""
+    return torch.stack((q_NJ & 15, q_NJ >> 4), -1).flatten(1)
+
+
+def repeat_groups(scale_NG: Tensor, group: int, K: int) -> Tensor:
+    """Scales of groups of `group` inputs (a multiple of 32) as scales of groups of 32."""
+    return scale_NG.repeat_interleave(group // GROUP, 1)[:, : -(-K // GROUP)]
+
+
+class Arena:
+    """Packed tensors one after another in the order of use, in memory the system may back with huge pages."""
+
+    BLOCK = 64 << 20
+
+    def __init__(self) -> None:
+        self.block = torch.empty(0, dtype=torch.uint8)
+        self.used = 0
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`, starting at a cache line."""
+        nbytes = tensor.numel() * tensor.element_size()
+        if self.used + nbytes > len(self.block):
+            self.block = huge_buffer(max(nbytes, self.BLOCK))
+            self.used = 0
+        place = self.block[self.used : self.used + nbytes]
+        self.used += nbytes + padding(nbytes, 64)
+        place.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        return place.view(tensor.dtype).view(tensor.shape)
+
+
+def huge_buffer(nbytes: int) -> Tensor:
+    """Zeroed uint8 memory, touched only when written; freed with its last tensor."""
+    memory = mmap.mmap(-1, nbytes + padding(nbytes, 1 << 21))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

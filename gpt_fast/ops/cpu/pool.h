@@ -1,0 +1,109 @@
+// A few threads that run a job made of phases, each phase a number of independent chunks.
+//
+// Chunks are handed out by one counter, and a phase ends when its chunks are done, not when every thread has
+// arrived: a thread that the system has put aside between two chunks delays nobody, the others take its share.
+// A thread without work spins briefly and then sleeps, so that two waiting threads never fight over one core.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace gf {
+
+struct Job {
+  virtual int phases() const = 0;
+  virtual int chunks(int phase) const = 0;  // 0 skips the phase; at most Pool::kMaxChunks
+  virtual void run(int phase, int chunk, int thread) = 0;
+
+ protected:
+  ~Job() = default;
+};
+
+class Pool {
+ public:
+  static constexpr int kMaxChunks = 60000;
+
+  // `spins`: how many pauses a thread waits before it sleeps.
+  Pool(int threads, int spins) : spins_(spins) {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    stopping_.store(true);
+    publish(0);
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int threads() const { return int(workers_.size()) + 1; }
+
+  // Runs every phase in order, the caller working too. One job at a time; others wait their turn.
+  void run(Job& job) {
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    job_ = &job;
+    phase_ = -1;
+    open_next_phase();
+    while (!is_idle(ticket_.load(std::memory_order_acquire))) take_chunk_or_wait(0);
+  }
+
+ private:
+  // The ticket packs what a thread must learn at once: which phase (epoch), its chunks, the next one to hand out.
+  static uint32_t epoch_of(uint64_t ticket) { return uint32_t(ticket >> 32); }
+  static uint32_t chunks_of(uint64_t ticket) { return uint32_t(ticket >> 16) & 0xffff; }
+  static uint32_t next_of(uint64_t ticket) { return uint32_t(ticket) & 0xffff; }
+  static bool has_chunk(uint64_t ticket) { return next_of(ticket) < chunks_of(ticket); }
+  static bool is_idle(uint64_t ticket) { return chunks_of(ticket) == 0; }
+
+  void work(int thread) {
+    while (!stopping_.load()) take_chunk_or_wait(thread);
+  }
+
+  void take_chunk_or_wait(int thread) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    if (!has_chunk(ticket)) return wait_for_change(ticket);
+    ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    if (!has_chunk(ticket)) return;
+    // Holding a chunk keeps the phase open, so job_ and phase_ cannot change under us.
+    job_->run(phase_, int(next_of(ticket)), thread);
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks_of(ticket)) open_next_phase();
+  }
+
+  // Only the caller, or the thread that finished a phase's last chunk, gets here.
+  void open_next_phase() {
+    int chunks = 0;
+    while (chunks == 0 && ++phase_ < job_->phases()) chunks = job_->chunks(phase_);
+    publish(chunks);
+  }
+
+  void publish(int chunks) {
+    const uint32_t epoch = epoch_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(uint64_t(epoch) << 32 | uint64_t(chunks) << 16, std::memory_order_release);
+    epoch_.store(epoch);  // sequentially consistent: a sleeper is either seen here or sees this
+    epoch_.notify_all();
+  }
+
+  void wait_for_change(uint64_t seen) {
+    for (int i = 0; i < spins_; i++) {
+      if (epoch_of(ticket_.load(std::memory_order_acquire)) != epoch_of(seen)) return;
+      pause();
+    }
+    epoch_.wait(epoch_of(seen));
+  }
+
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<uint32_t> done_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) Job* job_ = nullptr;
+  int phase_ = 0;
+  int spins_;
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace gf

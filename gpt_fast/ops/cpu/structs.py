@@ -1,0 +1,101 @@
+"""The ctypes twins of decoder.h's structures, same order and same types, and the library's functions.
+
+Shapes: B rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gpt_fast.ops.cpu import build
+
+if TYPE_CHECKING:
+    from gpt_fast.cache import KVCache
+
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+STEP_ERRORS = {
+    1: "tokens_BS: a token is outside the vocabulary",
+    2: "positions_BS: a position is negative or not below length",
+    3: "slots_B: a slot is outside the cache",
+    4: "select_B: an index is outside the row",
+}
+
+
+class Linear(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("format", "rows", "cols", "group")),
+        *((name, c_void_p) for name in ("q", "scale", "bias")),
+    )
+
+
+class LayerWeights(Structure):
+    _fields_ = (
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        ("window", c_int32),
+    )
+
+
+class ModelWeights(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("n_layer", "dim", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab",
+                                       "rotary_dim", "embedding_type", "embedding_group")),
+        ("norm_eps", c_float),
+        *((name, c_void_p) for name in ("embedding", "embedding_scale", "rope", "norm")),
+        ("head", Linear),
+        ("layers", POINTER(LayerWeights)),
+    )
+
+
+class StepInput(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "row_tokens", "length", "positions", "slots", "cache_type")),
+        *((name, c_void_p) for name in ("tokens", "position", "slot", "select", "k", "v", "logits")),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        cache: KVCache,
+        length: int,
+        slots_B: Tensor | None,
+        select_B: Tensor | None,
+        logits: Tensor,
+    ) -> StepInput:
+        """The structure for one forward; it holds the tensors it points to."""
+        B, S = tokens_BS.shape
+        index = [None if t is None else index_tensor(t) for t in (tokens_BS, positions_BS, slots_B, select_B)]
+        step = cls(
+            B, S, length, cache.max_seq_len + 1, cache.slots, CACHE_TYPES[cache.k_LNHTD.dtype],
+            *(None if t is None else t.data_ptr() for t in index),
+            cache.k_LNHTD.data_ptr(), cache.v_LNHTD.data_ptr(), logits.data_ptr(),
+        )
+        step.held = index
+        return step
+
+
+def index_tensor(t: Tensor) -> Tensor:
+    if t.dtype != torch.int64 or t.device.type != "cpu":
+        raise ValueError(f"tokens, positions, slots and select must be int64 on the CPU (got {t.dtype} on {t.device})")
+    return t.contiguous()
+
+
+def load_library(isa: str | None = None) -> ctypes.CDLL:
+    """The compiled library with its functions' types set. Raises build.BuildError."""
+    library = build.load_library(isa)
+    library.gf_pool_create.argtypes = (ctypes.c_int, ctypes.c_int)
+    library.gf_pool_create.restype = c_void_p
+    library.gf_pool_destroy.argtypes = (c_void_p,)
+    library.gf_decoder_create.argtypes = (POINTER(ModelWeights), c_void_p)
+    library.gf_decoder_create.restype = c_void_p
+    library.gf_decoder_destroy.argtypes = (c_void_p,)
+    library.gf_decoder_step.argtypes = (c_void_p, POINTER(StepInput))
+    library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p)
+    return library

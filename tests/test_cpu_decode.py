@@ -1,0 +1,274 @@
+"""The fused CPU decoder against its plain PyTorch twin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from ctypes import byref
+from pathlib import Path
+
+import pytest
+import torch
+from _cpu_models import MAX_SEQ_LEN, new_cache, random_tokens, relative_error, run_chunks, small_model
+from _quantized import quantized_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
+from gpt_fast.ops.cpu.structs import Linear, load_library
+from gpt_fast.ops.cpu.weights import Packer
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+
+FORMATS = ("bfloat16", "int8", "int4", "int8_groups")
+ISAS = [name for name, (needs, _) in build.ISAS.items() if build.cpu_flags().issuperset(needs.split())]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, isa: str | None = None) -> torch.Tensor:
+    """gf_linear on a NaN-filled output: [M, N]."""
+    linear = torch.nn.Linear(*reversed(w_NK.shape), bias=False)
+    linear.weight.data = w_NK
+    packed = Packer(weights, group).body(linear)
+    out = torch.full((len(x_MK), -(-len(w_NK) // 16) * 16), torch.nan)
+    scale = None if packed.scale is None else packed.scale.data_ptr()
+    description = Linear(packed.format, packed.rows, packed.cols, packed.group, packed.q.data_ptr(), scale, None)
+    load_library(isa).gf_linear(byref(description), x_MK.contiguous().data_ptr(), len(x_MK), out.data_ptr())
+    return out[:, : len(w_NK)]
+
+
+# ------------------------------------------------------------------------------------------ one matrix
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weights", FORMATS)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), groups=st.integers(1, 9), tail=st.integers(0, 31), x_rows=st.integers(1, 20),
+       seed=st.integers(0, 99))
+def test_product_equals_twin(isa: str, weights: str, rows: int, groups: int, tail: int, x_rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    K = 32 * groups - tail
+    w_NK, x_MK = torch.randn(rows, K, generator=generator), torch.randn(x_rows, K, generator=generator)
+    x_MK[0, : K // 2] = 0
+    got = multiply(w_NK, x_MK, weights, 32, isa)
+    rounded = reference.round_weight(w_NK, weights, 32).double()
+    expected = reference.round_activations(x_MK, weights).double() @ rounded.T
+    assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_product_of_a_row_is_the_same_bits_in_any_batch(weights: str) -> None:
+    w_NK, x_MK = torch.randn(80, 192), torch.randn(40, 192)
+    together = multiply(w_NK, x_MK, weights, 64)
+    alone = torch.cat([multiply(w_NK, row[None], weights, 64) for row in x_MK])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_int4_groups(group: int) -> None:
+    w_NK, x_MK = torch.randn(33, 576), torch.randn(3, 576)  # 576 = 4.5 groups of 128
+    expected = reference.round_activations(x_MK, "int4") @ reference.round_weight(w_NK, "int4", group).T
+    assert relative_error(multiply(w_NK, x_MK, "int4", group), expected) < 1e-6
+
+
+def test_stored_q4_1_comes_back_without_loss() -> None:
+    scale, minimum = torch.rand(16, 2).half(), torch.randn(16, 2).half()
+    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # as a quantizer leaves them: both ends are used
+    w_NK = codes * scale.float().repeat_interleave(32, 1) + minimum.float().repeat_interleave(32, 1)
+    for got, expected in zip(pack.int4_groups(w_NK, 32), (codes, scale, minimum), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_int4_refuses_an_unknown_group() -> None:
+    with pytest.raises(ValueError, match="group must be one of"):
+        pack.pack_int4(torch.zeros(16, 192, dtype=torch.uint8), torch.zeros(16, 4), torch.zeros(16, 4), group=48)
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+SHAPES = {
+    "plain": {},
+    "head_dim 80": dict(head_dim=80),
+    "head_dim 96, one group": dict(head_dim=96, n_head=3, n_kv_head=3),
+    "head_dim 128, 8 heads a group": dict(head_dim=128, n_head=8, n_kv_head=1),
+    "head_dim 16, odd dim": dict(head_dim=16, n_head=5, n_kv_head=5, dim=70, intermediate_size=33),
+    "biases": dict(qkv_bias=True, attention_out_bias=True, mlp_bias=True),
+    "qk norm, partial rotary": dict(qk_norm=True, rope_dim=20),
+    "tied, window in one layer": dict(tie_embeddings=True, sliding_window=37, sliding_layers=(1,)),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weights", decoder.WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
+    model = small_model(**SHAPES[shape])
+    fused = CpuDecoder(model, weights=weights, threads=2, isa=isa)
+    plain = reference.twin(model, weights=weights)
+    tokens = random_tokens(model, 150)
+    sizes = [100, 1, 5, 1, 43]
+    cache, cache_plain = new_cache(model, fill=torch.nan), new_cache(model)
+    got = run_chunks(fused.forward, tokens, cache, sizes, slot=3)
+    expected = run_chunks(plain, tokens, cache_plain, sizes, slot=3)
+    # A sum that differs in its last bit can round an activation to the next code: few rows, a bounded error.
+    assert relative_error(got, expected) < 6e-3
+    assert torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, expected, strict=True)]).median() < 1e-3
+    assert relative_error(cache.k_LNHTD[:, 3, :, :150], cache_plain.k_LNHTD[:, 3, :, :150]) < 3e-3
+    assert torch.isnan(cache.k_LNHTD[:, :3]).all() and torch.isnan(cache.v_LNHTD[:, 3, :, 150:]).all()
+
+
+@pytest.mark.parametrize("weights", decoder.WEIGHTS)
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_rows_logits_are_the_same_bits_however_it_is_run(weights: str, window: int | None) -> None:
+    model = small_model(sliding_window=window, sliding_layers=(0,) if window else ())
+    tokens = random_tokens(model, 4, 150)
+    fused = CpuDecoder(model, weights=weights, threads=1)
+    cache = new_cache(model, dtype=torch.bfloat16)
+    alone = torch.stack([run_chunks(fused.forward, row, cache, [1] * 150, slot=i) for i, row in enumerate(tokens)])
+    for threads, sizes in ((1, [150]), (3, [130, 1, 5, 14]), (2, [17, 9, 8, 116])):
+        other = CpuDecoder(model, weights=weights, threads=threads)
+        chunked = run_chunks(other.forward, tokens[2], new_cache(model, dtype=torch.bfloat16), sizes, slot=1)
+        assert torch.equal(chunked, alone[2])
+    batch = fused.forward(tokens, torch.arange(150).expand(4, 150), new_cache(model, dtype=torch.bfloat16), length=150)
+    assert torch.equal(batch, alone)
+
+
+def test_ragged_rows_in_permuted_slots_with_padding() -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int8", threads=2)
+    cache = new_cache(model, fill=torch.nan)
+    tokens = random_tokens(model, 3, 120)
+    lengths, slots = [119, 3, 64], [2, 0, 3]
+    for row, length, slot in zip(tokens, lengths, slots, strict=True):
+        run_chunks(fused.forward, row[:length], cache, [length], slot=slot)
+    step_tokens = torch.stack([row[n] for row, n in zip(tokens, lengths, strict=True)] + [torch.tensor(7)])[:, None]
+    positions = torch.tensor([*lengths, cache.scratch])[:, None]
+    got = fused.forward(step_tokens, positions, cache, length=128, slots_B=torch.tensor([*slots, 1]))
+    for i, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
+        alone = run_chunks(fused.forward, row[: length + 1], new_cache(model), [length + 1])
+        assert torch.equal(got[i, 0], alone[-1])
+    assert torch.equal(got[3], torch.zeros_like(got[3]))
+    assert torch.isnan(cache.k_LNHTD[:, 1]).all()
+
+
+def test_select_returns_one_token_of_each_row() -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int4", threads=2)
+    tokens, positions = random_tokens(model, 2, 30), torch.arange(30).expand(2, 30).clone()
+    every = fused.forward(tokens, positions, new_cache(model), length=30)
+    positions[1, 11:] = MAX_SEQ_LEN  # a shorter row, padded
+    chosen = fused.forward(tokens, positions, new_cache(model), length=30, select_B=torch.tensor([29, 10]))
+    assert torch.equal(chosen, torch.stack((every[0, 29], every[1, 10])))
+
+
+def test_all_padding_runs_nothing() -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int8", threads=2)
+    scratch = torch.full((2, 1), MAX_SEQ_LEN)
+    assert not fused.forward(torch.zeros_like(scratch), scratch, new_cache(model), length=8).any()
+
+
+def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="bfloat16", threads=3)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    got = fused.forward(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), new_cache(model), length=7)
+    assert got.isfinite().all()
+
+
+def test_growing_steps_reuse_one_decoder() -> None:
+    model = small_model()
+    fused, tokens = CpuDecoder(model, weights="int8", threads=2), random_tokens(model, 180)
+    for size in (1, 40, 3, 180):
+        got = run_chunks(fused.forward, tokens[:size], new_cache(model), [size])
+        fresh = CpuDecoder(model, weights="int8", threads=1)
+        assert torch.equal(got, run_chunks(fresh.forward, tokens[:size], new_cache(model), [size]))
+
+
+def test_decoders_share_a_pool() -> None:
+    model = small_model()
+    first = CpuDecoder(model, weights="int8", threads=2)
+    second = CpuDecoder(model, weights="bfloat16", threads=1, pool=first.pool)
+    for fused in (first, second, first):
+        assert run_chunks(fused.forward, random_tokens(model, 9), new_cache(model), [9]).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_modules_keep_their_codes(mode: str, tied: bool) -> None:
+    model = small_model(tie_embeddings=tied, mlp_bias=True)
+    quantized = quantized_model(model, mode=mode, groupsize=64, embedding="int8").eval()
+    quantized.setup_rope(MAX_SEQ_LEN, torch.device("cpu"))
+    fused = CpuDecoder(quantized, weights="int8", threads=2)
+    tokens = random_tokens(model, 40)
+    got = run_chunks(fused.forward, tokens, new_cache(model), [40])
+    assert relative_error(got, run_chunks(quantized, tokens, new_cache(model), [40])) < 0.03  # activations in int8
+
+
+@pytest.mark.parametrize(("token", "position", "slot", "select", "message"), [
+    (301, 0, 0, 0, "tokens_BS"), (-1, 0, 0, 0, "tokens_BS"), (0, 8, 0, 0, "positions_BS"),
+    (0, -1, 0, 0, "positions_BS"), (0, 0, 4, 0, "slots_B"), (0, 0, -1, 0, "slots_B"), (0, 0, 0, 1, "select_B"),
+])
+def test_bad_indices_are_refused(token: int, position: int, slot: int, select: int, message: str) -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int8", threads=1)
+    with pytest.raises(ValueError, match=message):
+        fused.forward(torch.tensor([[token]]), torch.tensor([[position]]), new_cache(model), length=8,
+                      slots_B=torch.tensor([slot]), select_B=torch.tensor([select]))
+
+
+def test_unsupported_names_the_reason() -> None:
+    assert unsupported(small_model()) is None
+    assert "n_expert=4" in str(unsupported(small_model(n_expert=4, n_expert_per_token=2)))
+    assert "head_dim=24" in str(unsupported(small_model(head_dim=24)))
+    with pytest.raises(ValueError, match="weights: unknown format"):
+        CpuDecoder(small_model(), weights="int3", threads=1)
+
+
+# ------------------------------------------------------------------------------------------ the build
+
+
+def test_library_is_built_once_even_by_two_processes(tmp_path: Path) -> None:
+    code = "from gpt_fast.ops.cpu.structs import load_library; load_library()"
+    env = os.environ | {"GPT_FAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for process in [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]:
+        assert process.wait(timeout=120) == 0
+    (library,) = tmp_path.iterdir()
+    before = library.stat().st_mtime_ns
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    assert library.stat().st_mtime_ns == before
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in str(unsupported(small_model()))
+    with pytest.raises(build.BuildError, match="no C"):
+        build.load_library()
+
+
+def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'x.cpp:1: error: no luck' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("GPT_FAST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match="error: no luck"):
+        build.load_library()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_processor_choice() -> None:
+    assert build.best_isa(frozenset(build.AVX512[0].split())) == "avx512"
+    assert build.best_isa(frozenset({"sse2"})) is None
