@@ -179,19 +179,33 @@ class Scheduler:
         """Give waiting sequences free slots, first come first served."""
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
-            shared = {index: self._shared(sequence, self.slots[index]) for index in self.free}
-            best = max(shared, key=lambda index: (shared[index], -self.slots[index].used, -index))
-            length = shared[best] if shared[best] >= MIN_SHARED else 0
-            oldest = min(self.free, key=lambda index: (self.slots[index].used, index))
-            self._occupy(sequence, best if length else oldest, length)
+            self._occupy(sequence, *self._place(sequence))
             sequence.started = time.monotonic()
             self.running[sequence.id] = sequence
+
+    def _place(self, sequence: Sequence) -> tuple[int, int]:
+        """The free slot a sequence gets, and how many of its tokens are there already.
+
+        That is the slot that shares most with it, unless more cached tokens would be lost there than in the slot
+        unused for longest: then the latter, and `_copy` brings the shared beginning (a chat must not take over
+        another chat's slot for the system prompt they share).
+        """
+        shared = {index: self._shared(sequence, self.slots[index]) for index in self.free}
+        loss = {index: len(self.slots[index].tokens) - shared[index] for index in self.free}
+        best = max(self.free, key=lambda index: (shared[index], -loss[index], -index))
+        oldest = min(self.free, key=lambda index: (self.slots[index].used, index))
+        if shared[best] < MIN_SHARED:
+            return oldest, 0
+        self.slots[best].used = self.clock  # read from just now
+        if loss[best] <= max(loss[oldest], MIN_SHARED):
+            return best, shared[best]
+        return oldest, 0
 
     def _prefill(self, budget: int) -> tuple[tuple[PrefixCopy, ...], tuple[Chunk, ...]]:
         """Spend at most `budget` prompt tokens, oldest prompt first and every other step the shortest first.
 
-        Only a prompt's first chunk looks for its beginning in other slots, so prompts that arrive together and
-        share a beginning compute it once.
+        Every chunk first looks for its tokens in other slots, so prompts that arrive together and share a
+        beginning compute it once.
         """
         copies, chunks = [], []
         self.steps += 1
@@ -201,7 +215,7 @@ class Scheduler:
         for sequence in pending:
             if budget <= 0:
                 break
-            if sequence.computed == sequence.reused and (copy := self._copy(sequence)):
+            if copy := self._copy(sequence):
                 copies.append(copy)
             left = len(sequence.prompt) - sequence.computed
             count = min(left, budget)
@@ -211,9 +225,12 @@ class Scheduler:
 
     def _copy(self, sequence: Sequence) -> PrefixCopy | None:
         """The copy from another slot that would spare the sequence at least MIN_SHARED tokens, if any."""
-        shared = [self._shared(sequence, slot) for slot in self.slots]
-        source = max(range(len(shared)), key=shared.__getitem__)
-        if shared[source] < sequence.computed + MIN_SHARED:
+        start, stop = sequence.computed, sequence.computed + MIN_SHARED
+        wanted = sequence.prompt[start:stop]
+        likely = [index for index, slot in enumerate(self.slots) if slot.tokens[start:stop] == wanted]
+        shared = {index: self._shared(sequence, self.slots[index]) for index in likely}
+        source = max(shared, key=shared.__getitem__, default=sequence.slot)
+        if shared.get(source, 0) < stop:
             return None
         self._occupy(sequence, sequence.slot, shared[source])
         return PrefixCopy(source, sequence.slot, shared[source])
@@ -222,7 +239,8 @@ class Scheduler:
         self.free.discard(index)
         self.clock += 1
         self.slots[index] = Slot(sequence.prompt[:length], sequence.owner, self.clock)
-        sequence.slot, sequence.computed, sequence.reused = index, length, length
+        sequence.reused += length - sequence.computed
+        sequence.slot, sequence.computed = index, length
 
     def _shared(self, sequence: Sequence, slot: Slot) -> int:
         if not self.reuse_prefix or slot.owner != sequence.owner:
