@@ -251,6 +251,8 @@ def config_from_gguf(source: GgufSource) -> dict[str, Any]:
         config["sliding_window"] = window or None
     if model_type in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if model_type == "llama":
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     if model_type == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": fields.integer("expert_used_count")}
     if rotary_dim != head_dim:
