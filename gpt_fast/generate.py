@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--kernels", default="auto", help="auto (fused where there is one), plain")
     parser.add_argument("--max_seq_len", type=int, default=0, help="0: the model's own, at most 8192")
     return parser.parse_args(argv)
 
@@ -58,6 +58,7 @@ def load(args: argparse.Namespace) -> Engine:
         args.checkpoint_path,
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
         max_seq_len=args.max_seq_len,
         max_num_seqs=args.batch_size,
         compile=args.compile,
@@ -83,12 +84,13 @@ def samples(engine: Engine, args: argparse.Namespace) -> None:
     print(f"Prompt length: {len(prompt)}")
     rates = []
     for index in range(args.num_samples):
-        profile = args.profile is not None and index == args.num_samples - 1
-        with torch.profiler.profile() if profile else nullcontext() as profiler:
-            rates.append(one_sample(engine, prompt, args, index))
-        if profile:
+        if args.profile is not None and index == args.num_samples - 1:
+            with torch.profiler.profile() as profiler:
+                rates.append(one_sample(engine, prompt, args, index))
             profiler.export_chrome_trace(str(args.profile))
             print(f"Profile written to {args.profile}")
+        else:
+            rates.append(one_sample(engine, prompt, args, index))
     print("==========")
     print(f"Batch Size: {args.batch_size}")
     print(f"Prompt Length: {len(prompt)}")

@@ -11,10 +11,11 @@ import torch
 
 from gpt_fast.cache import KVCache
 from gpt_fast.chat import ChatTemplate, load_chat_template
-from gpt_fast.checkpoint import load_checkpoint
+from gpt_fast.checkpoint import Loaded, load_checkpoint
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
 from gpt_fast.engine import EngineCore, Forward, Runner
 from gpt_fast.model import Transformer
+from gpt_fast.quantize.linear import Quantized
 from gpt_fast.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 8192  # what a slot holds unless max_seq_len asks for more
@@ -34,19 +35,21 @@ def load_parts(config: EngineConfig) -> Parts:
     """Build everything once; when this returns, no request compiles or allocates."""
     started = time.perf_counter()
     device = choose_device(config.device)
-    path = Path(config.checkpoint_path)
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded = load_checkpoint(path, device=device, dtype=dtype)
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=float_dtype(config.dtype))
+    model = loaded.model
     tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer.vocab_size, loaded.config)
     max_seq_len = choose_max_seq_len(config, loaded.config)
-    cache = build_cache(config, loaded.config, max_seq_len, loaded.model.tok_embeddings.weight.dtype, device)
-    loaded.model.setup_rope(max_seq_len, device)
-    decode, prefill = compile_forwards(config, loaded.model)
+    compute_dtype = model.norm.weight.dtype
+    cache = build_cache(config, loaded.config, max_seq_len, float_dtype(config.kv_cache) or compute_dtype, device)
+    weight_bytes = weight_bytes_per_step(model)
+    model.setup_rope(max_seq_len, device)
+    path = choose_path(config, loaded, threads)
     runner = Runner(
-        decode=decode,
-        prefill=prefill,
+        decode=path.decode,
+        prefill=path.prefill,
         cache=cache,
         eos_ids={*loaded.config.eos_ids, *tokenizer.eos_ids},
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
@@ -58,16 +61,25 @@ def load_parts(config: EngineConfig) -> Parts:
         loaded.config,
         load_chat_template(loaded.directory),
         {
-            "checkpoint": str(loaded.directory),
+            "checkpoint": str(loaded.weights_file),
+            "quantization": (loaded.quantization or {}).get("mode", "none"),
+            "path": path.name,
             "device": str(device),
-            "dtype": str(loaded.model.tok_embeddings.weight.dtype).removeprefix("torch."),
+            "threads": threads,
+            "dtype": str(compute_dtype).removeprefix("torch."),
+            "kv_cache": str(cache.k_LNHTD.dtype).removeprefix("torch."),
+            "kv_cache_gib": round(cache.nbytes / 2**30, 3),
             "max_seq_len": max_seq_len,
             "max_num_seqs": config.max_num_seqs,
-            "weight_bytes_per_step": weight_bytes_per_step(loaded.model),
-            "kv_cache_gib": round(cache.nbytes / 2**30, 3),
+            "weight_bytes_per_step": weight_bytes,
             "load_seconds": round(time.perf_counter() - started, 2),
         },
     )
+
+
+def float_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a configured name; None for "auto"."""
+    return None if name == "auto" else getattr(torch, name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -133,12 +145,49 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def compile_forwards(config: EngineConfig, model: Transformer) -> tuple[Forward, Forward]:
-    """The decode and prefill forwards: the model itself, compiled where the configuration asks."""
-    decode: Forward = model
-    prefill: Forward = model
-    if config.compile:
-        decode = torch.compile(model, fullgraph=True)
-    if config.compile_prefill:
-        prefill = torch.compile(model, fullgraph=True)
-    return decode, prefill
+class ModelPath(NamedTuple):
+    """How the model is run: its decode and prefill forwards, and their name for the log."""
+
+    name: str
+    decode: Forward
+    prefill: Forward
+
+
+def choose_path(config: EngineConfig, loaded: Loaded, threads: int) -> ModelPath:
+    """The fastest path that computes what was asked for; its name says why where it is the plain one.
+
+    float32 stays plain: it is the reference, and the fused kernels round activations.
+    """
+    model = loaded.model
+    if config.compile or config.compile_prefill:
+        return compiled_path(config, model)
+    if config.kernels == "plain":
+        return ModelPath("plain (kernels: plain)", model, model)
+    if loaded.quantization is None and model.norm.weight.dtype != torch.bfloat16:
+        return ModelPath("plain (float32 and float16 have no fused path)", model, model)
+    from gpt_fast.ops.cpu.decoder import CpuDecoder, unsupported
+
+    reason = unsupported(model)
+    if reason is not None:
+        prepare_modules(model)
+        return ModelPath(f"plain ({reason})", model, model)
+    weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
+    fused = CpuDecoder(model, weights=weights, threads=threads)
+    return ModelPath("fused CPU decoder", fused, fused)
+
+
+def compiled_path(config: EngineConfig, model: Transformer) -> ModelPath:
+    prepare_modules(model)
+    compiled: Forward = torch.compile(model, fullgraph=True)
+    return ModelPath(
+        "compiled decode" + (" and prefill" if config.compile_prefill else ""),
+        compiled if config.compile else model,
+        compiled if config.compile_prefill else model,
+    )
+
+
+def prepare_modules(model: Transformer) -> None:
+    """Let quantized modules choose their op for this device."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.pack()

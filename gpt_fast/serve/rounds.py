@@ -1,0 +1,146 @@
+"""One TorchServe round: who is in flight goes in, what each gets now comes out. No ts here, no tensors.
+
+With continuousBatching TorchServe calls the handler again and again with every request in flight; a request's body
+comes with its first round only, and an id that is missing has lost its client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpt_fast.config import SamplingParams
+from gpt_fast.llm import TextEvent
+from gpt_fast.serve.service import Service
+
+ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join within it
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one request gets this round.
+
+    more: True, a chunk and more will come; False, the last chunk; None, the whole response at once (also the only
+    right form when nothing was sent before: TorchServe sends no header for a first chunk that is also the last).
+    """
+
+    text: str
+    more: bool | None
+    status: int = 200
+    reason: str = "OK"
+    content_type: str = "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sequence that a request needs decoded."""
+
+    tokens: list[int]
+    params: SamplingParams
+
+
+class Answer(Protocol):
+    """How a request's events become its response. Streamed and whole answers are folds of the same events."""
+
+    prompts: list[Prompt]
+    stream: bool
+    content_type: str
+    owner: str
+
+    def push(self, index: int, events: list[TextEvent]) -> str:
+        """Take prompt `index`'s new events; the text to stream for them ("" when the answer is not streamed)."""
+
+    def end(self) -> str:
+        """What follows the last event: the end of the stream, or the whole body."""
+
+
+class Refusal(Exception):
+    """A request that cannot be served: an HTTP status and a body that says why."""
+
+    def __init__(self, status: int, reason: str, body: str) -> None:
+        super().__init__(body)
+        self.reply = Reply(body, None, status, reason, "application/json")
+
+
+class Admission(Protocol):
+    def __call__(self, path: str, body: object) -> Answer | Reply:
+        """Parse one request. A Reply is a complete response (a model list, a page). Raises Refusal."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A request's first round: the path behind the model's name, and the body as TorchServe hands it over."""
+
+    path: str
+    body: object
+
+
+class Exchange:
+    """One request in flight and what of its answer is already gone."""
+
+    def __init__(self, request_id: str, answer: Answer) -> None:
+        self.answer = answer
+        self.ids = [f"{request_id}/{index}" for index in range(len(answer.prompts))]
+        self.running = set(self.ids)
+        self.begun = False
+
+    def reply(self, service: Service) -> Reply | None:
+        """What this round sends; None: nothing yet, not even a header."""
+        text = "".join(self._take(service, index) for index, name in enumerate(self.ids) if name in self.running)
+        content_type = self.answer.content_type
+        if not self.running:
+            return Reply(text + self.answer.end(), False if self.begun else None, content_type=content_type)
+        if not self.answer.stream or not (text or self.begun):
+            return None
+        self.begun = True
+        return Reply(text, True, content_type=content_type)
+
+    def _take(self, service: Service, index: int) -> str:
+        events = service.take(self.ids[index])
+        if events and events[-1].finish_reason is not None:
+            self.running.discard(self.ids[index])
+        return self.answer.push(index, events)
+
+
+class Rounds:
+    """Keeps the exchanges between rounds. Used by one thread."""
+
+    def __init__(self, service: Service, admit: Admission) -> None:
+        self.service = service
+        self.admit = admit
+        self.exchanges: dict[str, Exchange] = {}
+
+    def run(self, active: Iterable[str], incoming: Mapping[str, Incoming]) -> dict[str, Reply]:
+        """Play one round. Ids without a reply get nothing now and stay in flight."""
+        self._forget(set(self.exchanges) - set(active))
+        replies = {}
+        for request_id, request in incoming.items():
+            reply = self._begin(request_id, request)
+            if reply is not None:
+                replies[request_id] = reply
+        if not replies:
+            self.service.wait(timeout=ROUND_SECONDS)
+        for request_id, exchange in list(self.exchanges.items()):
+            reply = exchange.reply(self.service)
+            if reply is not None:
+                replies[request_id] = reply
+                if reply.more is not True:
+                    del self.exchanges[request_id]
+        return replies
+
+    def _begin(self, request_id: str, request: Incoming) -> Reply | None:
+        try:
+            answer = self.admit(request.path, request.body)
+        except Refusal as refusal:
+            return refusal.reply
+        if isinstance(answer, Reply):
+            return answer
+        exchange = self.exchanges[request_id] = Exchange(request_id, answer)
+        for name, prompt in zip(exchange.ids, answer.prompts, strict=True):
+            self.service.submit(name, prompt.tokens, prompt.params, owner=answer.owner)
+        return None
+
+    def _forget(self, gone: Iterable[str]) -> None:
+        for request_id in gone:
+            self.service.cancel(self.exchanges.pop(request_id).running)

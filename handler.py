@@ -1,0 +1,69 @@
+"""TorchServe's side of gpt_fast: rounds in, replies out. Everything else is in the package."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from ts.torch_handler.base_handler import BaseHandler
+
+from gpt_fast.serve.rounds import Incoming, Reply
+from gpt_fast.serve.startup import start_serving
+from gpt_fast.serve.startup_check import STARTUP_ERROR
+
+logger = logging.getLogger(__name__)
+
+
+class GptFastHandler(BaseHandler):
+    """Serves one checkpoint through continuousBatching; gpt_fast.serve.rounds explains the rounds."""
+
+    def initialize(self, context: Any) -> None:
+        """Load, warm up and start the engine. The worker is ready when this returns, and not before."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's ranks must not outlive it: TorchServe kills only torchrun
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
+        name = context.manifest["model"]["modelName"]
+        try:
+            self.rounds = start_serving(context.model_yaml_config, root=root, model_name=name)
+        except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
+            logger.error("%s%s", STARTUP_ERROR, error)
+            raise
+        self.initialized = True
+
+    def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
+        """The requests of this round that carry a body, i.e. are new, by id."""
+        headers = self.context.get_request_header
+        return {
+            request_id: Incoming(headers(index, "url_path") or "", data[index].get("body", data[index].get("data")))
+            for index, request_id in self.context.request_ids.items()
+            if request_id not in self.rounds.exchanges
+        }
+
+    def inference(self, data: dict[str, Incoming], *args: Any, **kwargs: Any) -> dict[str, Reply]:
+        """One round: admit, drop what lost its client, take what was decoded since the last round."""
+        if self.rounds.service.fatal is not None:
+            raise SystemExit(1)  # TorchServe restarts the worker
+        return self.rounds.run(self.context.request_ids.values(), data)
+
+    def postprocess(self, data: dict[str, Reply]) -> list[str]:
+        """Hand each reply to TorchServe; an id that gets nothing now is left out of the round's answer."""
+        texts = [""] * len(self.context.request_ids)
+        more: list[Any] = [None] * len(texts)
+        for index, request_id in list(self.context.request_ids.items()):
+            reply = data.get(request_id)
+            if reply is None:
+                del self.context.request_ids[index]
+                continue
+            texts[index], more[index] = reply.text, reply.more
+            self.context.set_response_content_type(index, reply.content_type)
+            self.context.set_response_status(reply.status, reply.reason, index)
+        self.context.stopping_criteria = [lambda _, value=value: value for value in more]
+        return texts
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        self.context = context
+        return self.postprocess(self.inference(self.preprocess(data)))
