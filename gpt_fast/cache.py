@@ -27,6 +27,7 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         shape = (config.n_layer, slots, config.n_kv_head, max_seq_len + 1, config.head_dim)
+        self.config = config
         self.max_seq_len = max_seq_len
         self.slots = slots
         self.register_buffer("k_LNHTD", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
@@ -57,6 +58,11 @@ class KVCache(nn.Module):
         if slots_B is None:
             return k_NHTD[:rows], v_NHTD[:rows]
         return k_NHTD[slots_B], v_NHTD[slots_B]
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot; what ended in NaN must not reach its next sequence."""
+        self.k_LNHTD[:, slot] = 0
+        self.v_LNHTD[:, slot] = 0
 
     def copy_prefix(self, *, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source` (a shared prompt prefix)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
-from gpt_fast.scheduler import Chunk, SampledToken, Scheduler, Sequence, StepPlan, TokenEvent
+from gpt_fast.scheduler import NO_TOKEN, Chunk, SampledToken, Scheduler, Sequence, StepPlan, TokenEvent
 
 
 class Forward(Protocol):
@@ -67,6 +67,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
         """Do what the plan says; the sampled tokens by request id."""
+        for slot in plan.clears:
+            self.cache.clear(slot)
         for copy in plan.copies:
             self.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
         sampled: dict[str, list[SampledToken]] = {}
@@ -155,7 +157,7 @@ class Runner:
 
 def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:
     """The chosen token's log-probability and the `best` highest, of the model's own distribution; () for None."""
-    if best is None:
+    if best is None or token == NO_TOKEN:
         return ()
     logprobs_V = logits_V.log_softmax(-1)
     values, ids = logprobs_V.topk(best)
@@ -186,7 +188,14 @@ class EngineCore:
         return self.scheduler.idle
 
     def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Sequence:
-        """Queue a request. ValueError when the prompt does not fit a slot or the id is in use."""
+        """Queue a request.
+
+        ValueError when the prompt does not fit a slot, a token is not in the vocabulary or the id is in use.
+        """
+        vocabulary = range(self.runner.cache.config.vocab_size)
+        for key, tokens in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+            if (outside := next((t for t in tokens if t not in vocabulary), None)) is not None:
+                raise ValueError(f"{key}: no such token (got {outside}, allowed 0..{vocabulary[-1]})")
         seed = random.getrandbits(63) if params.seed is None else params.seed
         sequence = Sequence(request_id, prompt, params, seed, owner)
         self.scheduler.add(sequence)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
+from gpt_fast.scheduler import NO_TOKEN
 
 CANDIDATES = 1024  # sorted candidates looked at before a full sort; nearly every nucleus fits
 
@@ -41,14 +42,17 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
 def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor) -> Tensor:
     """One token a row: argmax where temperature is 0 (or params is None), else inverse-CDF sampling.
 
+    A row without a finite best logit (NaN or an infinity: the model overflowed) gets NO_TOKEN.
+
     Args:
         logits_BV: float32.
         uniform_B: float64 in [0, 1), one a row; see `uniform`.
     """
-    greedy_B = logits_BV.argmax(-1)
-    if params is None:
-        return greedy_B
-    return torch.where(params.temperature_B == 0, greedy_B, invert_cdf(probabilities(logits_BV, params), uniform_B))
+    token_B = logits_BV.argmax(-1)
+    if params is not None:
+        sampled_B = invert_cdf(probabilities(logits_BV, params), uniform_B)
+        token_B = torch.where(params.temperature_B == 0, token_B, sampled_B)
+    return torch.where(logits_BV.amax(-1).isfinite(), token_B, NO_TOKEN)
 
 
 def probabilities(logits_BV: Tensor, params: SamplingTensors) -> Tensor:

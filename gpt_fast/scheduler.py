@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from gpt_fast.config import SamplingParams
 
 MIN_SHARED = 16  # a shorter common prefix is not worth a copy
+NO_TOKEN = -1  # what a runner reports for a row whose logits are not numbers
 
 
 @dataclass
@@ -62,11 +63,12 @@ class PrefixCopy:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes. `copies` come first, then the chunks, then one token for each decoding sequence."""
+    """What one step computes, in this order: slots to zero, copies, chunks, one token for each decoding sequence."""
 
     copies: tuple[PrefixCopy, ...]
     chunks: tuple[Chunk, ...]
     decodes: tuple[Sequence, ...]
+    clears: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.chunks or self.decodes)
@@ -83,7 +85,10 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A sampled token of a request; `finish_reason` ("stop", "length") with its last one."""
+    """A sampled token of a request; `finish_reason` ("stop", "length") with its last one.
+
+    Reason "error": the model's logits were not numbers; the token is NO_TOKEN, the answer ends before it.
+    """
 
     request_id: str
     token: int
@@ -93,11 +98,15 @@ class TokenEvent:
 
 @dataclass
 class Slot:
-    """What a slot's cache holds, whoever wrote it, and when it was last used."""
+    """What a slot's cache holds, whoever wrote it, and when it was last used.
+
+    `ill`: it may hold NaN, which spreads even from positions that a mask hides (0 * NaN), so zero it before use.
+    """
 
     tokens: list[int] = field(default_factory=list)
     owner: str = ""
     used: int = 0
+    ill: bool = False
 
 
 class Scheduler:
@@ -141,10 +150,10 @@ class Scheduler:
 
     def schedule(self, *, chunk: int, chunk_beside_decode: int) -> StepPlan:
         """The next step. A prompt advances by at most `chunk` tokens, by `chunk_beside_decode` when others decode."""
-        self._admit()
+        clears = self._admit()
         decodes = tuple(s for s in self.running.values() if s.output)
         copies, chunks = self._prefill(chunk_beside_decode if decodes else chunk)
-        return StepPlan(copies, chunks, decodes)
+        return StepPlan(copies, chunks, decodes, clears)
 
     def commit(self, plan: StepPlan, sampled: Mapping[str, list[SampledToken]]) -> list[TokenEvent]:
         """Record what the step computed and sampled; `sampled` covers every decode and every last chunk.
@@ -175,13 +184,18 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- internals
 
-    def _admit(self) -> None:
-        """Give waiting sequences free slots, first come first served."""
+    def _admit(self) -> tuple[int, ...]:
+        """Give waiting sequences free slots, first come first served; the slots among them that must be zeroed."""
+        clears = []
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
-            self._occupy(sequence, *self._place(sequence))
+            index, length = self._place(sequence)
+            if self.slots[index].ill:
+                clears.append(index)
+            self._occupy(sequence, index, length)
             sequence.started = time.monotonic()
             self.running[sequence.id] = sequence
+        return tuple(clears)
 
     def _place(self, sequence: Sequence) -> tuple[int, int]:
         """The free slot a sequence gets, and how many of its tokens are there already.
@@ -258,6 +272,11 @@ class Scheduler:
     def _append(self, sequence: Sequence, tokens: Iterable[SampledToken]) -> list[TokenEvent]:
         events = []
         for sampled in tokens:
+            if sampled.token == NO_TOKEN:
+                self._release(sequence)
+                self.slots[sequence.slot] = Slot(used=self.clock, ill=True)
+                events.append(TokenEvent(sequence.id, NO_TOKEN, "error"))
+                break
             sequence.output.append(sampled.token)
             reason = self._finish_reason(sequence, sampled.token)
             events.append(TokenEvent(sequence.id, sampled.token, reason, sampled.logprobs))
