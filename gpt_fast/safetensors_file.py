@@ -122,10 +122,9 @@ def is_sizes(value: object) -> bool:
 def read_header(path: Path, head: bytes, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Any], int]:
     """The JSON header and where the data starts."""
     length = int.from_bytes(head, "little")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise CheckpointError(path, "is a pickled PyTorch file, not safetensors: convert it")
     if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise CheckpointError(path, f"is truncated or not a safetensors file (header of {length} bytes in {size})")
+        kind = "is a pickled PyTorch file," if head[:2] in (b"PK", b"\x80\x02") else "is truncated or"
+        raise CheckpointError(path, f"{kind} not a safetensors file (header of {length} bytes in {size})")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt_fast.checkpoint import FLOATS, FORMAT, check_finite
+from gpt_fast.checkpoint import FLOATS, FORMAT, check_finite, empty_model
 from gpt_fast.convert.run import SHARD_BYTES, Job, write_checkpoint
-from gpt_fast.model import Transformer
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import VERSION, stored_tensors
 from gpt_fast.safetensors_file import CheckpointError, TensorSpec
@@ -27,8 +26,7 @@ def convert_int8(job: Job, out_dir: Path, *, progress: bool = True, shard_bytes:
     """
     infos = job.source.infos
     schemes = {name.removesuffix(SUFFIX): Scheme(8, 0) for name in infos if name.endswith(SUFFIX)}
-    with torch.device("meta"):
-        stored = stored_tensors(Transformer(job.model_config), schemes)
+    stored = stored_tensors(empty_model(job.model_config), schemes)
     check_names(job, {source_name(name, schemes) for name in stored})
     specs = [plan(job, name, source_name(name, schemes), *wanted) for name, wanted in stored.items()]
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt_fast.checkpoint import FORMAT, check_finite
+from gpt_fast.checkpoint import FORMAT, check_finite, empty_model
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
 from gpt_fast.convert.source import Source, TensorInfo, check_float
 from gpt_fast.hf_config import model_config_from_hf, read_json_object
 from gpt_fast.manifest import install, staging
-from gpt_fast.model import Transformer
 from gpt_fast.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -123,8 +122,7 @@ def choose_recipes(job: Job, config: ModelConfig) -> dict[str, Recipe]:
 
 
 def model_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        tensors = Transformer(config).state_dict()
+    tensors = empty_model(config).state_dict()
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
