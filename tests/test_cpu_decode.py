@@ -128,6 +128,20 @@ def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
     assert torch.isnan(cache.k_LNHTD[:, :3]).all() and torch.isnan(cache.v_LNHTD[:, 3, :, 150:]).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_type", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_narrow_caches_equal_twin(head_dim: int, cache_type: torch.dtype, isa: str) -> None:
+    model = small_model(head_dim=head_dim)
+    fused = CpuDecoder(model, weights="int8", threads=2, isa=isa)
+    plain = reference.twin(model, weights="int8")
+    tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
+    cache, cache_plain = (new_cache(model, dtype=cache_type) for _ in range(2))
+    got = run_chunks(fused.forward, tokens, cache, sizes, slot=3)
+    assert relative_error(got, run_chunks(plain, tokens, cache_plain, sizes, slot=3)) < 6e-3
+    assert (cache.k_LNHTD[0, 3] == cache_plain.k_LNHTD[0, 3]).float().mean() > 0.99  # the first layer: but for ties
+
+
 @pytest.mark.parametrize("weights", decoder.WEIGHTS)
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_rows_logits_are_the_same_bits_however_it_is_run(weights: str, window: int | None) -> None:
@@ -272,3 +286,10 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_processor_choice() -> None:
     assert build.best_isa(frozenset(build.AVX512[0].split())) == "avx512"
     assert build.best_isa(frozenset({"sse2"})) is None
+
+
+def test_sanitizers_find_nothing() -> None:
+    done = subprocess.run([sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count(": fine") == 2 * 12

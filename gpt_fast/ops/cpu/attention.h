@@ -16,19 +16,36 @@ namespace gf {
 inline constexpr int kChunk = 64;
 inline constexpr int kQueryBlock = 4;
 
-enum class CacheType : int32_t { kFloat = 0, kBf16 = 1 };
+enum class CacheType : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
+inline constexpr CacheType kCacheTypes[] = {CacheType::kFloat, CacheType::kBf16, CacheType::kInt8};
 
-// One slot and KV head of one layer: keys and values [position][head_dim].
+// One slot and KV head of one layer: keys and values [position][head_dim]; int8 ones with a scale a position.
 template <class T>
 struct Slot {
   const T* k;
   const T* v;
+  const float* k_scale;  // null unless T is int8_t
+  const float* v_scale;
 };
 
 inline f32x16 load_value(const float* p) { return load(p); }
 inline f32x16 load_value(const uint16_t* p) { return load_bf16(p); }
-inline void store_value(float* p, f32x16 v) { store(p, v); }
-inline void store_value(uint16_t* p, f32x16 v) { store_bf16(p, v); }
+inline f32x16 load_value(const int8_t* p) { return load_i8(p); }
+
+// Stores one head's key or value, and its scale where the type has one.
+inline void store_head(float* p, float*, const float* x, int head_dim) {
+  for (int d = 0; d < head_dim; d += kLanes) store(p + d, load(x + d));
+}
+inline void store_head(uint16_t* p, float*, const float* x, int head_dim) {
+  for (int d = 0; d < head_dim; d += kLanes) store_bf16(p + d, load(x + d));
+}
+inline void store_head(int8_t* p, float* scale, const float* x, int head_dim) {
+  f32x16 top = splat(0.0f);
+  for (int d = 0; d < head_dim; d += kLanes) top = max(top, abs(load(x + d)));
+  const float largest = reduce_max(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  *scale = largest / 127.0f;
+  for (int d = 0; d < head_dim; d += kLanes) store_i8(p + d, round_i32(load(x + d) * splat(inverse)));
+}
 
 // The running result of one query: `o` is the sum of values weighted by exp2(score - max), `sum` the weights' sum.
 struct Partial {
@@ -99,6 +116,30 @@ inline void turn_keys(const uint16_t* k, int n, int head_dim, float* keys) {
         store(keys + (d + 2 * i + 1) * kChunk + first, odd_bf16(row[i]));
       }
     }
+}
+
+inline void turn_keys(const int8_t* k, int n, int head_dim, float* keys) {
+  for (int first = 0; first < n; first += kLanes)
+    for (int d = 0; d < head_dim; d += 4 * kLanes) {
+      const int dims = head_dim - d < 4 * kLanes ? head_dim - d : 4 * kLanes;
+      i32x16 row[16];
+      for (int i = 0; i < 16; i++)
+        row[i] = first + i < n ? load_some(k + size_t(first + i) * head_dim + d, dims) : splat_i(0);
+      transpose16(row);
+      for (int i = 0; i < dims / 4; i++) {
+        float* out = keys + (d + 4 * i) * kChunk + first;
+        store(out, byte_to_float<0>(row[i]));
+        store(out + kChunk, byte_to_float<1>(row[i]));
+        store(out + 2 * kChunk, byte_to_float<2>(row[i]));
+        store(out + 3 * kChunk, byte_to_float<3>(row[i]));
+      }
+    }
+}
+
+// Multiplies the first n of 64 scores or weights by their keys' or values' scales.
+inline void apply_scales(float* scores, const float* scale, int n) {
+  for (int i = 0; i < n; i += kLanes)
+    store(scores + i, load(scores + i) * as_float(load_some(scale + i, 4 * (n - i))));
 }
 
 // scores[q][0..63] of Q queries: the products with the turned keys, 32 keys at a time.
@@ -188,45 +229,63 @@ struct Queries {
   }
 };
 
-// Q queries (from `at`) against a chunk whose first key is at position `start`.
+// A chunk of the slot: its first position, its length, turned keys, values, and scales or nulls.
+template <class T>
+struct Chunk {
+  int start, n;
+  const float* keys;
+  const T* v;
+  const float* k_scale;
+  const float* v_scale;
+};
+
+// Q queries (from `at`) against a chunk.
 template <int Q, class T>
-void attend_block(const Queries& x, int at, int start, int n, const float* keys, const T* v, int head_dim,
-                  float* scores, const Partial* out) {
-  score<Q>(x.q + at, keys, n, head_dim, scores);
+void attend_block(const Queries& x, int at, const Chunk<T>& chunk, int head_dim, float* scores, const Partial* out) {
+  const int start = chunk.start, n = chunk.n;
+  score<Q>(x.q + at, chunk.keys, n, head_dim, scores);
   for (int i = 0; i < Q; i++) {
+    if (chunk.k_scale) apply_scales(scores + i * kChunk, chunk.k_scale, n);
     const int position = x.position[at + i];
     const int first = x.window == 0 ? 0 : position - x.window + 1 - start;
     const int last = position + 1 - start < n ? position + 1 - start : n;
     if (!weigh(scores + i * kChunk, first < 0 ? 0 : first, last, n, out[i]))
       for (int j = 0; j < n; j++) scores[i * kChunk + j] = 0.0f;
+    else if (chunk.v_scale) apply_scales(scores + i * kChunk, chunk.v_scale, n);
   }
-  weigh_all_values<Q>(scores, v, n, head_dim, out);
+  weigh_all_values<Q>(scores, chunk.v, n, head_dim, out);
+}
+
+template <class T>
+void attend_blocks(const Queries& x, const Chunk<T>& chunk, int head_dim, float* all_scores, const Partial* out) {
+  for (int at = 0; at < x.count; at += kQueryBlock) {
+    float* scores = all_scores + size_t(at) * kChunk;
+    switch (x.count - at) {
+      case 1: attend_block<1>(x, at, chunk, head_dim, scores, out + at); break;
+      case 2: attend_block<2>(x, at, chunk, head_dim, scores, out + at); break;
+      case 3: attend_block<3>(x, at, chunk, head_dim, scores, out + at); break;
+      default: attend_block<4>(x, at, chunk, head_dim, scores, out + at); break;
+    }
+  }
 }
 
 // One chunk's partial result of every query. Reads no key or value past the last query's position.
 template <class T>
-void attend_chunk(const Queries& x, int chunk, const Slot<T>& slot, int head_dim, AttentionScratch& scratch,
+void attend_chunk(const Queries& x, int index, const Slot<T>& slot, int head_dim, AttentionScratch& scratch,
                   const Partial* out) {
-  const int start = chunk * kChunk;
+  const int start = index * kChunk;
   const int left = x.last_position() + 1 - start, n = left < kChunk ? left : kChunk;
   turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
   const T* v = slot.v + size_t(start) * head_dim;
-  const auto block = [&](auto values) {
-    for (int at = 0; at < x.count; at += kQueryBlock) {
-      float* scores = scratch.scores.data() + size_t(at) * kChunk;
-      const float* keys = scratch.keys.data();
-      switch (x.count - at) {
-        case 1: attend_block<1>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
-        case 2: attend_block<2>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
-        case 3: attend_block<3>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
-        default: attend_block<4>(x, at, start, n, keys, values, head_dim, scores, out + at); break;
-      }
-    }
-  };
-  if (x.count <= 2 * kQueryBlock) return block(v);
+  const float* k_scale = slot.k_scale ? slot.k_scale + start : nullptr;
+  const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
+  const float* keys = scratch.keys.data();
+  float* scores = scratch.scores.data();
+  if (x.count <= 2 * kQueryBlock)
+    return attend_blocks(x, Chunk<T>{start, n, keys, v, k_scale, v_scale}, head_dim, scores, out);
   float* wide = scratch.values.data();  // many queries: convert the values once
   for (int i = 0; i < n * head_dim; i += kLanes) store(wide + i, load_value(v + i));
-  block(static_cast<const float*>(wide));
+  attend_blocks(x, Chunk<float>{start, n, keys, wide, k_scale, v_scale}, head_dim, scores, out);
 }
 
 }  // namespace gf

@@ -47,13 +47,15 @@ struct StepInput {
   int32_t rows, row_tokens;   // B, S
   int32_t length, positions;  // every real token lies below `length`; `positions` of a slot, the last one scratch
   int32_t slots;              // of the cache
-  int32_t cache_type;
+  int32_t cache_type;         // attention.h's CacheType
   const int64_t* tokens;     // [B][S]
   const int64_t* position;   // [B][S]; positions - 1: padding
   const int64_t* slot;       // [B], or null: row b is slot b
   const int64_t* select;     // [B], or null: logits of every token
   void* k;                   // [layer][slot][kv head][position][head_dim]
   void* v;
+  float* k_scale;  // int8 only: [layer][slot][kv head][position]
+  float* v_scale;
   float* logits;             // [B][vocab], or [B][S][vocab]
 };
 
@@ -335,9 +337,9 @@ class Decoder final : public Job {
       } else if (head < model_.n_head + model_.n_kv_head) {
         if (w.k_norm) norm_row(x, w.k_norm, D, model_.norm_eps, x);
         rotate(x, token.position);
-        write_cache(input_.k, layer, token, head - model_.n_head, x);
+        write_cache(input_.k, input_.k_scale, layer, token, head - model_.n_head, x);
       } else {
-        write_cache(input_.v, layer, token, head - model_.n_head - model_.n_kv_head, x);
+        write_cache(input_.v, input_.v_scale, layer, token, head - model_.n_head - model_.n_kv_head, x);
       }
     }
   }
@@ -361,26 +363,39 @@ class Decoder final : public Job {
     for (int d = 0; d < model_.head_dim; d += kLanes) store(q + d, load(x + d) * splat(scale));
   }
 
-  size_t cache_offset(int layer, int slot, int kv_head) const {
-    return ((size_t(layer) * input_.slots + slot) * model_.n_kv_head + kv_head) * input_.positions * model_.head_dim;
+  // The first position of a slot's KV head, counted in positions.
+  size_t cache_position(int layer, int slot, int kv_head) const {
+    return ((size_t(layer) * input_.slots + slot) * model_.n_kv_head + kv_head) * input_.positions;
   }
 
-  void write_cache(void* cache, int layer, const Token& token, int kv_head, const float* x) const {
-    const size_t at = cache_offset(layer, token.slot, kv_head) + size_t(token.position) * model_.head_dim;
-    for (int d = 0; d < model_.head_dim; d += kLanes) {
-      if (input_.cache_type == int(CacheType::kFloat)) store_value(static_cast<float*>(cache) + at + d, load(x + d));
-      else store_value(static_cast<uint16_t*>(cache) + at + d, load(x + d));
+  // Calls f with a null pointer of the cache's element type.
+  template <class F>
+  void with_cache_type(F&& f) const {
+    switch (CacheType(input_.cache_type)) {
+      case CacheType::kFloat: return f(static_cast<float*>(nullptr));
+      case CacheType::kBf16: return f(static_cast<uint16_t*>(nullptr));
+      case CacheType::kInt8: return f(static_cast<int8_t*>(nullptr));
     }
+  }
+
+  void write_cache(void* cache, float* scale, int layer, const Token& token, int kv_head, const float* x) const {
+    const size_t at = cache_position(layer, token.slot, kv_head) + token.position;
+    with_cache_type([&](auto* type) {
+      store_head(static_cast<decltype(type)>(cache) + at * model_.head_dim, scale ? scale + at : nullptr, x,
+                 model_.head_dim);
+    });
   }
 
   void attend(const LayerWeights& w, int layer, int chunk, Scratch& s) {
     const Item& item = items_[chunk];
-    const size_t at = cache_offset(layer, tokens_[item.span.first].slot, item.kv_head);
-    if (input_.cache_type == int(CacheType::kFloat))
-      attend_item(w, item, Slot<float>{static_cast<float*>(input_.k) + at, static_cast<float*>(input_.v) + at}, s);
-    else
-      attend_item(w, item, Slot<uint16_t>{static_cast<uint16_t*>(input_.k) + at, static_cast<uint16_t*>(input_.v) + at},
-                  s);
+    const size_t at = cache_position(layer, tokens_[item.span.first].slot, item.kv_head);
+    with_cache_type([&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const size_t first = at * model_.head_dim;
+      const bool scaled = input_.k_scale != nullptr;
+      attend_item(w, item, Slot<T>{static_cast<T*>(input_.k) + first, static_cast<T*>(input_.v) + first,
+                                   scaled ? input_.k_scale + at : nullptr, scaled ? input_.v_scale + at : nullptr}, s);
+    });
   }
 
   Queries gather_queries(const Item& item, int window, Scratch& s) const {

@@ -82,8 +82,9 @@ class Pool {
   void publish(int chunks) {
     const uint32_t epoch = epoch_of(ticket_.load(std::memory_order_relaxed)) + 1;
     done_.store(0, std::memory_order_relaxed);
+    // The epoch first: no one can publish the next one before the ticket is out, so it never goes back.
+    epoch_.store(epoch);  // sequentially consistent: a sleeper is either seen by notify_all or sees this
     ticket_.store(uint64_t(epoch) << 32 | uint64_t(chunks) << 16, std::memory_order_release);
-    epoch_.store(epoch);  // sequentially consistent: a sleeper is either seen here or sees this
     epoch_.notify_all();
   }
 

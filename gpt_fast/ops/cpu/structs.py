@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gpt_fast.ops.cpu import build
 if TYPE_CHECKING:
     from gpt_fast.cache import KVCache
 
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 STEP_ERRORS = {
     1: "tokens_BS: a token is outside the vocabulary",
     2: "positions_BS: a position is negative or not below length",
@@ -55,7 +55,8 @@ class ModelWeights(Structure):
 class StepInput(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "row_tokens", "length", "positions", "slots", "cache_type")),
-        *((name, c_void_p) for name in ("tokens", "position", "slot", "select", "k", "v", "logits")),
+        *((name, c_void_p) for name in ("tokens", "position", "slot", "select", "k", "v", "k_scale", "v_scale",
+                                        "logits")),
     )
 
     @classmethod
@@ -75,10 +76,17 @@ class StepInput(Structure):
         step = cls(
             B, S, length, cache.max_seq_len + 1, cache.slots, CACHE_TYPES[cache.k_LNHTD.dtype],
             *(None if t is None else t.data_ptr() for t in index),
-            cache.k_LNHTD.data_ptr(), cache.v_LNHTD.data_ptr(), logits.data_ptr(),
+            cache.k_LNHTD.data_ptr(), cache.v_LNHTD.data_ptr(), *cache_scales(cache), logits.data_ptr(),
         )
         step.held = index
         return step
+
+
+def cache_scales(cache: Any) -> tuple[int | None, int | None]:
+    """Addresses of an int8 cache's scales: k_scale_LNHT and v_scale_LNHT, float32, one a (position, head)."""
+    if cache.k_LNHTD.dtype != torch.int8:
+        return None, None
+    return cache.k_scale_LNHT.data_ptr(), cache.v_scale_LNHT.data_ptr()
 
 
 def index_tensor(t: Tensor) -> Tensor:

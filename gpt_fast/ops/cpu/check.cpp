@@ -1,0 +1,155 @@
+// A standalone run of the decoder over random weights of every format, for the sanitizers (python -m gpt_fast.ops.cpu).
+// Buffers have exactly the documented sizes, so that a read past one is caught. Exits with 1 when a row's logits
+// depend on threads, batch or chunking.
+#include <cstdio>
+#include <random>
+#include <tuple>
+
+#include "decoder.h"
+
+namespace {
+
+using gf::Linear;
+
+struct RandomModel {
+  static constexpr int kPositions = 101, kVocab = 77, kDim = 72, kHeads = 6, kKvHeads = 2, kHeadDim = 48, kFfn = 56;
+
+  explicit RandomModel(int format) : format_(format) {
+    for (auto& layer : layers_) {
+      layer.qkv = linear((kHeads + 2 * kKvHeads) * kHeadDim, kDim, true);
+      layer.out = linear(kDim, kHeads * kHeadDim, true);
+      layer.gate_up = linear(2 * gf::round_up(kFfn, gf::kGroup), kDim, true);
+      layer.down = linear(kDim, kFfn, true);
+      layer.attention_norm = floats(kDim, 1);
+      layer.ffn_norm = floats(kDim, 1);
+      layer.q_norm = floats(kHeadDim, 1);
+      layer.k_norm = floats(kHeadDim, 1);
+    }
+    layers_[1].window = 21;
+    weights = {2, kDim, kHeads, kKvHeads, kHeadDim, kFfn, kVocab, 44, 0, 1, 1e-5f, floats(kVocab * kDim, 1), nullptr,
+               floats(kPositions * 44, 1), floats(kDim, 1), linear(kVocab, kDim, false), layers_};
+  }
+
+  gf::ModelWeights weights{};
+
+ private:
+  float* floats(int n, float size) {
+    floats_.emplace_back(new float[size_t(n)]);
+    std::normal_distribution<float> normal(0, size);
+    for (int i = 0; i < n; i++) floats_.back()[i] = normal(random_);
+    return floats_.back().get();
+  }
+
+  uint8_t* bytes(size_t n, int low, int high) {
+    bytes_.emplace_back(new (std::align_val_t(64)) uint8_t[n]);
+    std::uniform_int_distribution<int> byte(low, high);
+    for (size_t i = 0; i < n; i++) bytes_.back().get()[i] = uint8_t(byte(random_));
+    return bytes_.back().get();
+  }
+
+  Linear linear(int rows, int cols, bool bias) {
+    Linear w{format_, rows, cols, format_ == gf::kInt4 ? 64 : gf::kGroup, nullptr, nullptr, nullptr};
+    const size_t outputs = size_t(w.tiles()) * gf::kLanes, inputs = size_t(w.groups()) * gf::kGroup;
+    const size_t bits = format_ == gf::kInt4 ? 4 : format_ == gf::kBf16 ? 16 : 8;
+    w.q = bytes(outputs * inputs * bits / 8, 0, 255);
+    if (format_ == gf::kInt8Row) w.scale = floats(int(outputs), 0.01f);
+    if (format_ == gf::kInt8Group) w.scale = halves(outputs * w.groups());
+    if (format_ == gf::kInt4) w.scale = halves(outputs * w.scale_groups() * 2);
+    if (format_ == gf::kBf16) small_bf16(const_cast<uint8_t*>(w.q), outputs * inputs);
+    if (bias) w.bias = floats(int(outputs), 0.1f);
+    return w;
+  }
+
+  const void* halves(size_t n) {  // 0x1c00..0x1cff: about 0.004
+    uint8_t* p = bytes(2 * n, 0, 255);
+    for (size_t i = 0; i < n; i++) p[2 * i + 1] = 0x1c;
+    return p;
+  }
+
+  void small_bf16(uint8_t* p, size_t n) {
+    std::normal_distribution<float> normal(0, 0.05f);
+    for (size_t i = 0; i < n; i++) {
+      const uint16_t bits = gf::float_to_bf16(normal(random_));
+      std::memcpy(p + 2 * i, &bits, 2);
+    }
+  }
+
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+
+  int format_;
+  std::mt19937 random_{7};
+  std::vector<std::unique_ptr<float[]>> floats_;
+  std::vector<std::unique_ptr<uint8_t[], Free>> bytes_;
+  gf::LayerWeights layers_[2] = {};
+};
+
+struct Cache {
+  std::vector<uint8_t> k, v;
+  std::vector<float> k_scale, v_scale;
+
+  Cache(int slots, gf::CacheType type) {
+    const size_t positions = size_t(2) * slots * RandomModel::kKvHeads * RandomModel::kPositions;
+    const size_t bytes = type == gf::CacheType::kFloat ? 4 : type == gf::CacheType::kBf16 ? 2 : 1;
+    k.assign(positions * RandomModel::kHeadDim * bytes, 0xff);  // NaN in both float types
+    v = k;
+    k_scale.assign(type == gf::CacheType::kInt8 ? positions : 0, NAN);
+    v_scale = k_scale;
+  }
+};
+
+// Four sequences of 60 tokens, fed `chunk` tokens at a time, together or one after another: all logits.
+std::vector<float> run(const RandomModel& model, int threads, int chunk, bool together, gf::CacheType type) {
+  constexpr int kRows = 4, kTokens = 60;
+  gf::Pool pool(threads, 50);
+  gf::Decoder decoder(model.weights, pool);
+  Cache cache(kRows, type);
+  std::vector<float> all(size_t(kRows) * kTokens * RandomModel::kVocab), some;
+  const int rows = together ? kRows : 1;
+  for (int first = 0; first < kRows; first += rows)
+    for (int at = 0; at < kTokens; at += chunk) {
+      const int now = std::min(chunk, kTokens - at);
+      std::vector<int64_t> tokens, positions, slots;
+      for (int row = first; row < first + rows; row++) {
+        slots.push_back(kRows - 1 - row);
+        for (int i = at; i < at + now; i++) {
+          tokens.push_back((row * 31 + i * i) % RandomModel::kVocab);
+          positions.push_back(i);
+        }
+      }
+      some.assign(size_t(rows) * now * RandomModel::kVocab, NAN);
+      gf::StepInput step{};
+      step.rows = rows, step.row_tokens = now, step.length = kTokens;
+      step.tokens = tokens.data(), step.position = positions.data(), step.slot = slots.data();
+      step.logits = some.data();
+      step.positions = RandomModel::kPositions, step.slots = kRows, step.cache_type = int(type);
+      step.k = cache.k.data(), step.v = cache.v.data();
+      if (!cache.k_scale.empty()) step.k_scale = cache.k_scale.data(), step.v_scale = cache.v_scale.data();
+      if (decoder.step(step) != gf::kFine) std::exit(2);
+      for (int row = 0; row < rows; row++)
+        std::memcpy(&all[(size_t(first + row) * kTokens + at) * RandomModel::kVocab],
+                    &some[size_t(row) * now * RandomModel::kVocab], sizeof(float) * now * RandomModel::kVocab);
+    }
+  return all;
+}
+
+bool check(int format, gf::CacheType type) {
+  const RandomModel model(format);
+  const std::vector<float> expected = run(model, 1, 1, false, type);
+  bool fine = true;
+  for (float v : expected) fine = fine && std::isfinite(v);
+  for (const auto& [threads, chunk, together] : {std::tuple(3, 1, true), std::tuple(2, 17, false), std::tuple(3, 60, true), std::tuple(1, 7, true)})
+    fine = fine && run(model, threads, chunk, together, type) == expected;
+  std::printf("format %d, cache %d: %s\n", format, int(type), fine ? "fine" : "DIFFERS");
+  return fine;
+}
+
+}  // namespace
+
+int main() {
+  bool fine = true;
+  for (int format : {gf::kInt8Row, gf::kInt8Group, gf::kInt4, gf::kBf16})
+    for (gf::CacheType type : gf::kCacheTypes) fine = check(format, type) && fine;
+  return fine ? 0 : 1;
+}
