@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -105,6 +106,17 @@ def save(name: str, directory: Path, *, seed: int = 0, **options: Any) -> torch.
     model = make(name, seed=seed)
     model.save_pretrained(directory, **options)
     return model
+
+
+def tokenizer_json(tokens: int = 160, *, special: tuple[str, ...] = ("<a>", "<s>", "</s>")) -> bytes:
+    """A byte-level BPE tokenizer.json without merges: special tokens, then as many letters as make `tokens`."""
+    letters = [chr(0x4E00 + i) for i in range(tokens - len(special))]
+    vocab = {token: i for i, token in enumerate((*special, *letters))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer.to_str().encode()
 
 
 def logits(loaded: Loaded, tokens_BS: Tensor, *, steps: int = 0, max_positions: int | None = None) -> Tensor:

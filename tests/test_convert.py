@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny_models import SIZES, logits, make, save
+from _tiny_models import SIZES, logits, make, save, tokenizer_json
 from safetensors.torch import load_file, save_file
 
 from gpt_fast.checkpoint import load_checkpoint
@@ -310,18 +310,15 @@ def test_peak_memory_of_conversion_and_loading(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- drafts
 
 
-def tokenizer_json(directory: Path, **change: int) -> None:
-    vocab = {f"t{i}": i for i in range(SIZES["vocab_size"])}
-    for token, token_id in change.items():
-        vocab = {t: i for t, i in vocab.items() if i != token_id} | {token: token_id}
-    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}}))
+def write_tokenizer(directory: Path, **change: Any) -> None:
+    (directory / "tokenizer.json").write_bytes(tokenizer_json(**change))
 
 
 def test_draft_takes_the_target_tokenizer(tmp_path: Path) -> None:
     save("llama-gqa", tmp_path / "target_hf")
     save("llama-mqa", tmp_path / "draft_hf")
-    tokenizer_json(tmp_path / "target_hf")
-    tokenizer_json(tmp_path / "draft_hf")
+    write_tokenizer(tmp_path / "target_hf")
+    write_tokenizer(tmp_path / "draft_hf")
     (tmp_path / "target_hf" / "chat_template.jinja").write_text("x")
     target = run_convert(tmp_path / "target_hf", tmp_path / "target")
     script("convert_ckpt.py", "--checkpoint_dir", tmp_path / "draft_hf", "--target_dir", target,
@@ -333,11 +330,11 @@ def test_draft_takes_the_target_tokenizer(tmp_path: Path) -> None:
 
 def test_draft_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     save("llama-gqa", tmp_path / "target_hf")
-    tokenizer_json(tmp_path / "target_hf")
+    write_tokenizer(tmp_path / "target_hf")
     target = run_convert(tmp_path / "target_hf", tmp_path / "target")
     save("llama-mqa", tmp_path / "draft")
-    tokenizer_json(tmp_path / "draft", other=17)
-    with pytest.raises(CheckpointError, match=r"token 17 is 'other', but in .* it is 't17'"):
+    write_tokenizer(tmp_path / "draft", special=("<a>", "<s>", "<other>"))
+    with pytest.raises(CheckpointError, match=r"token 2 is '<other>', but in .* it is '</s>'"):
         draft_job(tmp_path / "draft", target)
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     (tmp_path / "draft" / "config.json").write_text(json.dumps({**config, "vocab_size": 161}))

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from _tiny_models import SIZES, logits, make
+from _tiny_models import SIZES, logits, make, tokenizer_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,8 +29,8 @@ ARCH = {
 }  # fmt: skip
 
 
-def no_tokenizer(metadata: Mapping[str, Any]) -> bytes:
-    return b"{}"
+def some_tokenizer(metadata: Mapping[str, Any]) -> bytes:
+    return tokenizer_json()
 
 
 def permute(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def add_tensors(writer: gguf.GGUFWriter, model: torch.nn.Module, arch: str) -> N
 def test_logits_are_transformers(family: str, tmp_path: Path) -> None:
     reference = write_model(family, tmp_path / "m.gguf")
     convert(
-        gguf_job(tmp_path / "m.gguf", make_tokenizer=no_tokenizer), tmp_path / "out", dtype="float32", progress=False
+        gguf_job(tmp_path / "m.gguf", make_tokenizer=some_tokenizer), tmp_path / "out", dtype="float32", progress=False
     )
     loaded = load_checkpoint(tmp_path / "out", device="cpu")
     tokens = torch.randint(0, loaded.config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(1))
@@ -236,7 +236,7 @@ def test_plain_formats_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def refuse(path: Path, out: Path) -> str:
     with pytest.raises((CheckpointError, ConfigError)) as caught:
-        convert(gguf_job(path, make_tokenizer=no_tokenizer), out, dtype="float32", progress=False)
+        convert(gguf_job(path, make_tokenizer=some_tokenizer), out, dtype="float32", progress=False)
     assert not out.exists()
     return str(caught.value)
 
@@ -308,7 +308,7 @@ def test_nan_is_refused_by_tensor_name(tmp_path: Path) -> None:
 
 def test_config_is_what_the_metadata_says(tmp_path: Path) -> None:
     write_model("llama3", tmp_path / "m.gguf")
-    job = gguf_job(tmp_path / "m.gguf", make_tokenizer=no_tokenizer)
+    job = gguf_job(tmp_path / "m.gguf", make_tokenizer=some_tokenizer)
     convert(job, tmp_path / "out", dtype="bfloat16", progress=False)
     config = load_model_config(tmp_path / "out")
     assert (config.dim, config.n_layer, config.norm_eps) == (SIZES["hidden_size"], 3, 1e-6)

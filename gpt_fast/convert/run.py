@@ -20,6 +20,7 @@ from gpt_fast.convert.source import Source, TensorInfo, check_float
 from gpt_fast.hf_config import model_config_from_hf, read_json_object
 from gpt_fast.manifest import install, staging
 from gpt_fast.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
+from gpt_fast.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIDE_FILES = (
@@ -98,10 +99,21 @@ def write_checkpoint(
         records = {"config.json": write_bytes(stage / "config.json", json_bytes(job.config))}
         for name, data in job.side_files.items():
             records[name] = write_bytes(stage / name, data)
+        check_tokenizer(stage, job)
         records |= write_weights(
             stage, stem, specs, produce, metadata=metadata, shard_bytes=shard_bytes, written=bar.update
         )
         install(stage, out_dir, records, job.origin)
+
+
+def check_tokenizer(stage: Path, job: Job) -> None:
+    """Refuse a tokenizer that cannot be read or has ids past the embedding. A checkpoint may come without one."""
+    names = [name for name in ("tokenizer.json", "tokenizer.model") if name in job.side_files]
+    if not names:
+        return
+    tokens, rows = load_tokenizer(stage).vocab_size, job.model_config.vocab_size
+    if tokens > rows:
+        raise CheckpointError(job.source.path.parent / names[0], f"has {tokens} tokens, vocab_size is {rows}")
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
