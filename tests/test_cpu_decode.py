@@ -285,6 +285,7 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_processor_choice() -> None:
     assert build.best_isa(frozenset(build.AVX512[0].split())) == "avx512"
+    assert build.best_isa(frozenset({"avx2", "fma", "f16c"})) == "avx2"
     assert build.best_isa(frozenset({"sse2"})) is None
 
 

@@ -21,8 +21,9 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall",
 AVX512_BF16 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
                ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"))
 AVX512 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni"))
+AVX2_VNNI = ("avx2 fma f16c avx_vnni", ("-march=x86-64-v3", "-mavxvnni"))
 AVX2 = ("avx2 fma f16c", ("-march=x86-64-v3",))
-ISAS = {"avx512_bf16": AVX512_BF16, "avx512": AVX512}
+ISAS = {"avx512_bf16": AVX512_BF16, "avx512": AVX512, "avx2_vnni": AVX2_VNNI, "avx2": AVX2}
 
 
 class BuildError(RuntimeError):

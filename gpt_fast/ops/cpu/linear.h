@@ -181,7 +181,8 @@ void multiply_block(const Linear& w, int tile, const Activations& x, int row, fl
   else run(0, 1);
 }
 
-inline constexpr int kMaxRowBlock = 6;
+// Two tiles of six rows need 12 integer and 12 float sums.
+inline constexpr int kMaxRowBlock = kVectorRegisters == 32 ? 6 : 2;
 
 // Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
 template <class W, int NR>

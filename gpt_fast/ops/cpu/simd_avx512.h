@@ -5,6 +5,8 @@
 
 namespace gf {
 
+inline constexpr int kVectorRegisters = 32;  // of sixteen lanes
+
 struct f32x16 {
   __m512 r;
 };
