@@ -52,16 +52,16 @@ class GptFastHandler(BaseHandler):
     def postprocess(self, data: dict[str, Reply]) -> list[str]:
         """Hand each reply to TorchServe; an id that gets nothing now is left out of the round's answer."""
         texts = [""] * len(self.context.request_ids)
-        more: list[Any] = [None] * len(texts)
+        stop: list[bool | None] = [None] * len(texts)  # of a stream: was this its last chunk?
         for index, request_id in list(self.context.request_ids.items()):
             reply = data.get(request_id)
             if reply is None:
                 del self.context.request_ids[index]
                 continue
-            texts[index], more[index] = reply.text, reply.more
+            texts[index], stop[index] = reply.text, None if reply.more is None else not reply.more
             self.context.set_response_content_type(index, reply.content_type)
             self.context.set_response_status(reply.status, reply.reason, index)
-        self.context.stopping_criteria = [lambda _, value=value: value for value in more]
+        self.context.stopping_criteria = [lambda _, value=value: value for value in stop]
         return texts
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
