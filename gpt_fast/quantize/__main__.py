@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration_seq_length", type=int, default=512, help="tokens of a window")
     add("--percdamp", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it")
     add("--blocksize", type=int, default=128, help="columns between updates of the whole matrix")
-    add("--act_order", action="store_true", help="round the columns with the largest inputs first")
+    add(
+        "--act_order", action=argparse.BooleanOptionalAction, default=True, help="columns with the largest inputs first"
+    )
     return flags
 
 

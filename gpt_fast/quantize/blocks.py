@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class GPTQOptions:
 
     percdamp: float = 0.01
     blocksize: int = 128
-    act_order: bool = False
+    act_order: bool = True
 
 
 def gptq_model(
@@ -83,14 +84,16 @@ class BlockRunner:
         self.cache = KVCache(one_layer, slots=self.rows, max_seq_len=length, dtype=torch.float32, device=device)
 
     def hessians(self, linears: Mapping[str, nn.Linear]) -> dict[str, Hessian]:
-        """The Hessian of each linear's inputs over all windows."""
+        """The Hessian of each linear's inputs over all windows. The block runs only as far as the last of them."""
         gathered = {name: Hessian(linear.in_features, self.hidden_CSD.device) for name, linear in linears.items()}
         hooks = [
             linear.register_forward_pre_hook(lambda _, args, hessian=gathered[name]: hessian.add(args[0]))
             for name, linear in linears.items()
         ]
+        hooks += [linear.register_forward_hook(stop_forward) for linear in list(linears.values())[-1:]]
         for start in range(0, len(self.hidden_CSD), self.rows):
-            self.forward(self.hidden_CSD[start : start + self.rows])
+            with suppress(EndOfStage):  # a mixture may not reach its last expert, and runs to the end
+                self.forward(self.hidden_CSD[start : start + self.rows])
         for hook in hooks:
             hook.remove()
         return gathered
@@ -108,6 +111,14 @@ class BlockRunner:
         mask = causal_mask(positions_BS, length, group=self.group, window=self.window)
         step = StepInput(positions_BS, None, length, self.rope_PE[positions_BS], {self.window: mask})
         return self.block(hidden_BSD, step, self.cache)
+
+
+class EndOfStage(Exception):
+    """Ends a block's forward once a stage's inputs are known."""
+
+
+def stop_forward(*_: object) -> None:
+    raise EndOfStage
 
 
 def load_block(config: ModelConfig, index: int, read: ReadTensor, device: torch.device) -> Block:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.int4 import pack_nibbles
-from gpt_fast.quantize.rtn import check_finite, check_float16_range, int4_grid, nearest_int4
+from gpt_fast.quantize.grid import fit_grid
+from gpt_fast.quantize.rtn import check_finite, check_float16_range, nearest_int4
 from gpt_fast.quantize.scheme import QuantizationError
 
 DAMPING_STEPS = 6
@@ -55,30 +56,51 @@ def gptq_int4(
     check_finite(weight_NK, name=name)
     check_float16_range(weight_NK, name=name)
     check_finite(hessian_KK, name=f"{name}: the Hessian of its inputs")
-    columns = weight_NK.shape[1]
-    order_K = torch.arange(columns, device=weight_NK.device)
+    order_K = torch.arange(len(hessian_KK), device=weight_NK.device)
     if act_order:
         order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
     factor_KK = inverse_factor(hessian_KK[order_K][:, order_K], percdamp=percdamp, name=name)
-    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize)
-    work_NK, q_NK = weight_NK[:, order_K], torch.empty_like(weight_NK)
+    rounding = Rounding(weight_NK, factor_KK, order_K, groupsize, refit=not act_order)
     blocksize = -(-blocksize // groupsize) * groupsize
-    for start in range(0, columns, blocksize):
-        block = slice(start, min(start + blocksize, columns))
-        work_NC, factor_CC = work_NK[:, block], factor_KK[block, block]
+    for start in range(0, len(order_K), blocksize):
+        rounding.round_block(slice(start, start + blocksize))
+    weight = pack_nibbles(rounding.q_NK.to(torch.uint8))
+    return {"weight": weight, "scale": rounding.scale_NG, "min": rounding.min_NG}
+
+
+class Rounding:
+    """A weight on its way from float to int4: `work_NK` is in the order of rounding, the rest in the weight's own."""
+
+    def __init__(self, weight_NK: Tensor, factor_KK: Tensor, order_K: Tensor, groupsize: int, *, refit: bool) -> None:
+        self.order_K, self.groupsize, self.refit = order_K, groupsize, refit
+        self.factor_KK = factor_KK
+        self.work_NK = weight_NK[:, order_K]
+        self.q_NK = torch.empty_like(weight_NK)
+        # What an error in a column costs after the columns behind it have made up for it as well as they can.
+        self.cost_K = torch.empty_like(factor_KK[0])
+        self.cost_K[order_K] = factor_KK.diagonal() ** -2
+        self.scale_NG, self.min_NG = fit_grid(weight_NK, self.cost_K, groupsize=groupsize)
+
+    def round_block(self, block: slice) -> None:
+        """Round the block's columns one by one, then let the columns behind the block make up for all of them."""
+        work_NC, factor_CC = self.work_NK[:, block], self.factor_KK[block, block]
         error_NC = torch.empty_like(work_NC)
-        for i, column in enumerate(order_K[block].tolist()):
-            group = column // groupsize
-            if not act_order and column % groupsize == 0:
-                ahead_NE = work_NC[:, i : i + groupsize]
-                scale_NG[:, group : group + 1], min_NG[:, group : group + 1] = int4_grid(ahead_NE, groupsize=groupsize)
-            scale_N, min_N = scale_NG[:, group].float(), min_NG[:, group].float()
-            q_NK[:, column] = nearest_int4(work_NC[:, i], scale_N, min_N)
-            error_N = (work_NC[:, i] - (q_NK[:, column] * scale_N + min_N)) / factor_CC[i, i]
+        for i, column in enumerate(self.order_K[block].tolist()):
+            group = column // self.groupsize
+            if self.refit and column % self.groupsize == 0:
+                self.refit_group(group, work_NC[:, i : i + self.groupsize])
+            scale_N, min_N = self.scale_NG[:, group].float(), self.min_NG[:, group].float()
+            q_N = nearest_int4(work_NC[:, i], scale_N, min_N)
+            error_N = (work_NC[:, i] - (q_N * scale_N + min_N)) / factor_CC[i, i]
             work_NC[:, i:] -= error_N[:, None] * factor_CC[i, i:]
-            error_NC[:, i] = error_N
-        work_NK[:, block.stop :] -= error_NC @ factor_KK[block, block.stop :]
-    return {"weight": pack_nibbles(q_NK.to(torch.uint8)), "scale": scale_NG, "min": min_NG}
+            self.q_NK[:, column], error_NC[:, i] = q_N, error_N
+        self.work_NK[:, block.stop :] -= error_NC @ self.factor_KK[block, block.stop :]
+
+    def refit_group(self, group: int, weight_NE: Tensor) -> None:
+        """A grid for the group's weights as they have become, columns in their own order."""
+        cost_E = self.cost_K[group * self.groupsize :][: weight_NE.shape[1]]
+        scale_N1, min_N1 = fit_grid(weight_NE, cost_E, groupsize=self.groupsize)
+        self.scale_NG[:, group], self.min_NG[:, group] = scale_N1[:, 0], min_N1[:, 0]
 
 
 def inverse_factor(hessian_KK: Tensor, *, percdamp: float, name: str) -> Tensor:

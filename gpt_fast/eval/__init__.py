@@ -1,0 +1,1 @@
+"""`python -m gpt_fast.eval`: task scores, and how far a quantized model is from its source."""

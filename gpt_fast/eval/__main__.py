@@ -1,0 +1,117 @@
+"""`python -m gpt_fast.eval`: task scores (--tasks), or a quantized checkpoint against its source (--quality)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_fast.checkpoint import WEIGHTS
+from gpt_fast.config import ConfigError, check_int
+from gpt_fast.eval.report import Settings, make_report, plot, table
+from gpt_fast.quantize.gate import report_path, write_report
+from gpt_fast.quantize.text import default_text, file_text, held_out_part
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parser()
+    args = flags.parse_args(arguments)
+    if (args.quality is None) == (args.checkpoint_path is None):
+        flags.error("give either --checkpoint_path with --tasks, or --quality")
+    try:
+        result = run_quality(args) if args.quality is not None else run_tasks(args)
+    except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
+        sys.exit(f"error: {error}")
+    print(json.dumps(result))
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m gpt_fast.eval", description=__doc__)
+    add = flags.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16; --quality: float32 unless said")
+    tasks = flags.add_argument_group("task scores, through lm-evaluation-harness")
+    add = tasks.add_argument
+    add("--checkpoint_path", help="a converted checkpoint's directory, or a weights file in it")
+    add("--tasks", nargs="+", default=["basics"], metavar="TASK",
+        help="the harness's tasks; basics, basics_generate, basics_perplexity (offline); a .yaml file")  # fmt: skip
+    add("--limit", type=int, help="documents of each task; all unless said")
+    add("--num_fewshot", type=int, help="worked examples before each question; the task's own number unless said")
+    add("--max_seq_length", type=int, default=0, help="tokens of context; the model's own, at most 8192, unless said")
+    add("--batch_size", type=int, default=8, help="rows scored, and requests generated, together")
+    add("--compile", action="store_true", help="compile the forward passes")
+    quality = flags.add_argument_group("quality of a quantized checkpoint")
+    add = quality.add_argument
+    add("--quality", type=Path, metavar="A", help="the quantized weights file")
+    add("--against", type=Path, metavar="B", help=f"its source; {WEIGHTS} beside it unless said")
+    add("--text", type=Path, help="a UTF-8 file; the held-out part of this Python's help texts unless said")
+    add("--windows", type=int, default=8, help="pieces of the text")
+    add("--seq_length", type=int, default=512, help="tokens of a piece")
+    add("--plot", type=Path, help="write a picture (gpt-fast[plot])")
+    return flags
+
+
+# ------------------------------------------------------------------------------------------- quality
+
+
+def run_quality(args: argparse.Namespace) -> dict[str, Any]:
+    from gpt_fast.load import choose_device
+
+    check_int("windows", args.windows, 1, 1 << 20)
+    check_int("seq_length", args.seq_length, 128, 1 << 17)
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", "unknown value", got=args.dtype, allowed=", ".join(DTYPES))
+    text = held_out_part(default_text()) if args.text is None else file_text(args.text)
+    settings = Settings(text, args.windows, args.seq_length, DTYPES[dtype], choose_device(args.device))
+    against = args.against or args.quality.with_name(WEIGHTS)
+    weights, report, tokens = make_report(args.quality, against, settings)
+    print(table(report))
+    if args.plot is not None:
+        plot(report, tokens, args.plot)
+    write_report(weights, report)
+    print(f"recorded in {report_path(weights)}")
+    return report
+
+
+# --------------------------------------------------------------------------------------------- tasks
+
+
+def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    from gpt_fast.eval.tasks import load_tasks
+
+    check_int("batch_size", args.batch_size, 1, 256)
+    if args.limit is not None:
+        check_int("limit", args.limit, 1, 1 << 31)
+    load_tasks(args.tasks)  # refuse an unknown task before the model is loaded
+    from gpt_fast.eval.harness import EngineLM, evaluate
+    from gpt_fast.llm import Engine
+
+    engine = Engine.load(
+        args.checkpoint_path,
+        device=args.device,
+        dtype=args.dtype,
+        max_seq_len=args.max_seq_length,
+        max_num_seqs=args.batch_size,
+        compile=args.compile,
+        compile_prefill=args.compile,
+    )
+    results = evaluate(EngineLM(engine), args.tasks, limit=args.limit, num_fewshot=args.num_fewshot)
+    figures = {task: numbers(values) for task, values in results["results"].items()}
+    for task, values in figures.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    return {"checkpoint": args.checkpoint_path, "limit": args.limit, "results": figures}
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Tasks for lm-evaluation-harness: its own by name, the ones shipped here, and YAML files with local data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpt_fast.config import ConfigError
+from gpt_fast.quantize.text import Text, sha256
+
+SHIPPED = Path(__file__).parent / "data"
+
+
+def find_tasks(names: list[str]) -> list[str | dict[str, Any]]:
+    """What the harness accepts for each name: a shipped task or a path to a YAML file as its config, else the name."""
+    return [read_task(path) if (path := yaml_path(name)) is not None else name for name in names]
+
+
+def yaml_path(name: str) -> Path | None:
+    shipped = SHIPPED / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    return Path(name) if name.endswith((".yaml", ".yml")) else None
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """The task's config, its local data files made absolute: they stand beside the YAML file, wherever that is."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("tasks", f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict) or "task" not in config:
+        raise ConfigError("tasks", f"{path} must be a YAML object with a `task` name")
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, dict):
+        config["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in files.items()}
+    return config
+
+
+def load_tasks(names: list[str]) -> dict[str, Any]:
+    """The harness's Task objects by name. ConfigError when it is not installed or knows no such task."""
+    quiet_harness()
+    try:
+        from lm_eval.tasks import TaskManager, get_task_dict
+    except ImportError:
+        raise ConfigError("tasks", "need lm-evaluation-harness: pip install gpt-fast[eval]") from None
+    manager = TaskManager()
+    found = find_tasks(names)
+    for task in found:
+        if isinstance(task, str) and not manager.match_tasks([task]):
+            shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+            raise ConfigError("tasks", "unknown task", got=task,
+                              allowed=f"lm-evaluation-harness's tasks, {shipped}, or a .yaml file")  # fmt: skip
+    return get_task_dict(found, manager)
+
+
+def quiet_harness() -> None:
+    """Its progress is shown by bars; its log at the default level is pages long."""
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def task_text(names: list[str]) -> Text:
+    """The documents of the tasks as running text, to calibrate on: training documents, or what a task has instead."""
+    tasks = flatten(load_tasks(names))
+    content = "\n\n".join(document_text(task, doc) for task in tasks for doc in docs_of(task))
+    return Text(content, "+".join(names), sha256(content))
+
+
+def document_text(task: Any, doc: Any) -> str:
+    """Question and right answer, as the task itself joins them."""
+    target = task.doc_to_target(doc)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    return f"{task.doc_to_text(doc)}{task.config.target_delimiter}{target}".strip()
+
+
+def flatten(tasks: dict[Any, Any]) -> list[Any]:
+    """The tasks of nested groups, in order."""
+    out = []
+    for value in tasks.values():
+        out += flatten(value) if isinstance(value, dict) else [value]
+    return out
+
+
+def docs_of(task: Any) -> Any:
+    if task.has_training_docs():
+        return task.training_docs()
+    return task.validation_docs() if task.has_validation_docs() else task.test_docs()
