@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt_fast.config import ModelConfig
 from gpt_fast.hf_config import load_model_config
-from gpt_fast.manifest import read_manifest, read_values, verify_manifest
+from gpt_fast.manifest import is_plain_name, read_manifest, read_values, verify_manifest
 from gpt_fast.model import Transformer
 from gpt_fast.safetensors_file import CheckpointError, SafetensorsFile
 
@@ -114,7 +114,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "weight_map must be a non-empty object")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise CheckpointError(
                 index, f"file must be a plain name in the same directory (got {name!r})", tensor=tensor
             )

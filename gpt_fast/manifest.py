@@ -47,13 +47,17 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path, name: str, record: object) -> FileRecord:
-    plain = os.path.basename(name) == name and name not in ("", ".", "..")
-    if not plain or not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
+    if not is_plain_name(name) or not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
         raise CheckpointError(path, f"bad entry for {name!r}")
     size, digest = record["size"], record["sha256"]
     if not isinstance(size, int) or not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise CheckpointError(path, f"bad entry for {name!r}")
     return FileRecord(size, digest)
+
+
+def is_plain_name(name: object) -> bool:
+    """A file of the same directory: no separators, no way up."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 
 def verify_manifest(directory: Path, names: list[str] | None = None, *, content: bool = True) -> None:
