@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+NOT_GIVEN = object()  # None is a value that may be wrong
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be served: one line, naming key, value and what is allowed."""
 
-    def __init__(self, key: str, problem: str, *, got: object = None, allowed: str | None = None) -> None:
-        details = [f"got {got!r}"] if got is not None else []
+    def __init__(self, key: str, problem: str, *, got: object = NOT_GIVEN, allowed: str | None = None) -> None:
+        details = [f"got {got!r}"] if got is not NOT_GIVEN else []
         details += [f"allowed {allowed}"] if allowed is not None else []
         self.key = key
         super().__init__(f"{key}: {problem}" + (f" ({', '.join(details)})" if details else ""))
@@ -205,6 +208,22 @@ class SamplingParams:
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError("ignore_eos", "must be true or false", got=self.ignore_eos)
+        self._check_logit_bias()
+        self._check_stop()
+
+    def _check_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigError("logit_bias", "must map token ids to numbers", got=self.logit_bias)
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise ConfigError("logit_bias", "a token id must be a whole number", got=token)
+            check_float(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    def _check_stop(self) -> None:
+        if not isinstance(self.stop, tuple | list):
+            raise ConfigError("stop", "must be a list of strings", got=self.stop)
         if len(self.stop) > self.MAX_STOP:
             raise ConfigError("stop", "too many stop strings", got=len(self.stop), allowed=f"at most {self.MAX_STOP}")
         for text in self.stop:
