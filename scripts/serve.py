@@ -143,8 +143,9 @@ def failure(instance: Instance, first_worker: int | None, too_late: bool) -> str
 
 
 def last_word(instance: Instance) -> str:
-    lines = instance.worker_lines()
-    return lines[-1] if lines else "waiting for the worker"
+    """The handler's latest line about its progress."""
+    lines = [line for line in instance.worker_lines() if "gpt-fast" in line]
+    return lines[-1] if lines else "loading and warming up the model"
 
 
 def predict_command(instance: Instance, request: Path) -> list[str]:

@@ -188,9 +188,9 @@ class Server:
         (self.home / "model_config.yaml").write_text(yaml.safe_dump(config))
         (self.home / "request.json").write_text('{"n": 3, "pause": 0.05}')
 
-    def archive(self, fmt: str = "tgz") -> Path:
+    def archive(self, fmt: str = "tgz", handler: str = "tests/dummy_handler.py") -> Path:
         return archive.build(
-            handler=ROOT / "tests" / "dummy_handler.py",
+            handler=ROOT / handler,
             config=self.home / "model_config.yaml",
             model="",
             fmt=fmt,
@@ -207,7 +207,7 @@ class Server:
         return [sys.executable, str(ROOT / "scripts/serve.py"), command, *paths, *options]
 
     def start(self, made: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.serve("start", "--archive", str(made), "--start-seconds", "60", *options)
+        return self.serve("start", "--archive", str(made), "--start-seconds", "240", *options, timeout=300)
 
     @property
     def instance(self) -> Instance:
@@ -442,3 +442,52 @@ def test_doctor_names_each_problem(server):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "2 problem(s)" in result.stdout
     assert "inference_address: " in result.stderr and "handler.checkpoint_path: no such file" in result.stderr
+
+
+# --- the real handler -----------------------------------------------------------------------------------------
+
+CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+
+
+def write_real(server: Server, **handler: object) -> Path:
+    """model_config.yaml with some handler keys changed, request.json as shipped; the archive."""
+    config = yaml.safe_load((ROOT / "model_config.yaml").read_text())
+    config["handler"] |= handler
+    (server.home / "model_config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copy(ROOT / "request.json", server.home)
+    return server.archive(handler="handler.py")
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_the_default_model_streams_its_answer(server):
+    started = server.start(write_real(server))
+    assert started.returncode == 0, started.stdout + started.stderr
+    assert "HTTP 200" in started.stdout and "Paris" in started.stdout
+    stream = server.curl('{"prompt": "Once upon a time", "max_new_tokens": 200}')
+    assert stream.stdout is not None and stream.stdout.read(1)
+    stopped = server.serve("stop")
+    text = stream.stdout.read()
+    assert len(text) > 300 and stream.wait(20) == 0  # the stop let it end
+    assert stopped.returncode == 0 and "cut" not in stopped.stdout and server.is_gone()
+
+
+@pytest.mark.server
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "handler, line",
+    [
+        ({"max_new_token": 5}, "serve: handler.max_new_token: "),
+        ({"checkpoint_path": "checkpoints/none"}, f"serve: {ROOT}/checkpoints/none: no such file"),
+        ({"checkpoint_path": "without_tokenizer"}, "serve: "),
+    ],
+)
+def test_a_wrong_config_stops_the_start_with_one_line(server, handler, line):
+    if handler == {"checkpoint_path": "without_tokenizer"}:
+        copied = server.home / "without_tokenizer"
+        shutil.copytree(CHECKPOINT, copied, ignore=shutil.ignore_patterns("tokenizer*"), copy_function=os.symlink)
+        handler = {"checkpoint_path": str(copied)}
+    failed = server.start(write_real(server, **handler))
+    assert failed.returncode == 1 and failed.stderr.startswith(line) and failed.stderr.count("\n") == 1
+    assert "Traceback" not in failed.stderr + failed.stdout and server.is_gone()
+    assert "tokenizer" in failed.stderr or "without" not in str(handler)
