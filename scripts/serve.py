@@ -144,7 +144,7 @@ def failure(instance: Instance, first_worker: int | None, too_late: bool) -> str
 
 def last_word(instance: Instance) -> str:
     """The handler's latest line about its progress."""
-    lines = [line for line in instance.worker_lines() if "gpt-fast" in line]
+    lines = [line for line in instance.worker_lines() if line.startswith("gpt-fast")]
     return lines[-1] if lines else "loading and warming up the model"
 
 
