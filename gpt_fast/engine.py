@@ -147,7 +147,9 @@ class Runner:
             ]
             edited_BV = torch.stack(rows)
         params = sampling_tensors([s.params for s in sequences], self.device)
-        uniform_B = uniform(self._tensor([s.seed for s in sequences]), self._tensor([s.length for s in sequences]))
+        uniform_B = None
+        if params is not None:
+            uniform_B = uniform(self._tensor([s.seed for s in sequences]), self._tensor([s.length for s in sequences]))
         tokens = sample(edited_BV, params, uniform_B).tolist()
         return {
             s.id: [SampledToken(token, top_logprobs(logits_V, token, s.params.logprobs))]

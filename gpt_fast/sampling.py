@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_fast.config import SamplingParams
 from gpt_fast.scheduler import NO_TOKEN
 
-CANDIDATES = 1024  # sorted candidates looked at before a full sort; nearly every nucleus fits
+CANDIDATES = (128, 2048)  # sorted candidates looked at before a full sort; nearly every nucleus fits the first
 
 
 class SamplingTensors(NamedTuple):
@@ -39,50 +39,60 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
     )
 
 
-def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor) -> Tensor:
+def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor | None) -> Tensor:
     """One token a row: argmax where temperature is 0 (or params is None), else inverse-CDF sampling.
 
     A row without a finite best logit (NaN or an infinity: the model overflowed) gets NO_TOKEN.
 
     Args:
         logits_BV: float32.
-        uniform_B: float64 in [0, 1), one a row; see `uniform`.
+        uniform_B: float64 in [0, 1), one a row; see `uniform`. Not looked at where params is None.
     """
     token_B = logits_BV.argmax(-1)
-    if params is not None:
-        sampled_B = invert_cdf(probabilities(logits_BV, params), uniform_B)
+    if params is not None and uniform_B is not None:
+        sampled_B = invert_cdf(weights(logits_BV, params), uniform_B)
         token_B = torch.where(params.temperature_B == 0, token_B, sampled_B)
     return torch.where(logits_BV.amax(-1).isfinite(), token_B, NO_TOKEN)
 
 
 def probabilities(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     """The distribution a row samples from, float32 [B, V]; one-hot at the argmax where temperature is 0."""
-    greedy_B = params.temperature_B == 0
-    temperature_B1 = torch.where(greedy_B, 1.0, params.temperature_B)[:, None]
-    # Relative to the best token: no temperature, however small, can overflow.
-    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
-    keep_BV = scaled_BV >= params.min_p_B.log()[:, None]
-    if bool(((params.top_k_B > 0) | (params.top_p_B < 1)).any()):
-        keep_BV = keep_BV & nucleus(scaled_BV, params)
-    probs_BV = scaled_BV.masked_fill(~keep_BV, float("-inf")).softmax(-1)
+    weight_BV = weights(logits_BV, params)
+    probs_BV = weight_BV / weight_BV.sum(-1, keepdim=True, dtype=torch.float64).float()
     one_hot_BV = torch.zeros_like(probs_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    return torch.where(greedy_B[:, None], one_hot_BV, probs_BV)
+    return torch.where((params.temperature_B == 0)[:, None], one_hot_BV, probs_BV)
 
 
-def nucleus(scaled_BV: Tensor, params: SamplingTensors) -> Tensor:
+def weights(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
+    """Probabilities relative to the row's best token, 0 for what is cut off: float32 [B, V].
+
+    Relative to the best, no temperature however small overflows, and min_p is a plain comparison. A row of temperature
+    0 is treated as 1; its callers take the argmax.
+    """
+    temperature_B1 = torch.where(params.temperature_B == 0, 1.0, params.temperature_B)[:, None]
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
+    weight_BV = scaled_BV.exp()
+    keep_BV = weight_BV >= params.min_p_B[:, None]
+    if bool(((params.top_k_B > 0) | (params.top_p_B < 1)).any()):
+        keep_BV = keep_BV & nucleus(scaled_BV, weight_BV, params)
+    return weight_BV * keep_BV
+
+
+def nucleus(scaled_BV: Tensor, weight_BV: Tensor, params: SamplingTensors) -> Tensor:
     """Which tokens top_k, then top_p (Holtzman et al., arXiv:1904.09751) keep: bool [B, V]; ties by lowest id.
 
-    Both rules keep a prefix of the row sorted by probability, so each row reduces to a count. Only the best
-    CANDIDATES are sorted; a row whose nucleus is wider falls back to the whole vocabulary.
+    Both rules keep a prefix of the row sorted by probability, so each row reduces to a count. Few candidates nearly
+    always hold the nucleus and cost little to find; more are sorted only for a row that needs them.
     """
     vocab = scaled_BV.shape[-1]
     k_B = torch.where(params.top_k_B > 0, params.top_k_B, vocab).clamp(max=vocab)
-    count = min(vocab, max(CANDIDATES, int(torch.where(k_B < vocab, k_B, 0).amax())))
-    sorted_BC = scaled_BV.topk(count).values
-    keep_B, complete = nucleus_size(sorted_BC, k_B, scaled_BV, params.top_p_B)
-    if not complete:
-        sorted_BC = scaled_BV.sort(descending=True).values
-        keep_B, _ = nucleus_size(sorted_BC, k_B, scaled_BV, params.top_p_B)
+    mass_B1 = weight_BV.sum(-1, keepdim=True, dtype=torch.float64)
+    most_k = int(torch.where(k_B < vocab, k_B, 0).amax())
+    for count in (*(max(c, most_k) for c in CANDIDATES if c < vocab and most_k < vocab), vocab):
+        sorted_BC = scaled_BV.topk(count).values
+        keep_B, complete = nucleus_size(sorted_BC, k_B, mass_B1, params.top_p_B, vocab)
+        if complete:
+            break
     threshold_B1 = sorted_BC.gather(1, (keep_B - 1).clamp(max=sorted_BC.shape[1] - 1)[:, None])
     above_BV = scaled_BV > threshold_B1
     tied_BV = scaled_BV == threshold_B1
@@ -91,18 +101,17 @@ def nucleus(scaled_BV: Tensor, params: SamplingTensors) -> Tensor:
     return chosen_BV | (keep_B >= vocab)[:, None]
 
 
-def nucleus_size(sorted_BC: Tensor, k_B: Tensor, scaled_BV: Tensor, top_p_B: Tensor) -> tuple[Tensor, bool]:
+def nucleus_size(sorted_BC: Tensor, k_B: Tensor, mass_B1: Tensor, top_p_B: Tensor, vocab: int) -> tuple[Tensor, bool]:
     """How many of the best tokens each row keeps, and whether the candidates were enough to tell.
 
     Sums are float64 prefix sums: a row's answer must not depend on how many candidates its neighbours asked for.
     """
-    count, vocab = sorted_BC.shape[1], scaled_BV.shape[1]
+    count = sorted_BC.shape[1]
     rank_C = torch.arange(count, device=sorted_BC.device)
     weight_BC = sorted_BC.exp().double()
     mass_BC = weight_BC.cumsum(-1)
     mass_of_k_B1 = mass_BC.gather(1, (k_B - 1).clamp(max=count - 1)[:, None])
-    mass_of_all_B1 = scaled_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    total_B1 = torch.where((k_B < vocab)[:, None], mass_of_k_B1, mass_of_all_B1)
+    total_B1 = torch.where((k_B < vocab)[:, None], mass_of_k_B1, mass_B1)
     in_p_BC = mass_BC - weight_BC < top_p_B.double()[:, None] * total_B1
     by_p_B = (in_p_BC & (rank_C < k_B[:, None])).sum(-1).clamp(min=1)
     keep_B = torch.where(top_p_B < 1, by_p_B, k_B)
@@ -110,14 +119,15 @@ def nucleus_size(sorted_BC: Tensor, k_B: Tensor, scaled_BV: Tensor, top_p_B: Ten
     return keep_B, count == vocab or not bool(undecided_B.any())
 
 
-def invert_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes the uniform: int64 [B]."""
-    cdf_BV = probs_BV.double().cumsum(-1)
-    # Scaling by the row's own total absorbs rounding; right=True never lands on a token of probability 0.
-    target_B1 = (uniform_B * cdf_BV[:, -1])[:, None]
-    index_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
-    last_B = probs_BV.shape[-1] - 1 - (probs_BV.flip(-1) > 0).to(torch.int8).argmax(-1)
-    return torch.minimum(index_B, last_B)
+def invert_cdf(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative weight passes that share of the row's total: int64 [B].
+
+    Weights need not add up to 1. As uniform <= 1 - 2^-53, the target stays below the total, and right=True steps over
+    tokens of weight 0.
+    """
+    cdf_BV = weight_BV.cumsum(-1, dtype=torch.float64)
+    index_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    return index_B.clamp(max=weight_BV.shape[-1] - 1)  # a row of NaN
 
 
 def uniform(seed_B: Tensor, position_B: Tensor, stream: int = 0) -> Tensor:
