@@ -1,4 +1,4 @@
-"""The engine over real tiny models: a request's tokens are its own, whatever runs beside it, before it, or is cached."""
+"""The engine over real tiny models: a request's tokens are its own, whatever runs beside it or ran before it."""
 
 import random
 
@@ -245,7 +245,7 @@ def test_buckets_cover_every_value_by_at_most_twice(limit, smallest, data):
     assert value <= bucket_of(sizes, value) <= max(2 * value, smallest)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4])
+@pytest.mark.parametrize("slots", [1, 3])
 def test_nothing_compiles_after_warm_up(tiny_model, slots):
     """Every step a request can cause has the shapes and the path of one that warm_up made."""
     from torch._dynamo.utils import counters

@@ -227,25 +227,31 @@ def test_compiled_equals_eager(tiny_model):
             caches = [stale_cache(model.config, slots=2) for _ in range(2)]
             outs = [f(tokens_BS, positions_BS, c, length=16) for f, c in zip((model, compiled), caches, strict=True)]
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
-            torch.testing.assert_close(caches[1].k_LNHTD[..., :16, :], caches[0].k_LNHTD[..., :16, :], atol=1e-5, rtol=0)
+            keys = [c.k_LNHTD[..., :16, :] for c in caches]
+            torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------- rotary
 
 LONG = tuple(1.0 + i / 2 for i in range(16))
 SHORT = tuple(1.0 + i / 8 for i in range(16))
+# fmt: off
 SCALINGS = {
     "linear": dict(factor=4.0),
     "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64),
-    "llama3 wide": dict(kind="llama3", factor=32.0, low_freq_factor=1.5, high_freq_factor=9.0, original_max_position=512),
+    "llama3 wide": dict(
+        kind="llama3", factor=32.0, low_freq_factor=1.5, high_freq_factor=9.0, original_max_position=512
+    ),
     "yarn": dict(factor=4.0, original_max_position=128),
     "yarn sharp": dict(kind="yarn", factor=16.0, original_max_position=256, beta_fast=8.0, beta_slow=2.0),
     "yarn given": dict(kind="yarn", factor=4.0, original_max_position=128, attention_factor=1.7),
     "longrope": dict(factor=8.0, original_max_position=64, short_factor=SHORT, long_factor=LONG),
     "longrope given": dict(
-        kind="longrope", factor=8.0, original_max_position=64, short_factor=SHORT, long_factor=LONG, attention_factor=1.3
+        kind="longrope", factor=8.0, original_max_position=64, short_factor=SHORT, long_factor=LONG,
+        attention_factor=1.3,
     ),
 }
+# fmt: on
 THEIR_NAMES = {"original_max_position": "original_max_position_embeddings"}
 
 

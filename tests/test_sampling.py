@@ -130,16 +130,19 @@ def test_a_row_does_not_depend_on_its_neighbours(case, noise):
         assert torch.equal(probabilities(company_BV, tensors(*company))[-1], alone)
 
 
-@pytest.mark.parametrize("spread", [0.05, 2.0])
+VOCABULARY = 3 * CANDIDATES[-1]
+
+
+@pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_more_candidates_than_are_sorted_at_first(spread):
     """Nuclei wider than CANDIDATES, beside narrow ones and a top_k above it: all equal the reference and themselves."""
     generator = torch.Generator().manual_seed(0)
-    logits_BV = torch.randn(5, 3 * CANDIDATES, generator=generator) * spread
+    logits_BV = torch.randn(5, VOCABULARY, generator=generator) * spread
     params = [
         SamplingParams(temperature=1.0, top_p=0.9),
         SamplingParams(temperature=1.0, top_p=0.01),
-        SamplingParams(temperature=1.0, top_k=2 * CANDIDATES, top_p=0.95),
-        SamplingParams(temperature=0.7, top_k=CANDIDATES + 1),
+        SamplingParams(temperature=1.0, top_k=2 * CANDIDATES[1], top_p=0.95),
+        SamplingParams(temperature=0.7, top_k=CANDIDATES[0] + 1),
         SamplingParams(temperature=1.3),
     ]
     together_BV = probabilities(logits_BV, tensors(*params))
@@ -255,7 +258,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 def test_uniforms_are_uniform_and_successive_ones_independent(name):
     u = uniform(*STREAMS[name][:2], stream=STREAMS[name][2])
-    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+    assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
     assert chi_square_passes(cells(u, 256), [N / 256] * 256)
     low_bits = (u * 2.0**53).long() & 255
     assert chi_square_passes(torch.bincount(low_bits, minlength=256).tolist(), [N / 256] * 256)

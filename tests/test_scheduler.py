@@ -135,7 +135,8 @@ class Machine:
     def drain(self):
         """Everything ends within the steps its tokens need: nobody starves."""
         left = [s for name, s in self.requests.items() if name not in self.reasons]
-        bound = sum(s.params.max_new_tokens + len(s.prompt) // min(self.chunk_beside_decode, self.chunk) + 2 for s in left)
+        least = min(self.chunk_beside_decode, self.chunk)
+        bound = sum(s.params.max_new_tokens + len(s.prompt) // least + 2 for s in left)
         for _ in range(bound):
             if self.scheduler.idle:
                 break
