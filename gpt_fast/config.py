@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 NOT_GIVEN = object()  # None is a value that may be wrong
 
 
