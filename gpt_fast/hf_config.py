@@ -111,45 +111,61 @@ def model_config_from_hf(values: Mapping[str, Any], *, generation: Mapping[str, 
     family = read_family(fields)
     for key, value in FIXED.items():
         fields.fixed(key, value)
-    n_layer = fields.integer("num_hidden_layers", high=1024)
-    n_head = fields.integer("num_attention_heads")
-    dim = fields.integer("hidden_size")
-    head_dim = read_head_dim(fields, family, dim, n_head)
-    vocab_size = fields.integer("vocab_size")
-    max_position = fields.integer("max_position_embeddings", high=1 << 30)
-    rope = read_rope(fields, family, max_position=max_position, head_dim=head_dim)
-    window, sliding_layers = read_window(fields, family, n_layer)
-    biased = fields.boolean("attention_bias", False) if family.bias_keys else False
+    sizes = read_sizes(fields, family)
+    rope = read_rope(fields, family, max_position=sizes["max_position"], head_dim=sizes["head_dim"])
+    window, sliding_layers = read_window(fields, family, sizes["n_layer"])
     config = ModelConfig(
-        vocab_size=vocab_size,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_kv_head=fields.integer("num_key_value_heads", MISSING if "num_key_value_heads" in family.states else n_head),
-        dim=dim,
-        head_dim=head_dim,
-        intermediate_size=fields.integer("intermediate_size"),
-        max_position=max_position,
+        **sizes,
+        **read_options(fields, family),
         norm_eps=fields.number("rms_norm_eps", low=0.0),
         rope_base=rope.base,
         rope_dim=rope.dim,
         rope_scaling=rope.scaling,
-        tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        qkv_bias=family.qkv_bias or biased,
-        attention_out_bias=biased,
-        mlp_bias=fields.boolean("mlp_bias", False) if family.mlp_bias_key else False,
-        qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=sliding_layers,
-        n_expert=fields.integer("num_local_experts", high=1024) if family.experts else 0,
-        n_expert_per_token=fields.integer("num_experts_per_tok", high=1024) if family.experts else 0,
-        bos_id=read_bos(values, vocab_size),
-        eos_ids=read_eos(values, generation or {}, vocab_size),
+        bos_id=read_bos(values, sizes["vocab_size"]),
+        eos_ids=read_eos(values, generation or {}, sizes["vocab_size"]),
     )
-    for key, is_option in (("attention_bias", family.bias_keys), ("mlp_bias", family.mlp_bias_key)):
-        if not is_option:
-            fields.fixed(key, False)
     fields.finish(where=f"config.json of a {family.model_type} model")
     return config
+
+
+def read_sizes(fields: Fields, family: Family) -> dict[str, Any]:
+    n_head, dim = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "n_layer": fields.integer("num_hidden_layers", high=1024),
+        "n_head": n_head,
+        "n_kv_head": fields.integer(
+            "num_key_value_heads", MISSING if "num_key_value_heads" in family.states else n_head
+        ),
+        "dim": dim,
+        "head_dim": read_head_dim(fields, family, dim, n_head),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "max_position": fields.integer("max_position_embeddings", high=1 << 30),
+        "n_expert": fields.integer("num_local_experts", high=1024) if family.experts else 0,
+        "n_expert_per_token": fields.integer("num_experts_per_tok", high=1024) if family.experts else 0,
+    }
+
+
+def read_options(fields: Fields, family: Family) -> dict[str, Any]:
+    """Biases, norms and ties. A bias that the family's class does not know may only be written as false."""
+    biased = mlp_bias = False
+    if family.bias_keys:
+        biased = fields.boolean("attention_bias", False)
+    else:
+        fields.fixed("attention_bias", False)
+    if family.mlp_bias_key:
+        mlp_bias = fields.boolean("mlp_bias", False)
+    else:
+        fields.fixed("mlp_bias", False)
+    return {
+        "qkv_bias": family.qkv_bias or biased,
+        "attention_out_bias": biased,
+        "mlp_bias": mlp_bias,
+        "qk_norm": family.qk_norm,
+        "tie_embeddings": fields.boolean("tie_word_embeddings", False),
+    }
 
 
 class Fields:

@@ -41,6 +41,7 @@ def download(repo_id: str, out_dir: Path, *, revision: str | None, token: str | 
 
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     names = choose_files(sibling.rfilename for sibling in info.siblings or ())
+    (out_dir / DOWNLOADED).unlink(missing_ok=True)
     snapshot_download(repo_id, revision=info.sha, allow_patterns=names, local_dir=out_dir, token=token)
     note = out_dir / f".{DOWNLOADED}.part"
     note.write_text(json.dumps({"repo_id": repo_id, "commit": info.sha}) + "\n")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.checkpoint import load_checkpoint
 from gpt_fast.config import ConfigError
-from gpt_fast.convert.gguf import GgufSource, gguf_job
+from gpt_fast.convert.gguf import GgufSource, config_from_gguf, gguf_job
 from gpt_fast.convert.run import convert
 from gpt_fast.hf_config import load_model_config
 from gpt_fast.safetensors_file import CheckpointError
@@ -284,6 +284,17 @@ def test_a_corrupt_header_never_crashes(header: tuple[Path, bytes, int], offset:
 def test_unknown_keys_and_tensors_are_refused_by_name(change: Any, names: str, tmp_path: Path) -> None:
     write_model("llama-gqa", tmp_path / "m.gguf", change=change)
     assert names in refuse(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_window_llama_cpp_would_not_apply_is_refused(tmp_path: Path) -> None:
+    write_model("qwen3", tmp_path / "m.gguf", change=lambda w: w.add_sliding_window(32))
+    assert "qwen3.attention.sliding_window" in refuse(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_window_makes_llama_mistral(tmp_path: Path) -> None:
+    write_model("llama-gqa", tmp_path / "m.gguf", change=lambda w: w.add_sliding_window(32))
+    config = config_from_gguf(GgufSource(tmp_path / "m.gguf"))
+    assert (config["architectures"], config["sliding_window"]) == (["MistralForCausalLM"], 32)
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:

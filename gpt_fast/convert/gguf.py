@@ -213,27 +213,27 @@ INERT_KEYS = frozenset(("attention.layer_norm_epsilon", "rope.scaling.finetuned"
 
 def config_from_gguf(source: GgufSource) -> dict[str, Any]:
     """The metadata as a config.json object. An unknown architecture or key of its section is an error naming it."""
-    metadata, tensors = source.metadata, source.infos
-    name = metadata.get("general.architecture")
+    name = source.metadata.get("general.architecture")
     if name not in LLAMA_LIKE:
         raise ConfigError("general.architecture", "unknown architecture", got=name, allowed=", ".join(LLAMA_LIKE))
     prefix = f"{name}."
-    section = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
+    section = {key[len(prefix) :]: value for key, value in source.metadata.items() if key.startswith(prefix)}
     fields = Fields(section, prefix)
-    n_head = fields.integer("attention.head_count")
-    dim = fields.integer("embedding_length")
-    head_dim = fields.integer("attention.key_length", dim // n_head)
-    rotary_dim = fields.integer("rope.dimension_count", head_dim)
-    fields.fixed("attention.value_length", head_dim)
-    experts = fields.take("expert_count", 0)
-    window = fields.take("attention.sliding_window", 0)
-    architecture, model_type = gguf_family(name, experts=experts, window=window)
-    embedding = tensors.get("token_embd.weight")
+    config = gguf_sizes(source, fields)
+    config |= gguf_family(name, fields, source.infos)
+    config |= gguf_rope(source, fields, config)
+    fields.finish(where="GGUF metadata", inert=INERT_KEYS)
+    return config | gguf_token_ids(source.metadata)[0]
+
+
+def gguf_sizes(source: GgufSource, fields: Fields) -> dict[str, Any]:
+    embedding = source.infos.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(source.path, "is missing", tensor="token_embd.weight")
-    config: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
+    n_head, dim = fields.integer("attention.head_count"), fields.integer("embedding_length")
+    head_dim = fields.integer("attention.key_length", dim // n_head)
+    fields.fixed("attention.value_length", head_dim)
+    return {
         "hidden_act": "silu",
         "vocab_size": embedding.shape[0],
         "hidden_size": dim,
@@ -244,32 +244,30 @@ def config_from_gguf(source: GgufSource) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": fields.integer("context_length", high=1 << 30),
         "rms_norm_eps": round_float32(fields.number("attention.layer_norm_rms_epsilon", low=0.0)),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_theta": round_float32(fields.number("rope.freq_base", 10000.0, low=1.0)),
+        "tie_word_embeddings": "output.weight" not in source.infos,
     }
-    if model_type in ("mistral", "mixtral", "phi3"):
+
+
+def gguf_family(name: str, fields: Fields, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Architecture and options. GGUF's "llama" is Llama, Mistral and Mixtral; experts and a window tell which."""
+    experts, window = fields.take("expert_count", 0), fields.take("attention.sliding_window", 0)
+    if name in ("qwen2", "qwen3"):
+        fields.fixed("attention.sliding_window", 0)
+    if name == "llama":
+        name = "mixtral" if experts else "mistral" if window else "llama"
+    config: dict[str, Any] = {
+        "architectures": [name.title() + "ForCausalLM"],
+        "model_type": name,
+    }
+    if name in ("mistral", "mixtral", "phi3"):
         config["sliding_window"] = window or None
-    if model_type in ("llama", "qwen3"):
+    if name in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if model_type == "llama":
+    if name == "llama":
         config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
-    if model_type == "mixtral":
+    if name == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": fields.integer("expert_used_count")}
-    if rotary_dim != head_dim:
-        config["partial_rotary_factor"] = rotary_dim / head_dim
-    scaling = gguf_rope_scaling(source, fields, max_position=config["max_position_embeddings"])
-    config |= {"rope_scaling": scaling} if scaling else {}
-    fields.finish(where="GGUF metadata", inert=INERT_KEYS)
-    return config | gguf_token_ids(metadata)[0]
-
-
-def gguf_family(name: str, *, experts: int, window: int) -> tuple[str, str]:
-    """GGUF's "llama" stands for Llama, Mistral and Mixtral; what it says decides which."""
-    if name != "llama":
-        return {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM"}[name], name
-    if experts:
-        return "MixtralForCausalLM", "mixtral"
-    return ("MistralForCausalLM", "mistral") if window else ("LlamaForCausalLM", "llama")
+    return config
 
 
 def round_float32(value: float) -> float:
@@ -279,6 +277,17 @@ def round_float32(value: float) -> float:
         if struct.pack("<f", short) == struct.pack("<f", value):
             return short
     return value
+
+
+def gguf_rope(source: GgufSource, fields: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, rotated part of a head, and scaling."""
+    head_dim = sizes["head_dim"]
+    config: dict[str, Any] = {"rope_theta": round_float32(fields.number("rope.freq_base", 10000.0, low=1.0))}
+    rotary_dim = fields.integer("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim:
+        config["partial_rotary_factor"] = rotary_dim / head_dim
+    scaling = gguf_rope_scaling(source, fields, max_position=sizes["max_position_embeddings"])
+    return config | ({"rope_scaling": scaling} if scaling else {})
 
 
 def gguf_rope_scaling(source: GgufSource, fields: Fields, *, max_position: int) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gpt_fast.checkpoint import FORMAT, check_finite, empty_model
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
-from gpt_fast.convert.source import Source, TensorInfo, check_float
+from gpt_fast.convert.source import Source, check_float
 from gpt_fast.hf_config import model_config_from_hf, read_json_object
 from gpt_fast.manifest import install, staging
 from gpt_fast.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
@@ -141,35 +141,36 @@ def model_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def choose(source: Source, target: str, ways: Sequence[Recipe]) -> Recipe:
+    """The first way whose source tensors are all there in the right shape."""
     present = [recipe for recipe in ways if all(piece.name in source.infos for piece in recipe)]
     for recipe in present:
         if all(source.infos[piece.name].shape == piece.shape for piece in recipe):
             return recipe
-    for piece in (present or ways)[0]:
+    raise misfit(source, target, (present or ways)[0])
+
+
+def misfit(source: Source, target: str, recipe: Recipe) -> CheckpointError:
+    for piece in recipe:
         info = source.infos.get(piece.name)
-        if info is None:
-            raise CheckpointError(source.path, f"is missing ({target} needs it)", tensor=piece.name)
-        if info.shape != piece.shape:
+        if info is not None and info.shape != piece.shape:
             problem = f"has the wrong shape (got {list(info.shape)}, config.json says {list(piece.shape)})"
-            raise CheckpointError(info.file, problem, tensor=piece.name)
-    raise AssertionError(target)  # unreachable: a recipe that fits was returned above
+            return CheckpointError(info.file, problem, tensor=piece.name)
+    missing = next(piece.name for piece in recipe if piece.name not in source.infos)
+    return CheckpointError(source.path, f"is missing ({target} needs it)", tensor=missing)
 
 
 def plan_specs(job: Job, config: ModelConfig, recipes: Mapping[str, Recipe], dtype: str) -> list[TensorSpec]:
-    """dtype and shape of every tensor to write. "keep" needs one dtype throughout, which decoding needs too."""
+    """dtype and shape of every tensor to write. "keep" needs one dtype throughout, as decoding does."""
+    sources = {piece.name: job.source.infos[piece.name] for recipe in recipes.values() for piece in recipe}
+    first, kept = next((name, info.dtype) for name, info in sources.items())
+    for name, info in sources.items():
+        check_float(name, info)
+        if dtype == "keep" and info.dtype != kept:
+            raise CheckpointError(
+                info.file, f"is {info.dtype}, {first} is {kept}: choose one with --dtype", tensor=name
+            )
     shapes = model_tensors(config)
-    first: tuple[str, TensorInfo] | None = None
-    for recipe in recipes.values():
-        for piece in recipe:
-            info = job.source.infos[piece.name]
-            check_float(piece.name, info)
-            first = first or (piece.name, info)
-            if dtype == "keep" and info.dtype != first[1].dtype:
-                problem = f"is {info.dtype}, {first[0]} is {first[1].dtype}: choose one with --dtype"
-                raise CheckpointError(info.file, problem, tensor=piece.name)
-    assert first is not None
-    out = first[1].dtype if dtype == "keep" else DTYPES[dtype]
-    return [TensorSpec(name, out, shapes[name]) for name in recipes]
+    return [TensorSpec(name, DTYPES.get(dtype, kept), shapes[name]) for name in recipes]
 
 
 def tied_head(job: Job, config: ModelConfig) -> str | None:
