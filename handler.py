@@ -45,8 +45,9 @@ class GptFastHandler(BaseHandler):
 
     def inference(self, data: dict[str, Incoming], *args: Any, **kwargs: Any) -> dict[str, Reply]:
         """One round: admit, drop what lost its client, take what was decoded since the last round."""
-        if self.rounds.service.fatal is not None:
-            raise SystemExit(1)  # TorchServe restarts the worker
+        if failure := self.rounds.service.failure():
+            logger.error("gpt-fast gives up, to be restarted: %s", failure)
+            raise SystemExit(1)  # the only exception that TorchServe lets end the worker
         return self.rounds.run(self.context.request_ids.values(), data)
 
     def postprocess(self, data: dict[str, Reply]) -> list[str]:
@@ -61,6 +62,8 @@ class GptFastHandler(BaseHandler):
             texts[index], stop[index] = reply.text, None if reply.more is None else not reply.more
             self.context.set_response_content_type(index, reply.content_type)
             self.context.set_response_status(reply.status, reply.reason, index)
+            for name, value in reply.headers:
+                self.context.set_response_header(index, name, value)
         self.context.stopping_criteria = [lambda _, value=value: value for value in stop]
         return texts
 

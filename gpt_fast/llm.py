@@ -29,7 +29,7 @@ class TextEvent:
 
     request_id: str
     text: str
-    token: int
+    token: int | None  # None: no token, the request was cut short
     finish_reason: str | None = None
     logprobs: Logprobs = ()
 
@@ -138,7 +138,7 @@ class Engine:
 def completion(events: Sequence[TextEvent]) -> Completion:
     """Fold a request's events into its answer."""
     reason = events[-1].finish_reason or "length"
-    return Completion("".join(e.text for e in events), tuple(e.token for e in events), reason)
+    return Completion("".join(e.text for e in events), tuple(e.token for e in events if e.token is not None), reason)
 
 
 class _RequestText:

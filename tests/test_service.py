@@ -92,3 +92,13 @@ def test_an_engine_failure_is_reported(service, monkeypatch):
     service.submit("r0", PROMPT, params(3))
     wait_until(lambda: service.fatal is not None)
     assert str(service.fatal) == "boom"
+
+
+def test_a_hung_engine_is_noticed(monkeypatch):
+    service = Service(tiny_engine(), hung_after=0.05)
+    assert service.failure() is None
+    monkeypatch.setattr(service.engine, "step", lambda: time.sleep(60))
+    service.start()
+    service.submit("r0", PROMPT, params(3))
+    wait_until(lambda: service.failure() is not None)
+    assert "more than 0.05 s" in service.failure()

@@ -3,53 +3,129 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.llm import Engine, TextEvent
-from gpt_fast.serve.rounds import Answer, Prompt, Refusal, Reply
-from gpt_fast.serve.service import Service
+from gpt_fast.llm import Engine
+from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
+from gpt_fast.serve.response import JSON, ChatAnswer, CompletionAnswer, PlainAnswer, model_list
+from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 
-SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
+
+
+class Limits(NamedTuple):
+    """What the server allows a request. max_new_tokens and stream: for a native request that does not say."""
+
+    max_new_tokens: int
+    stream: bool
+    max_waiting: int
+    max_seconds: float
 
 
 class Admit:
-    def __init__(self, service: Service, settings: Any, *, model_name: str, drain_file: Path) -> None:
-        self.service, self.settings = service, settings
+    """Rounds' Admission over one engine. `in_flight` says how many sequences are running or waiting."""
+
+    def __init__(
+        self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_name: str, drain_file: Path | None
+    ) -> None:
+        self.engine, self.in_flight, self.limits = engine, in_flight, limits
         self.model_name, self.drain_file = model_name, drain_file
+        self.created = int(time.time())
+        self.page = (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
 
-    def __call__(self, path: str, body: object) -> Answer | Reply:
+    def __call__(self, path: str, body: object) -> Job | Reply:
+        path = path.strip("/")
+        if path == "v1/models":
+            listing = model_list(self.model_name, created=self.created, max_seq_len=self.engine.core.max_seq_len)
+            return Reply(listing, None, content_type=JSON)
+        if path == "chat":
+            return Reply(self.page, None, content_type="text/html; charset=utf-8")
         try:
-            return self.native(body)
-        except ConfigError as error:
-            raise Refusal(400, "Bad Request", json.dumps({"error": {"message": str(error), "param": error.key}})) from None
+            return self.job(path, body)
+        except RequestError as error:
+            retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
+            raise Refusal(error.status, REASONS[error.status], error.body, headers=retry) from None
 
-    def native(self, body: Any) -> Answer:
-        request = json.loads(bytes(body))
-        prompt = request.pop("prompt")
-        stream = request.pop("stream", True)
-        params = SamplingParams(**{"max_new_tokens": self.settings.max_new_tokens} | request)
-        tokens = prompt if isinstance(prompt, list) else self.service.engine.encode(prompt)
-        return PlainAnswer(self.service.engine, tokens, params, stream)
+    def job(self, path: str, body: object) -> Job:
+        if path not in ROUTES:
+            raise RequestError(f"path: nothing at {path!r} (allowed {', '.join(ROUTES)}, v1/models, chat)", status=404)
+        if self.drain_file is not None and self.drain_file.exists():
+            raise RequestError("the server is stopping", status=503, code="draining")
+        request = parse_request(
+            ROUTES[path],
+            body,
+            model_name=self.model_name,
+            max_new_tokens=self.limits.max_new_tokens,
+            stream=self.limits.stream,
+        )
+        prompts = self.prompts(request)
+        self.check_room(len(prompts))
+        seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
+        return Job(self.answer(request, prompts), prompts, owner=request.user, seconds=seconds)
 
+    # ---------------------------------------------------------------------------------------- prompts
 
-class PlainAnswer:
-    content_type = "text/plain; charset=utf-8"
-    owner = ""
+    def prompts(self, request: Request) -> list[Prompt]:
+        """Every sequence the request needs, n of each prompt, checked against the model."""
+        if request.kind == "chat":
+            rows = [self.chat_tokens(request)]
+        else:
+            rows = [self.text_tokens(prompt) for prompt in request.prompts]
+        return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
-    def __init__(self, engine: Engine, tokens: list[int], params: SamplingParams, stream: bool) -> None:
-        self.prompts = [Prompt(tokens, params)]
-        self.stream = stream
-        self.text = ""
+    def chat_tokens(self, request: Request) -> list[int]:
+        try:
+            return self.engine.encode_chat(request.messages)
+        except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
+            raise RequestError(f"messages: {error}", param="messages") from None
 
-    def push(self, index: int, events: list[TextEvent]) -> str:
-        text = "".join(e.text for e in events)
-        if self.stream:
-            return text
-        self.text += text
-        return ""
+    def text_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.engine.encode(prompt)
+        vocabulary = self.engine.model_config.vocab_size
+        if max(prompt) >= vocabulary:
+            message = f"prompt: token id {max(prompt)} is outside the vocabulary (allowed 0..{vocabulary - 1})"
+            raise RequestError(message, param="prompt")
+        return list(prompt)
 
-    def end(self) -> str:
-        return self.text
+    def prompt(self, tokens: list[int], request: Request, choice: int) -> Prompt:
+        params, room = request.params, self.engine.core.max_seq_len - len(tokens)
+        if room < 1 or (request.limited and params.max_new_tokens > room):
+            wanted = f" and {params.max_new_tokens} new ones" if request.limited else ""
+            message = f"prompt: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
+            raise RequestError(message, param="prompt", code="context_length_exceeded")
+        outside = [token for token in params.logit_bias if token >= self.engine.model_config.vocab_size]
+        if outside:
+            raise RequestError(f"logit_bias: {outside[0]} is outside the vocabulary", param="logit_bias")
+        if choice and params.seed is not None:
+            params = dataclasses.replace(params, seed=params.seed + choice)
+        limit = min(params.max_new_tokens, room)
+        params = dataclasses.replace(params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        return Prompt(tokens, params)
+
+    def check_room(self, sequences: int) -> None:
+        slots = len(self.engine.core.scheduler.slots)
+        waiting = self.in_flight() + sequences - slots
+        if waiting > self.limits.max_waiting:
+            message = f"too many requests: {waiting} would wait for {slots} slots (allowed {self.limits.max_waiting})"
+            raise RequestError(message, status=429, code="queue_full")
+
+    # ---------------------------------------------------------------------------------------- answers
+
+    def answer(self, request: Request, prompts: list[Prompt]) -> Answer:
+        if request.kind == "native":
+            return PlainAnswer(stream=request.stream)
+        shape = ChatAnswer if request.kind == "chat" else CompletionAnswer
+        return shape(
+            model=self.model_name,
+            stream=request.stream,
+            prompt_tokens=sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
+            choices=[self.engine.tokenizer.decode(p.tokens) if request.echo else "" for p in prompts],
+            include_usage=request.include_usage,
+            wants_logprobs=request.params.logprobs is not None,
+            token_bytes=self.engine.tokenizer.token_bytes,
+        )

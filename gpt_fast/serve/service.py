@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -30,10 +31,12 @@ class Mailbox:
 class Service:
     """Thread-safe front of an Engine. `start` it once; every other method may be called from any thread."""
 
-    def __init__(self, engine: Engine, *, threads: int = 0) -> None:
+    def __init__(self, engine: Engine, *, threads: int = 0, hung_after: float = 60.0) -> None:
         self.engine = engine
         self.fatal: BaseException | None = None
         self._threads = threads
+        self._hung_after = hung_after  # seconds
+        self._stepping_since: float | None = None
         self._changed = threading.Condition()
         self._mail: dict[str, Mailbox] = {}
         self._inbox: list[Callable[[], None]] = []
@@ -48,7 +51,7 @@ class Service:
         """Queue a request; the caller has checked it against `engine.core.max_seq_len`."""
         with self._changed:
             self._mail[request_id] = Mailbox()
-            self._inbox.append(lambda: self.engine.add(request_id, prompt, params, owner=owner))
+            self._inbox.append(partial(self.engine.add, request_id, prompt, params, owner=owner))
             self._changed.notify_all()
 
     def cancel(self, request_ids: Iterable[str]) -> None:
@@ -56,8 +59,24 @@ class Service:
         with self._changed:
             for request_id in request_ids:
                 if not self._mail.pop(request_id, Mailbox(done=True)).done:
-                    self._inbox.append(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
+                    self._inbox.append(partial(self.engine.abort, request_id))
             self._changed.notify_all()
+
+    def cut_short(self, request_ids: Iterable[str]) -> None:
+        """End requests where they are: what they still get is a last event with finish_reason "length"."""
+        with self._changed:
+            for request_id in request_ids:
+                box = self._mail[request_id]
+                if not box.done:
+                    box.events.append(TextEvent(request_id, "", None, "length"))
+                    box.done = True
+                    self._inbox.append(partial(self.engine.abort, request_id))
+            self._changed.notify_all()
+
+    def in_flight(self) -> int:
+        """Requests that are running or waiting for a slot."""
+        with self._changed:
+            return sum(not box.done for box in self._mail.values())
 
     def wait(self, *, timeout: float) -> None:
         """Return as soon as any request has something to take, or after `timeout` seconds."""
@@ -75,6 +94,15 @@ class Service:
                 del self._mail[request_id]
             return events
 
+    def failure(self) -> str | None:
+        """Why the engine will not produce anything any more, or None. TorchServe then has to restart the worker."""
+        if self.fatal is not None:
+            return f"the engine stopped: {self.fatal!r}"
+        since = self._stepping_since
+        if since is not None and time.monotonic() - since > self._hung_after:
+            return f"one step has taken more than {self._hung_after:g} s"
+        return None
+
     def known(self) -> set[str]:
         with self._changed:
             return set(self._mail)
@@ -87,7 +115,10 @@ class Service:
         try:
             while True:
                 self._admit()
-                self._deliver(self.engine.step())
+                self._stepping_since = time.monotonic()
+                events = self.engine.step()
+                self._stepping_since = None
+                self._deliver(events)
         except BaseException as error:
             with self._changed:
                 self.fatal = error
@@ -112,7 +143,7 @@ class Service:
         with self._changed:
             for event in events:
                 box = self._mail.get(event.request_id)
-                if box is not None:  # else cancelled while this step ran
+                if box is not None and not box.done:  # else cancelled or cut short while this step ran
                     box.events.append(event)
                     box.done = event.finish_reason is not None
             self._changed.notify_all()

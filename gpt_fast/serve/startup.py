@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.config import ConfigError, EngineConfig, check_int
+from gpt_fast.config import ConfigError, EngineConfig, check_float, check_int
 from gpt_fast.llm import Engine
-from gpt_fast.serve.admission import Admit
+from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.rounds import Rounds
 from gpt_fast.serve.service import Service
 
@@ -30,14 +30,22 @@ RENAMED = {  # keys of TorchServe's gpt_fast example, and what became of them
 class ServeConfig:
     """What the HTTP side of `handler:` may set; the rest of its keys are EngineConfig's.
 
-    max_new_tokens: what a request gets that does not say. stream: whether a native request streams unless it says.
+    max_new_tokens, stream: for a native request that does not say. max_waiting: sequences that may wait for a slot
+    before requests get 429. request_seconds: the longest any request may take. hung_seconds: a step that takes
+    longer ends the worker, for TorchServe to restart.
     """
 
     max_new_tokens: int = 50
     stream: bool = True
+    max_waiting: int = 64
+    request_seconds: float = 600.0
+    hung_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         check_int("handler.max_new_tokens", self.max_new_tokens, 1, 1 << 22)
+        check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
+        check_float("handler.request_seconds", self.request_seconds, 0.001, 86400.0)
+        check_float("handler.hung_seconds", self.hung_seconds, 1.0, 86400.0)
         if not isinstance(self.stream, bool):
             raise ConfigError("handler.stream", "must be true or false", got=self.stream)
 
@@ -68,10 +76,23 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine_config = dataclasses.replace(engine_config, threads=serving_threads())
     engine = Engine.load(**dataclasses.asdict(engine_config))
     logger.info("gpt-fast serves %s", json.dumps(engine.description))
-    service = Service(engine, threads=engine_config.threads)
+    service = Service(engine, threads=engine_config.threads, hung_after=serve_config.hung_seconds)
     service.start()
-    drain_file = Path(os.environ.get("GPT_FAST_DRAIN_FILE") or os.devnull + "/never")
-    return Rounds(service, Admit(service, serve_config, model_name=model_name, drain_file=drain_file))
+    drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
+    limits = Limits(
+        max_new_tokens=serve_config.max_new_tokens,
+        stream=serve_config.stream,
+        max_waiting=serve_config.max_waiting,
+        max_seconds=serve_config.request_seconds,
+    )
+    admit = Admit(
+        engine,
+        in_flight=service.in_flight,
+        limits=limits,
+        model_name=model_name,
+        drain_file=Path(drain_file) if drain_file else None,
+    )
+    return Rounds(service, admit)
 
 
 def serving_threads() -> int:

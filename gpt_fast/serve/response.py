@@ -1,0 +1,225 @@
+"""How a request's text events become its response: plain text, OpenAI completions, OpenAI chat completions.
+
+Each answer is a fold of the same events: streamed, `push` returns what leaves now and `end` what closes the stream;
+whole, `push` returns nothing and `end` the body. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gpt_fast.scheduler import Logprobs
+
+TEXT = "text/plain; charset=utf-8"
+JSON = "application/json"
+SSE = "text/event-stream; charset=utf-8"
+
+
+class Event(Protocol):
+    """The part of llm.TextEvent that a response is made of."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token(self) -> int | None: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def logprobs(self) -> Logprobs: ...
+
+
+class PlainAnswer:
+    """The native response: the text itself, one HTTP chunk as it is decoded, or all of it at once.
+
+    Plain text has no place for an error or a reason: a stream that fails is cut, which HTTP shows as an error.
+    """
+
+    content_type = TEXT
+
+    def __init__(self, *, stream: bool) -> None:
+        self.stream = stream
+        self.text = ""
+
+    def push(self, index: int, events: Sequence[Event]) -> str:
+        text = "".join(event.text for event in events)
+        if self.stream:
+            return text
+        self.text += text
+        return ""
+
+    def end(self) -> str:
+        return self.text
+
+
+@dataclass
+class Choice:
+    """What one choice of a response has received."""
+
+    echo: str = ""
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    logprobs: list[tuple[Event, int]] = field(default_factory=list)  # with the offset of the event's text
+    begun: bool = False
+
+    def take(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.logprobs:
+                self.logprobs.append((event, len(self.echo) + len(self.text)))
+            self.text += event.text
+            self.tokens += event.token is not None
+            self.finish_reason = event.finish_reason or self.finish_reason
+
+
+class OpenAIAnswer:
+    """What completions and chat completions share; subclasses give the shape of a choice."""
+
+    prefix = ""
+    object = ""
+    chunk_object = ""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        stream: bool,
+        prompt_tokens: int,
+        choices: Sequence[str],
+        include_usage: bool,
+        wants_logprobs: bool,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        """choices: the text each one begins with ("" without echo)."""
+        self.stream, self.model = stream, model
+        self.content_type = SSE if stream else JSON
+        self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
+        self.wants_logprobs, self.token_bytes = wants_logprobs, token_bytes
+        self.choices = [Choice(echo=text) for text in choices]
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def push(self, index: int, events: Sequence[Event]) -> str:
+        choice = self.choices[index]
+        if not events:
+            return ""
+        offset = len(choice.logprobs)
+        choice.take(events)
+        if not self.stream:
+            return ""
+        text = "".join(event.text for event in events)
+        return "".join(map(self.sse, self.deltas(index, choice, text, choice.logprobs[offset:])))
+
+    def end(self) -> str:
+        if self.stream:
+            usage = self.sse({**self.chunk([]), "usage": self.usage()}) if self.include_usage else ""
+            return usage + "data: [DONE]\n\n"
+        choices = [self.whole(index, choice) for index, choice in enumerate(self.choices)]
+        return dump({**self.head, "object": self.object, "choices": choices, "usage": self.usage()})
+
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+        """The chunks that these events make."""
+        raise NotImplementedError(type(self).__name__)
+
+    def whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        """The finished choice."""
+        raise NotImplementedError(type(self).__name__)
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self.head, "object": self.chunk_object, "choices": choices}
+        return {**chunk, "usage": None} if self.include_usage else chunk
+
+    def usage(self) -> dict[str, int]:
+        completion = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+        }
+
+    @staticmethod
+    def sse(value: dict[str, Any]) -> str:
+        return f"data: {dump(value)}\n\n"
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+
+class CompletionAnswer(OpenAIAnswer):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+        text = text if choice.begun else choice.echo + text
+        choice.begun = True
+        body = {"index": index, "text": text, "logprobs": self.logprobs(logprobs)}
+        return [self.chunk([{**body, "finish_reason": choice.finish_reason}])]
+
+    def whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": choice.echo + choice.text,
+            "logprobs": self.logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def logprobs(self, events: list[tuple[Event, int]]) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        return {
+            "tokens": [self.token_text(event.logprobs[0][0]) for event, _ in events],
+            "token_logprobs": [event.logprobs[0][1] for event, _ in events],
+            "top_logprobs": [{self.token_text(t): p for t, p in event.logprobs[1:]} for event, _ in events],
+            "text_offset": [offset for _, offset in events],
+        }
+
+
+class ChatAnswer(OpenAIAnswer):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+        """OpenAI's order: the role first, then content, then an empty delta with the finish reason."""
+        chunks = []
+        if not choice.begun:
+            choice.begun = True
+            chunks.append(self.delta(index, {"role": "assistant", "content": ""}))
+        if text or logprobs:
+            chunks.append(self.delta(index, {"content": text}, logprobs=self.logprobs(logprobs)))
+        if choice.finish_reason is not None:
+            chunks.append(self.delta(index, {}, finish_reason=choice.finish_reason))
+        return chunks
+
+    def delta(self, index: int, delta: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **extra}])
+
+    def whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self.logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def logprobs(self, events: list[tuple[Event, int]]) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        rows = [
+            {**self.entry(*event.logprobs[0]), "top_logprobs": [self.entry(*best) for best in event.logprobs[1:]]}
+            for event, _ in events
+        ]
+        return {"content": rows, "refusal": None}
+
+    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.token_text(token), "logprob": logprob, "bytes": list(self.token_bytes(token))}
+
+
+def model_list(model: str, *, created: int, max_seq_len: int) -> str:
+    """The body of GET /v1/models."""
+    card = {"id": model, "object": "model", "created": created, "owned_by": "gpt-fast", "max_model_len": max_seq_len}
+    return dump({"object": "list", "data": [card]})
+
+
+def dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
