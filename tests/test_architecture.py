@@ -17,7 +17,8 @@ PACKAGE = ROOT / "gpt_fast"
 LAYERS = [
     {"config", "serve.stream", "safetensors_file", "manifest"},
     {"ops"},
-    {"model", "attention", "cache", "sampling", "scheduler", "speculative", "parallel", "quantize", "ops.cpu"},
+    {"model", "attention", "cache", "sampling", "scheduler", "speculative", "proposers", "controller", "speculator",
+     "parallel", "quantize", "ops.cpu"},
     {"engine"},
     {"checkpoint", "hf_config", "convert", "quantize.convert", "quantize.gguf", "tokenizer", "gguf_tokenizer", "chat"},
     {"load", "llm"},
