@@ -152,6 +152,14 @@ def test_rope_of_published_files() -> None:
     assert math.isclose(phi.attention_factor, math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
+def test_qwen_windows_begin_at_max_window_layers() -> None:
+    values = {**PUBLISHED["Qwen/Qwen2.5-7B-Instruct"][0], "use_sliding_window": True, "max_window_layers": 20}
+    config = model_config_from_hf(values)
+    assert (config.sliding_window, config.sliding_layers) == (131072, tuple(range(20, 28)))
+    listed = ["sliding_attention", *["full_attention"] * 27]
+    assert model_config_from_hf({**values, "layer_types": listed}).sliding_layers == (0,)
+
+
 def changed(**change: Any) -> dict[str, Any]:
     return {**LLAMA2_7B, **change}
 
