@@ -9,8 +9,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
+from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.rounds import Incoming, Reply
 from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import STARTUP_ERROR
@@ -32,7 +34,14 @@ class GptFastHandler(BaseHandler):
         except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
             logger.error("%s%s", STARTUP_ERROR, error)
             raise
+        self.reporter = Reporter(self.emit)
         self.initialized = True
+
+    def emit(self, kind: str, name: str, value: float, label: str) -> None:
+        """One figure for TorchServe's metrics endpoint."""
+        dimensions = [self.context.model_name, "Model", *([label] if label else [])]
+        metric = self.context.metrics.get_metric(f"gpt_fast_{name}", MetricTypes[kind.upper()])
+        metric.add_or_update(value, dimensions)
 
     def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
         """The requests of this round that carry a body, i.e. are new, by id."""
@@ -48,7 +57,9 @@ class GptFastHandler(BaseHandler):
         if failure := self.rounds.service.failure():
             logger.error("gpt-fast gives up, to be restarted: %s", failure)
             raise SystemExit(1)  # the only exception that TorchServe lets end the worker
-        return self.rounds.run(self.context.request_ids.values(), data)
+        replies = self.rounds.run(self.context.request_ids.values(), data)
+        self.rounds.report(self.reporter)
+        return replies
 
     def postprocess(self, data: dict[str, Reply]) -> list[str]:
         """Hand each reply to TorchServe; an id that gets nothing now is left out of the round's answer."""

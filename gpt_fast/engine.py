@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -18,6 +19,8 @@ from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import NO_TOKEN, Chunk, SampledToken, Scheduler, Sequence, StepPlan, TokenEvent
+from gpt_fast.speculative import Proposal, draws_of, judge, on_device
+from gpt_fast.speculator import Speculator
 
 
 class Forward(Protocol):
@@ -51,18 +54,21 @@ def bucket_of(sizes: list[int], value: int) -> int:
 class Runner:
     """Executes step plans: pads to the fixed bucket shapes, calls the model, samples. Owns the KV cache.
 
-    decode and prefill are forwards of the same model; they differ only in how they are compiled.
+    decode and prefill are forwards of the same model; they differ only in how they are compiled. With a speculator,
+    a decode verifies what it proposes; without, or for a step without proposals, it is one token a row.
     """
 
     def __init__(
-        self, *, decode: Forward, prefill: Forward, cache: KVCache, eos_ids: Iterable[int], prefill_chunk: int
-    ) -> None:
+        self, *, decode: Forward, prefill: Forward, cache: KVCache, eos_ids: Iterable[int], prefill_chunk: int,
+        speculator: Speculator | None = None,
+    ) -> None:  # fmt: skip
         self.decode, self.prefill, self.cache = decode, prefill, cache
         self.eos_ids = sorted(eos_ids)
         self.device = cache.k_LNHTD.device
         self.rows = buckets(cache.slots, 1)
         self.chunks = buckets(prefill_chunk, 16)
         self.lengths = buckets(cache.max_seq_len, 128)
+        self.speculator = speculator
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
@@ -71,13 +77,15 @@ class Runner:
             self.cache.clear(slot)
         for copy in plan.copies:
             self.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
+            if self.speculator:
+                self.speculator.copied(copy)
         sampled: dict[str, list[SampledToken]] = {}
         for chunk in plan.chunks:
             logits_BV = self._prefill(chunk)
             if chunk.last:
                 sampled |= self._sample([chunk.sequence], logits_BV)
         if plan.decodes:
-            sampled |= self._sample(list(plan.decodes), self._decode(plan.decodes))
+            sampled |= self._decode(list(plan.decodes))
         return sampled
 
     @torch.inference_mode()
@@ -88,73 +96,125 @@ class Runner:
         a path of their own (`slots_B` None), so every size runs both in and out of slot order.
         """
         last, ends = self.cache.slots - 1, (self.lengths[0], self.lengths[-1])
-        for rows in self.rows:
+        blocks = [1 + k for k in self.speculator.controller.counts] if self.speculator else []
+        for rows, size in itertools.product(self.rows, [1, *blocks]):
             for slots, length in itertools.product((list(range(rows)), [last] * rows), ends):
-                self._forward(self.decode, [[0]] * rows, [self.cache.scratch] * rows, slots, 1, length)
+                self.forward(self.decode, [[]] * rows, [0] * rows, slots, size=size, length=length, every=size > 1)
         for size in self.chunks:
             for slot, length in itertools.product((0, last), ends):
-                self._forward(self.prefill, [[0]], [self.cache.scratch], [slot], size, length)
+                self.forward(self.prefill, [[]], [0], [slot], size=size, length=length)
+        if self.speculator:
+            for rows in self.rows:
+                self.speculator.measure(self._decode, rows)
 
     def _prefill(self, chunk: Chunk) -> Tensor:
         sequence, count = chunk.sequence, chunk.count
         tokens = sequence.tokens(sequence.computed, sequence.computed + count)
-        length = bucket_of(self.lengths, sequence.computed + count)
         size = bucket_of(self.chunks, count)
-        return self._forward(self.prefill, [tokens], [sequence.computed], [sequence.slot], size, length)
+        return self.forward(self.prefill, [tokens], [sequence.computed], [sequence.slot], size=size)
 
-    def _decode(self, sequences: Iterable[Sequence]) -> Tensor:
-        rows = [([s.output[-1]], s.computed, s.slot) for s in sequences]
-        tokens, starts, slots = (list(column) for column in zip(*rows, strict=True))
-        length = bucket_of(self.lengths, max(starts) + 1)
-        return self._forward(self.decode, tokens, starts, slots, 1, length)
+    def _decode(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
+        """One token for each sequence, and before it the proposals that stood."""
+        started = time.perf_counter()
+        proposal = self.speculator.propose(sequences) if self.speculator else None
+        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+        last = [[s.output[-1]] for s in sequences]
+        if self.speculator is None or proposal is None:
+            sampled = self._sample(sequences, self.forward(self.decode, last, starts, slots, size=1))
+        else:
+            size = 1 + bucket_of([0, *self.speculator.controller.counts], proposal.draft_BK.shape[1])
+            tokens = [row + [0] * count for row, count in zip(last, proposal.counts, strict=True)]
+            fed_BK = proposal.draft_BK
+            logits = self.forward(self.decode, tokens, starts, slots, size=size, fed_BK=fed_BK, every=True)
+            sampled = self._verify(sequences, logits[:, : fed_BK.shape[1] + 1], proposal, self.speculator)
+        if self.speculator:
+            accepted = [len(sampled[s.id]) - 1 for s in sequences]
+            self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
+        return sampled
 
-    def _forward(
-        self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], size: int, length: int
-    ) -> Tensor:
-        """Logits [B, V] of each row's last token; rows start at their own position and are padded to one shape."""
+    def forward(
+        self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Run rows that start at their own positions, padded to one shape.
+
+        Args:
+            size: tokens of the padded row; length: cached positions to read, None: the bucket that holds all rows.
+            fed_BK: tokens on the device that replace each row's from its second on, or all of a row of one.
+        Returns:
+            logits of each row's last token [B, V], or with `every` of all [B, S, V].
+        """
         scratch, real = self.cache.scratch, len(tokens)
         pad = bucket_of(self.rows, real) - real
-        tokens_BS = [row + [0] * (size - len(row)) for row in tokens] + [[0] * size] * pad
+        if length is None:
+            ends = (start + len(row) for row, start in zip(tokens, starts, strict=True) if row)
+            length = bucket_of(self.lengths, max(ends))
+        tokens_BS = self._tensor([row + [0] * (size - len(row)) for row in tokens] + [[0] * size] * pad)
+        if fed_BK is not None:
+            first = min(1, size - fed_BK.shape[1])
+            tokens_BS[:real, first : first + fed_BK.shape[1]] = fed_BK
         positions_BS = [
-            [min(start + i, scratch) if i < len(row) else scratch for i in range(size)]
+            [start + i if i < len(row) else scratch for i in range(size)]
             for row, start in zip(tokens, starts, strict=True)
         ] + [[scratch] * size] * pad
-        select_B = [len(row) - 1 for row in tokens] + [0] * pad
         slots_B = slots + [slots[0]] * pad
         in_order = slots == list(range(real))
-        logits_BV = forward(
-            self._tensor(tokens_BS),
+        select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
+        logits = forward(
+            tokens_BS,
             self._tensor(positions_BS),
             self.cache,
             length=length,
             slots_B=None if in_order else self._tensor(slots_B),
-            select_B=self._tensor(select_B),
+            select_B=select_B,
         )
-        return logits_BV[:real]
+        return logits[:real]
 
     def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return on_device(values, self.device)
 
     def _sample(self, sequences: list[Sequence], logits_BV: Tensor) -> dict[str, list[SampledToken]]:
         """One token a sequence, keyed to the position it will take."""
-        edited_BV = logits_BV
-        if any(needs_edit(s.params, len(s.output)) for s in sequences):
-            rows = [
-                edit_logits(row_V, s.params, prompt=s.prompt, output=s.output, eos_ids=self.eos_ids)
-                if needs_edit(s.params, len(s.output))
-                else row_V
-                for s, row_V in zip(sequences, logits_BV, strict=True)
-            ]
-            edited_BV = torch.stack(rows)
+        edited_BV = self._edit(sequences, logits_BV)
         params = sampling_tensors([s.params for s in sequences], self.device)
-        uniform_B = None
-        if params is not None:
-            uniform_B = uniform(self._tensor([s.seed for s in sequences]), self._tensor([s.length for s in sequences]))
+        uniform_B = None if params is None else uniform(*draws_of(sequences, self.device))
         tokens = sample(edited_BV, params, uniform_B).tolist()
         return {
             s.id: [SampledToken(token, top_logprobs(logits_V, token, s.params.logprobs))]
             for s, token, logits_V in zip(sequences, tokens, logits_BV, strict=True)
         }
+
+    def _verify(
+        self, sequences: list[Sequence], logits_BSV: Tensor, proposal: Proposal, speculator: Speculator
+    ) -> dict[str, list[SampledToken]]:
+        """Each row's proposals that stand, and the token after them."""
+        edited_BSV = logits_BSV
+        if any(needs_edit(s.params, len(s.output)) for s in sequences):  # such rows have no proposals
+            first_BV = self._edit(sequences, logits_BSV[:, 0])
+            edited_BSV = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1)
+        params = sampling_tensors([s.params for s in sequences], self.device)
+        verdict = judge(edited_BSV, params, proposal, draws_of(sequences, self.device), speculator.verify)
+        sampled = {}
+        packed = torch.cat((verdict.accepted_B[:, None], verdict.next_B[:, None], proposal.draft_BK), 1).tolist()
+        for s, logits_SV, (accepted, following, *draft) in zip(sequences, logits_BSV, packed, strict=True):
+            tokens = [*draft[:accepted], following]
+            sampled[s.id] = [
+                SampledToken(token, top_logprobs(logits_SV[i], token, s.params.logprobs))
+                for i, token in enumerate(tokens)
+            ]
+        return sampled
+
+    def _edit(self, sequences: list[Sequence], logits_BV: Tensor) -> Tensor:
+        """Logits with the rows' penalties, biases and bans."""
+        if not any(needs_edit(s.params, len(s.output)) for s in sequences):
+            return logits_BV
+        rows = [
+            edit_logits(row_V, s.params, prompt=s.prompt, output=s.output, eos_ids=self.eos_ids)
+            if needs_edit(s.params, len(s.output))
+            else row_V
+            for s, row_V in zip(sequences, logits_BV, strict=True)
+        ]
+        return torch.stack(rows)
 
 
 def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:
@@ -164,6 +224,12 @@ def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[
     logprobs_V = logits_V.log_softmax(-1)
     values, ids = logprobs_V.topk(best)
     return ((token, float(logprobs_V[token])), *zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; 0 where nothing was compiled."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class EngineCore:
@@ -177,6 +243,7 @@ class EngineCore:
             eos_ids=runner.eos_ids,
             reuse_prefix=reuse_prefix,
         )
+        self.graphs_at_start = compiled_graphs()
         self.chunk_beside_decode = runner.chunks[0]
         self.decode_seconds = 0.0
         self.prefill_seconds_per_token = 0.0
@@ -188,6 +255,10 @@ class EngineCore:
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    def recompiles(self) -> int:
+        """Graphs compiled since the warm-up; anything but 0 is a request that had to wait for a compiler."""
+        return compiled_graphs() - self.graphs_at_start
 
     def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Sequence:
         """Queue a request.

@@ -15,7 +15,8 @@ from typing import Any
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.load import Parts, load_parts
-from gpt_fast.scheduler import Logprobs, TokenEvent
+from gpt_fast.scheduler import NO_TOKEN, Logprobs, TokenEvent
+from gpt_fast.scheduler import Sequence as TokenSequence
 from gpt_fast.serve.stream import TextStream
 from gpt_fast.tokenizer import Tokenizer
 
@@ -24,12 +25,12 @@ from gpt_fast.tokenizer import Tokenizer
 class TextEvent:
     """What one decoded token brought a request: `text` is complete UTF-8 and past every stop string's reach.
 
-    `finish_reason` ("stop", "length") comes with the request's last event.
+    `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed.
     """
 
     request_id: str
     text: str
-    token: int | None  # None: no token, the request was cut short
+    token: int | None  # None: the request ended without one
     finish_reason: str | None = None
     logprobs: Logprobs = ()
 
@@ -75,10 +76,11 @@ class Engine:
 
     # -------------------------------------------------------------------------------- many requests
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> None:
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> TokenSequence:
         """Queue a request. ValueError when the prompt does not fit, or the id is in use."""
-        self.core.add(request_id, prompt, params, owner=owner)
+        sequence = self.core.add(request_id, prompt, params, owner=owner)
         self._texts[request_id] = _RequestText(self.tokenizer, params)
+        return sequence
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; unknown ids are ignored, for it may just have ended."""
@@ -103,7 +105,8 @@ class Engine:
         reason = "stop" if stopped else event.finish_reason
         if reason is not None:
             self.abort(event.request_id)
-        return TextEvent(event.request_id, text, event.token, reason, event.logprobs)
+        token = None if event.token == NO_TOKEN else event.token
+        return TextEvent(event.request_id, text, token, reason, event.logprobs)
 
     # -------------------------------------------------------------------------------- one request
 
@@ -150,7 +153,7 @@ class _RequestText:
 
     def push(self, event: TokenEvent) -> tuple[str, bool]:
         """The text that may leave now, and whether a stop string was met."""
-        text = self.stream.push(self.detokenizer.push(event.token))
+        text = "" if event.token == NO_TOKEN else self.stream.push(self.detokenizer.push(event.token))
         if event.finish_reason is not None and not self.stream.stopped:
             text += self.stream.finish()
         return text, self.stream.stopped

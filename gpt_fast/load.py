@@ -177,7 +177,11 @@ def choose_path(config: EngineConfig, loaded: Loaded, threads: int) -> ModelPath
 
 
 def compiled_path(config: EngineConfig, model: Transformer) -> ModelPath:
+    if model.config.n_expert:
+        raise ConfigError("compile", "a mixture of experts is not compiled: which experts run depends on the token")
     prepare_modules(model)
+    # Decode and prefill share one code object; each takes a few graphs for its kinds of shapes.
+    torch._dynamo.config.recompile_limit = 64
     compiled: Forward = torch.compile(model, fullgraph=True)
     return ModelPath(
         "compiled decode" + (" and prefill" if config.compile_prefill else ""),

@@ -6,34 +6,19 @@ that is unknown, or known but not supported with the value it has, is refused by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
+from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
+from gpt_fast.serve.chat_request import Object, parse_messages, parse_response_format, parse_tools, short_text
 
-MAX_BODY = 1 << 20  # bytes; TorchServe's own limit answers first where it is lower
+__all__ = ["REASONS", "Request", "RequestError", "parse_request"]
+
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
-MAX_MESSAGES = 1024
 MAX_TIMEOUT = 3600.0  # seconds
-ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONS = {400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 503: "Service Unavailable"}
-
-
-class RequestError(Exception):
-    """A refused request: an HTTP status and OpenAI's error object."""
-
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message, self.param, self.status, self.code = message, param, status, code
-
-    @property
-    def body(self) -> str:
-        kind = "invalid_request_error" if self.status < 429 else "overloaded_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,67 +26,24 @@ class Request:
     """One checked request. `prompts` are text or token ids; a chat has `messages` instead.
 
     limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
+    tools, must_call: what a chat's model may call, and whether it has to. schema: the JSON schema, as text, that the
+    answer must match.
     """
 
     kind: str  # "native", "completion", "chat"
     params: SamplingParams
     stream: bool
     prompts: tuple[str | tuple[int, ...], ...] = ()
-    messages: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Object, ...] = ()
+    tools: tuple[Object, ...] = ()
+    must_call: bool = False
+    schema: str | None = None
     n: int = 1
     echo: bool = False
     include_usage: bool = False
     limited: bool = False
     timeout: float | None = None
     user: str = ""
-
-
-# ------------------------------------------------------------------------------------------- bytes to JSON
-
-
-def parse_json(body: object) -> dict[str, Any]:
-    """A request's body as TorchServe hands it over: bytes, or text or a dict where it decoded them itself."""
-    if isinstance(body, bytes | bytearray):
-        if len(body) > MAX_BODY:
-            raise RequestError(f"body: {len(body)} bytes (allowed {MAX_BODY})")
-        try:
-            body = bytes(body).decode("utf-8")
-        except UnicodeDecodeError:
-            raise RequestError("body: not UTF-8") from None
-    if isinstance(body, str):
-        body = decode_json(body)
-    if not isinstance(body, dict):
-        raise RequestError(f"body: must be a JSON object (got {type(body).__name__})")
-    return body
-
-
-def decode_json(text: str) -> object:
-    """Strict JSON: no NaN, no duplicate keys, no lone surrogates, no endless nesting."""
-    try:
-        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise RequestError("body: holds a lone surrogate, which is not text") from None
-    except RecursionError:
-        raise RequestError("body: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise RequestError(f"body: not JSON at character {error.pos}") from None
-    except ValueError:  # an integer of thousands of digits
-        raise RequestError("body: holds a number that is too long") from None
-    return value
-
-
-def refuse_constant(name: str) -> None:
-    raise RequestError(f"body: {name} is not JSON")
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"body: the key {short(twice)} is there twice")
-    return values
 
 
 # ------------------------------------------------------------------------------------------- the fields
@@ -119,7 +61,12 @@ KNOWN = {
     "completion": OPENAI | {"prompt", "echo", "best_of"},
     "chat": OPENAI | {"messages", "max_completion_tokens", "top_logprobs"},
 }
-# Known to OpenAI's clients, not offered here: only these values, which ask for nothing, pass.
+# What a server may be able to do: these fields are known only where it is offered.
+OFFERS = {
+    "tools": {"chat": {"tools", "tool_choice", "parallel_tool_calls"}},
+    "schema": {"chat": {"response_format"}, "completion": {"response_format"}},
+}
+# Known to OpenAI's and vLLM's clients, not offered here: only these values, which ask for nothing, pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -141,75 +88,122 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "structured_outputs": (),
     "stop_token_ids": ([],),
+    "bad_words": ([],),
 }
 BOOLEANS = {"stream", "echo", "ignore_eos"}
 
 
-def parse_request(kind: str, body: object, *, model_name: str, max_new_tokens: int, stream: bool = True) -> Request:
+def parse_request(
+    kind: str,
+    body: object,
+    *,
+    model_name: str,
+    max_new_tokens: int,
+    stream: bool = True,
+    offers: frozenset[str] = frozenset(),
+) -> Request:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say.
 
+    offers: of OFFERS, what this server can do beyond plain text; it must then look at the Request's fields for it.
     OpenAI's defaults hold for its endpoints: temperature 1, 16 new tokens for a completion, the rest of the context
-    (here: SamplingParams' own limit, which the caller shortens to the slot) for a chat.
+    (here: SamplingParams' own limit, which the caller shortens to the slot) for a chat. null is the default.
     """
-    fields = {key: value for key, value in parse_json(body).items() if value is not None}
-    check_known(fields, kind)
+    given = parse_json(body)
+    check_known(given, kind, offers)
+    fields = {name: value for name, value in given.items() if value is not None}
     for name in BOOLEANS & fields.keys():
         expect(fields[name], name, bool, "true or false")
     if fields.get("model", model_name) != model_name:
         message = f"model: {short(fields['model'])} is not served here (allowed {model_name!r})"
         raise RequestError(message, param="model", status=404, code="model_not_found")
     try:
-        return build(kind, fields, max_new_tokens=max_new_tokens, stream=stream)
+        return build(kind, fields, max_new_tokens=max_new_tokens, stream=stream, offers=offers)
     except ConfigError as error:
         raise RequestError(str(error), param=error.key) from None
 
 
-def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool) -> Request:
-    limit_names = ("max_new_tokens",) if kind == "native" else ("max_completion_tokens", "max_tokens")
-    limit_name = next((name for name in limit_names if name in fields), None)
-    default = {"native": max_new_tokens, "completion": 16, "chat": 1 << 22}[kind]
-    n = number(fields, "n", 1, 1, MAX_CHOICES)
-    if "best_of" in fields and fields["best_of"] != n:
-        raise RequestError(f"best_of: not supported (got {short(fields['best_of'])}, allowed n={n})", param="best_of")
+def check_known(given: Fields, kind: str, offers: frozenset[str]) -> None:
+    """Refuse what this endpoint does not know, and what it knows but cannot do."""
+    known = KNOWN[kind].union(*(OFFERS[offer].get(kind, set()) for offer in offers))
+    for name, value in given.items():
+        if name in known:
+            continue
+        if name not in NEUTRAL or kind == "native":
+            shown = name if len(name) <= 60 else name[:57] + "..."
+            raise RequestError(f"{shown}: unknown field (allowed {', '.join(sorted(known))})", param=name)
+        neutral = (None, *NEUTRAL[name])
+        if not any(type(value) is type(each) and value == each for each in neutral):
+            raise RequestError(f"{name}: not supported (got {short(value)})", param=name)
+
+
+def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]) -> Request:
+    limit_name, limit = token_limit(kind, fields, max_new_tokens)
+    tools, must_call = chat_tools(fields, offers) if kind == "chat" else ((), False)
+    streamed = fields.get("stream", stream if kind == "native" else False)
     return Request(
         kind=kind,
-        params=sampling_params(kind, fields, fields[limit_name] if limit_name else default, limit_name),
-        stream=fields.get("stream", stream if kind == "native" else False),
+        params=sampling_params(kind, fields, limit, limit_name),
+        stream=streamed,
         prompts=prompts(fields.get("prompt"), single=kind == "native") if kind != "chat" else (),
-        messages=messages(fields.get("messages")) if kind == "chat" else (),
-        n=n,
+        messages=parse_messages(fields.get("messages"), tools="tools" in offers) if kind == "chat" else (),
+        tools=tools,
+        must_call=must_call,
+        schema=parse_response_format(fields.get("response_format", {"type": "text"})) if "schema" in offers else None,
+        n=choices(fields),
         echo=fields.get("echo", False),
-        include_usage=include_usage(fields.get("stream_options", {})),
+        include_usage=include_usage(fields, streamed),
         limited=limit_name is not None,
         timeout=timeout(fields),
-        user=text_field(fields, "user"),
+        user=short_text(fields["user"], "user") if fields.get("user") else "",
     )
 
 
-def check_known(fields: Fields, kind: str) -> None:
-    for name, value in fields.items():
-        if name in KNOWN[kind]:
-            continue
-        if name in NEUTRAL and kind != "native":
-            if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
-                continue
-            raise RequestError(f"{short(name)}: not supported (got {short(value)})", param=name)
-        raise RequestError(f"{short(name)}: unknown field (allowed {', '.join(sorted(KNOWN[kind]))})", param=name)
+def token_limit(kind: str, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:
+    """The field that holds the token limit, None when the client gave none; and the limit."""
+    names = {"native": ["max_new_tokens"], "completion": ["max_tokens"], "chat": ["max_completion_tokens", "max_tokens"]}
+    given = [name for name in names[kind] if name in fields]
+    if not given:
+        return None, {"native": max_new_tokens, "completion": 16, "chat": 1 << 22}[kind]
+    if len(given) == 2 and fields[given[0]] != fields[given[1]]:
+        raise RequestError(f"max_tokens: differs from {given[0]} (got {short(fields['max_tokens'])})", param="max_tokens")
+    return given[0], fields[given[0]]
+
+
+def choices(fields: Fields) -> int:
+    n = number(fields, "n", 1, 1, MAX_CHOICES)
+    if "best_of" in fields and fields["best_of"] != n:
+        raise RequestError(f"best_of: not supported (got {short(fields['best_of'])}, allowed n={n})", param="best_of")
+    return n
 
 
 def sampling_params(kind: str, fields: Fields, max_new_tokens: Any, limit_name: str | None) -> SamplingParams:
     check_int(limit_name or "max_new_tokens", max_new_tokens, 1, 1 << 22)
     values = {name: fields[name] for name in SAMPLING & fields.keys()}
     values.setdefault("temperature", 0.0 if kind == "native" else 1.0)
+    if values.get("top_k") == -1:  # vLLM's spelling of "all"
+        values["top_k"] = 0
     if "stop" in values:
-        values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(listed(values["stop"], "stop"))
+        values["stop"] = stop_strings(values["stop"])
     if "logit_bias" in values:
         values["logit_bias"] = logit_bias(values["logit_bias"])
     return SamplingParams(**values, max_new_tokens=max_new_tokens, logprobs=logprobs(kind, fields))
+
+
+def stop_strings(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    expect(value, "stop", list, "a string or a list of strings")
+    return tuple(value)
 
 
 def logprobs(kind: str, fields: Fields) -> int | None:
@@ -223,12 +217,14 @@ def logprobs(kind: str, fields: Fields) -> int | None:
     return None if asked is None else number(fields, "logprobs", 0, 0, SamplingParams.MAX_LOGPROBS)
 
 
-def logit_bias(value: object) -> dict[int, float]:
+def logit_bias(value: Any) -> Mapping[int, float]:
     expect(value, "logit_bias", dict, "an object of token id to number")
-    biases = {}
-    for key, bias in value.items():  # type: ignore[attr-defined]
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise RequestError(f"logit_bias: {short(key)} is not a token id", param="logit_bias")
+        if int(key) in biases:
+            raise RequestError(f"logit_bias: the token {int(key)} is there twice", param="logit_bias")
         check_float(f"logit_bias.{key}", bias, -100.0, 100.0)
         biases[int(key)] = float(bias)
     return biases
@@ -256,47 +252,33 @@ def one_prompt(value: object, allowed: str) -> str | tuple[int, ...]:
     raise RequestError(f"prompt: must be {allowed}, not empty (got {short(value)})", param="prompt")
 
 
-def messages(value: object) -> tuple[Mapping[str, Any], ...]:
-    rows = listed(value, "messages") if value is not None else []
-    if not 1 <= len(rows) <= MAX_MESSAGES:
-        raise RequestError(f"messages: {len(rows)} messages (allowed 1..{MAX_MESSAGES})", param="messages")
-    return tuple(one_message(row, f"messages[{index}]") for index, row in enumerate(rows))
+def chat_tools(fields: Fields, offers: frozenset[str]) -> tuple[tuple[Object, ...], bool]:
+    if "tools" not in offers:
+        return (), False
+    tools, must_call = parse_tools(fields.get("tools", []), fields.get("tool_choice"))
+    if must_call and "schema" not in offers:  # only a constrained answer is sure to be a call
+        message = f"tool_choice: not supported (got {short(fields['tool_choice'])}, allowed none, auto)"
+        raise RequestError(message, param="tool_choice")
+    parallel = fields.get("parallel_tool_calls", True)
+    expect(parallel, "parallel_tool_calls", bool, "true or false")
+    if tools and not parallel:
+        raise RequestError("parallel_tool_calls: not supported (got false)", param="parallel_tool_calls")
+    return tools, must_call
 
 
-def one_message(row: object, where: str) -> Mapping[str, Any]:
-    expect(row, where, dict, "an object with role and content")
-    fields: Fields = {key: value for key, value in row.items() if value is not None}  # type: ignore[attr-defined]
-    for key in fields:
-        if key not in ("role", "content", "name", "tool_call_id"):
-            raise RequestError(f"{where}.{short(key)}: unknown or unsupported field", param=f"{where}.{short(key)}")
-    if fields.get("role") not in ROLES:
-        got = short(fields.get("role"))
-        raise RequestError(f"{where}.role: unknown role (got {got}, allowed {', '.join(ROLES)})", param=f"{where}.role")
-    for key in ("name", "tool_call_id"):
-        text_field(fields, key, where=f"{where}.")
-    return {**fields, "content": content(fields.get("content"), f"{where}.content")}
-
-
-def content(value: object, where: str) -> str:
-    """A message's text: a string, or OpenAI's list of text parts."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        texts = [part.get("text") for part in parts]
-        if len(parts) == len(value) and all(isinstance(text, str) for text in texts):
-            return "".join(texts)  # type: ignore[arg-type]
-    raise RequestError(f"{where}: must be a string or a list of text parts (got {short(value)})", param=where)
-
-
-def include_usage(value: object) -> bool:
-    expect(value, "stream_options", dict, "an object")
-    for key in value:  # type: ignore[attr-defined]
-        if key not in ("include_usage", "include_obfuscation"):
-            raise RequestError(f"stream_options.{short(key)}: unknown field", param=f"stream_options.{short(key)}")
-    usage = value.get("include_usage") or False  # type: ignore[attr-defined]
-    expect(usage, "stream_options.include_usage", bool, "true or false")
-    return usage
+def include_usage(fields: Fields, streamed: bool) -> bool:
+    options = fields.get("stream_options", {})
+    expect(options, "stream_options", dict, "an object")
+    if options and not streamed:
+        raise RequestError("stream_options: needs stream true", param="stream_options")
+    for name, value in options.items():
+        param = f"stream_options.{name}"
+        if name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(f"stream_options.{short(name)}: unknown field (allowed include_usage)", param=param)
+        expect(value if value is not None else False, param, bool, "true or false")
+        if name == "include_obfuscation" and value:
+            raise RequestError(f"{param}: not supported (got true)", param=param)
+    return bool(options.get("include_usage"))
 
 
 def timeout(fields: Fields) -> float | None:
@@ -305,33 +287,7 @@ def timeout(fields: Fields) -> float | None:
     return fields.get("timeout")
 
 
-def text_field(fields: Fields, name: str, *, where: str = "") -> str:
-    value = fields.get(name, "")
-    if not isinstance(value, str) or len(value) > 256:
-        raise RequestError(f"{where}{name}: must be a string of at most 256 characters", param=where + name)
-    return value
-
-
 def number(fields: Fields, name: str, default: int, low: int, high: int) -> int:
     value = fields.get(name, default)
     check_int(name, value, low, high)
     return value
-
-
-def listed(value: object, name: str) -> list[Any]:
-    expect(value, name, list, "a list")
-    return value  # type: ignore[return-value]
-
-
-def expect(value: object, name: str, kind: type, allowed: str) -> None:
-    if not isinstance(value, kind):
-        raise RequestError(f"{name}: must be {allowed} (got {short(value)})", param=name)
-
-
-def short(value: object, limit: int = 60) -> str:
-    """The value as an error message shows it."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    shown = text if len(text) <= limit else text[:limit] + "..."
-    return repr(shown) if isinstance(value, str) else shown
-
-

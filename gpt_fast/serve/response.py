@@ -20,6 +20,9 @@ JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
 
 
+FAILED = {"error": {"message": "the model overflowed on this request", "type": "server_error", "param": None, "code": None}}
+
+
 class Event(Protocol):
     """The part of llm.TextEvent that a response is made of."""
 
@@ -114,6 +117,8 @@ class OpenAIAnswer:
         return "".join(map(self.sse, self.deltas(index, choice, text, choice.logprobs[offset:])))
 
     def end(self) -> str:
+        if any(choice.finish_reason == "error" for choice in self.choices):
+            return self.sse(FAILED) if self.stream else dump(FAILED)
         if self.stream:
             usage = self.sse({**self.chunk([]), "usage": self.usage()}) if self.include_usage else ""
             return usage + "data: [DONE]\n\n"

@@ -6,6 +6,8 @@ comes with its first round only, and an id that is missing has lost its client.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,10 @@ from typing import Protocol
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import TextEvent
+from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join within it
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
@@ -128,6 +133,7 @@ class Rounds:
         self.service = service
         self.admit = admit
         self.exchanges: dict[str, Exchange] = {}
+        self.refused = 0
 
     def run(self, active: Iterable[str], incoming: Mapping[str, Incoming]) -> dict[str, Reply]:
         """Play one round. Requests without a reply get nothing now and stay in flight."""
@@ -146,10 +152,18 @@ class Rounds:
                     del self.exchanges[request_id]
         return replies
 
+    def report(self, reporter: Reporter) -> None:
+        """Export what has ended since the last round, a log line each, and the state now."""
+        for record in self.service.take_records():
+            reporter.request(record)
+            logger.info("request %s", json.dumps(record.log_fields()))
+        reporter.state(self.service.gauges(), {"requests_refused_total": self.refused, **self.service.totals()})
+
     def _begin(self, request_id: str, request: Incoming) -> Reply | None:
         try:
             job = self.admit(request.path, request.body)
         except Refusal as refusal:
+            self.refused += 1
             return refusal.reply
         if isinstance(job, Reply):
             return job

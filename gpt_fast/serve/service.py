@@ -16,16 +16,36 @@ import torch
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine, TextEvent
+from gpt_fast.scheduler import Sequence
+from gpt_fast.serve.metrics import RequestRecord
 
 SILENCE_SECONDS = 1.0  # no round for this long while output waits: every client of the last round is gone
 
 
 @dataclass
 class Mailbox:
-    """What the engine produced for one request and nobody has taken yet."""
+    """One request: what the engine produced and nobody has taken yet, and when things happened to it."""
 
+    prompt_tokens: int
     events: list[TextEvent] = field(default_factory=list)
     done: bool = False
+    arrival: float = field(default_factory=time.monotonic)
+    sequence: Sequence | None = None
+    first_token: float | None = None
+    generated: int = 0
+
+    def record(self, request_id: str, finish_reason: str) -> RequestRecord:
+        return RequestRecord(
+            request_id=request_id,
+            finish_reason=finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.sequence.reused if self.sequence else 0,
+            generation_tokens=self.generated,
+            arrival=self.arrival,
+            started=self.sequence.started if self.sequence else None,
+            first_token=self.first_token,
+            ended=time.monotonic(),
+        )
 
 
 class Service:
@@ -41,6 +61,7 @@ class Service:
         self._mail: dict[str, Mailbox] = {}
         self._inbox: list[Callable[[], None]] = []
         self._last_round = time.monotonic()
+        self._records: list[RequestRecord] = []
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="engine", daemon=True).start()
@@ -50,15 +71,17 @@ class Service:
     def submit(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> None:
         """Queue a request; the caller has checked it against `engine.core.max_seq_len`."""
         with self._changed:
-            self._mail[request_id] = Mailbox()
-            self._inbox.append(partial(self.engine.add, request_id, prompt, params, owner=owner))
+            box = self._mail[request_id] = Mailbox(len(prompt))
+            self._inbox.append(partial(self._add, box, request_id, prompt, params, owner))
             self._changed.notify_all()
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Drop requests whose client has gone; ended ones are only forgotten."""
         with self._changed:
             for request_id in request_ids:
-                if not self._mail.pop(request_id, Mailbox(done=True)).done:
+                box = self._mail.pop(request_id, None)
+                if box is not None and not box.done:
+                    self._records.append(box.record(request_id, "cancelled"))
                     self._inbox.append(partial(self.engine.abort, request_id))
             self._changed.notify_all()
 
@@ -68,8 +91,7 @@ class Service:
             for request_id in request_ids:
                 box = self._mail[request_id]
                 if not box.done:
-                    box.events.append(TextEvent(request_id, "", None, "length"))
-                    box.done = True
+                    self._hand_over(box, TextEvent(request_id, "", None, "length"))
                     self._inbox.append(partial(self.engine.abort, request_id))
             self._changed.notify_all()
 
@@ -93,6 +115,27 @@ class Service:
             if box.done:
                 del self._mail[request_id]
             return events
+
+    def take_records(self) -> list[RequestRecord]:
+        """The requests that ended since the last call."""
+        with self._changed:
+            records, self._records = self._records, []
+            return records
+
+    def gauges(self) -> dict[str, float]:
+        """What runs and waits now, and the share of the KV cache's positions that running requests occupy."""
+        scheduler = self.engine.core.scheduler
+        running = list(scheduler.running.values())
+        positions = len(scheduler.slots) * scheduler.max_seq_len
+        return {
+            "num_requests_running": len(running),
+            "num_requests_waiting": max(self.in_flight() - len(running), 0),
+            "kv_cache_usage_perc": round(sum(s.computed for s in running) / positions, 4),
+        }
+
+    def totals(self) -> dict[str, float]:
+        """Counts since the start, of what is no request."""
+        return {"recompiles_total": self.engine.core.recompiles()}
 
     def failure(self) -> str | None:
         """Why the engine will not produce anything any more, or None. TorchServe then has to restart the worker."""
@@ -144,6 +187,17 @@ class Service:
             for event in events:
                 box = self._mail.get(event.request_id)
                 if box is not None and not box.done:  # else cancelled or cut short while this step ran
-                    box.events.append(event)
-                    box.done = event.finish_reason is not None
+                    self._hand_over(box, event)
             self._changed.notify_all()
+
+    def _add(self, box: Mailbox, request_id: str, prompt: list[int], params: SamplingParams, owner: str) -> None:
+        box.sequence = self.engine.add(request_id, prompt, params, owner=owner)
+
+    def _hand_over(self, box: Mailbox, event: TextEvent) -> None:
+        box.events.append(event)
+        if event.token is not None:
+            box.generated += 1
+            box.first_token = box.first_token or time.monotonic()
+        if event.finish_reason is not None:
+            box.done = True
+            self._records.append(box.record(event.request_id, event.finish_reason))

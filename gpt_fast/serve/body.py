@@ -1,0 +1,131 @@
+"""A request's body: strict JSON, one object, bounded in bytes and depth; and the error every refusal is made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_BODY = 1 << 20  # bytes; TorchServe's own limit answers first where it is lower
+MAX_DEPTH = 64  # lists and objects inside one another
+MAX_DIGITS = 40
+REASONS = {
+    400: "Bad Request",
+    404: "Not Found",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    503: "Service Unavailable",
+}
+
+
+class RequestError(Exception):
+    """A refused request: an HTTP status and OpenAI's error object. What the client sent is shown shortened."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        self.message, self.param = middle_cut(message, 600), middle_cut(param, 100) if param else None
+        self.status, self.code = status, code
+        super().__init__(self.message)
+
+    @property
+    def body(self) -> str:
+        kind = "invalid_request_error" if self.status < 429 else "overloaded_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error})
+
+
+def parse_json(body: object) -> dict[str, Any]:
+    """A request's body as TorchServe hands it over: bytes, or text or a dict where it decoded them itself."""
+    if isinstance(body, bytes | bytearray):
+        if len(body) > MAX_BODY:
+            raise too_large(len(body))
+        try:
+            body = bytes(body).decode("utf-8")
+        except UnicodeDecodeError:
+            raise RequestError("body: not UTF-8") from None
+    value = decode_json(body) if isinstance(body, str) else body
+    if not isinstance(value, dict):
+        raise RequestError(f"body: must be a JSON object (got {type(value).__name__})")
+    size = check_values(value)
+    if value is body and size > MAX_BODY:
+        raise too_large(size)
+    return value
+
+
+def decode_json(text: str) -> object:
+    """Strict JSON: no NaN, no duplicate keys, no numbers longer than any field needs."""
+    if len(text) > MAX_BODY:
+        raise too_large(len(text))
+    try:
+        return json.loads(text, parse_constant=refuse_constant, parse_int=whole, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(f"body: not JSON at character {error.pos}") from None
+
+
+def check_values(value: dict[str, Any]) -> int:
+    """What JSON's grammar lets through, and TorchServe's own decoding: all text must be text, all numbers finite.
+
+    Returns the bytes the value takes as JSON.
+    """
+    try:
+        size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8"))
+    except UnicodeEncodeError:
+        raise RequestError("body: holds a lone surrogate, which is not text") from None
+    except RecursionError:
+        raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})") from None
+    except ValueError:
+        raise RequestError("body: holds a number that is not finite") from None
+    except TypeError:
+        raise RequestError("body: holds a value that is not JSON") from None
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for each in level for child in inside(each) if isinstance(child, dict | list)]
+    if level:
+        raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})")
+    return size
+
+
+def inside(container: dict[str, Any] | list[Any]) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def too_large(size: int) -> RequestError:
+    return RequestError(f"body: {size} bytes (allowed {MAX_BODY})", status=413)
+
+
+def whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise RequestError(f"body: holds a number of {len(digits)} digits (allowed {MAX_DIGITS})")
+    return int(digits)
+
+
+def refuse_constant(name: str) -> None:
+    raise RequestError(f"body: {name} is not JSON")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise RequestError(f"body: the key {short(name)} is there twice")
+        values[name] = value
+    return values
+
+
+# ------------------------------------------------------------------------------------------- for error messages
+
+
+def expect(value: object, name: str, kind: type, allowed: str) -> None:
+    """Raise unless the value is of this JSON type; a boolean is no number."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RequestError(f"{name}: must be {allowed} (got {short(value)})", param=name)
+
+
+def short(value: object) -> str:
+    """The value as an error message shows it."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def middle_cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"

@@ -1,0 +1,113 @@
+"""The figures a server exports: vLLM's stems with the prefix gpt_fast_, in seconds and counts.
+
+`deploy/metrics.yaml` declares them to TorchServe (a test holds the two together). Values go out a request, not a
+token, and the gauges once a second: each is a line that TorchServe parses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+COUNTERS = (
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "request_success_total",
+    "requests_cancelled_total",
+    "requests_refused_total",
+    "recompiles_total",
+)
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+)
+LABELS = {"request_success_total": "finished_reason"}
+GAUGE_SECONDS = 1.0
+
+Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One sequence's way through the engine; times in seconds of one monotonic clock, None where it never came."""
+
+    request_id: str
+    finish_reason: str  # "stop", "length", "error", "cancelled"
+    prompt_tokens: int
+    reused_tokens: int
+    generation_tokens: int
+    arrival: float
+    started: float | None
+    first_token: float | None
+    ended: float
+
+    def durations(self) -> dict[str, float]:
+        """The histograms' values, by name; those that never happened are left out."""
+        values = {"e2e_request_latency_seconds": self.ended - self.arrival}
+        if self.started is not None:
+            values["request_queue_time_seconds"] = self.started - self.arrival
+        if self.started is not None and self.first_token is not None:
+            values["time_to_first_token_seconds"] = self.first_token - self.arrival
+            values["request_prefill_time_seconds"] = self.first_token - self.started
+            values["request_decode_time_seconds"] = self.ended - self.first_token
+            if self.generation_tokens > 1:
+                mean_gap = (self.ended - self.first_token) / (self.generation_tokens - 1)
+                values["inter_token_latency_seconds"] = mean_gap
+        return values
+
+    def log_fields(self) -> dict[str, Any]:
+        """One structured log line; it never holds the prompt or the answer."""
+        return {
+            "request_id": self.request_id,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "generation_tokens": self.generation_tokens,
+            **{name.removesuffix("_seconds") + "_s": round(value, 4) for name, value in self.durations().items()},
+        }
+
+
+class Reporter:
+    """Turns records and gauges into emitted figures."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.gauges_at = float("-inf")
+        self.totals: dict[str, float] = {}
+
+    def request(self, record: RequestRecord) -> None:
+        counts: dict[str, float] = {
+            "prompt_tokens_total": record.prompt_tokens,
+            "generation_tokens_total": record.generation_tokens,
+            "prefix_cache_queries_total": record.prompt_tokens,
+            "prefix_cache_hits_total": record.reused_tokens,
+        }
+        for name, value in counts.items():
+            self.emit("counter", name, value, "")
+        if record.finish_reason == "cancelled":
+            self.emit("counter", "requests_cancelled_total", 1, "")
+        else:
+            self.emit("counter", "request_success_total", 1, record.finish_reason)
+            for name, value in record.durations().items():
+                self.emit("histogram", name, value, "")
+
+    def state(self, gauges: Mapping[str, float], totals: Mapping[str, float]) -> None:
+        """Gauges as they are and running totals as their increase, at most once a second."""
+        now = time.monotonic()
+        if now - self.gauges_at < GAUGE_SECONDS:
+            return
+        self.gauges_at = now
+        for name, value in gauges.items():
+            self.emit("gauge", name, value, "")
+        for name, value in totals.items():
+            self.emit("counter", name, value - self.totals.get(name, 0.0), "")
+            self.totals[name] = value
