@@ -15,7 +15,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.rounds import Incoming, Reply
 from gpt_fast.serve.startup import start_serving
-from gpt_fast.serve.startup_check import STARTUP_ERROR
+from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class GptFastHandler(BaseHandler):
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
         try:
+            if problems := check_own_frontend():
+                raise ValueError(problems[0])
             self.rounds = start_serving(context.model_yaml_config, root=root, model_name=name)
         except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
             logger.error("%s%s", STARTUP_ERROR, error)
