@@ -40,7 +40,7 @@ def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, i
     linear = torch.nn.Linear(*reversed(w_NK.shape), bias=False)
     linear.weight.data = w_NK
     packed = Packer(weights, group).body(linear)
-    out = torch.full((len(x_MK), -(-len(w_NK) // 16) * 16), torch.nan)
+    out = torch.full((len(x_MK), -(-len(w_NK) // 32) * 32), torch.nan)
     scale = None if packed.scale is None else packed.scale.data_ptr()
     description = Linear(packed.format, packed.rows, packed.cols, packed.group, packed.q.data_ptr(), scale, None)
     load_library(isa).gf_linear(byref(description), x_MK.contiguous().data_ptr(), len(x_MK), out.data_ptr())

@@ -15,7 +15,7 @@ Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool) { return n
 void gf_decoder_destroy(Decoder* decoder) { delete decoder; }
 int gf_decoder_step(Decoder* decoder, const gf::StepInput* input) { return decoder->step(*input); }
 
-// y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 16)].
+// y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].
 void gf_linear(const Linear* w, const float* x, int rows, float* y) {
   Activations a;
   a.resize(w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, rows, w->cols);

@@ -2,7 +2,8 @@
 //
 // Weights lie in tiles of 16 output rows. Within a tile, a 64-byte vector holds 4 consecutive inputs of each of the
 // 16 rows (2 inputs in bfloat16), so one load feeds one dot-product instruction and lane i belongs to row i: no
-// horizontal sums. A block of MR rows of x times NR tiles stays in registers; every loaded weight vector serves MR rows.
+// horizontal sums. Two neighbouring tiles take turns, 32 inputs each, so that the kernel that multiplies both reads one
+// contiguous stream. A block of MR rows of x times NR tiles stays in registers; a loaded weight vector serves MR rows.
 //
 // Each output is the same sequence of float operations whatever MR and NR are (integer sums are exact, groups are
 // added in order), so a row's result does not depend on what it is batched with.
@@ -23,17 +24,43 @@ struct Linear {
   int32_t rows;       // outputs
   int32_t cols;       // inputs
   int32_t group;      // inputs that share a scale (kInt4: 32, 64, 128 or 256)
-  const uint8_t* q;   // [tile][cols/32] blocks
-  const void* scale;  // kInt8Row: float [rows]; kInt8Group: half [tile][cols/32][16];
-                      // kInt4: half [tile][cols/group][scale, minimum][16]
-  const float* bias;  // float [rows], or null
+  const uint8_t* q;   // [tile / 2][cols/32][tile % 2] blocks
+  const void* scale;  // kInt8Row: float [rows]; kInt8Group: half [tile / 2][cols/32][tile % 2][16];
+                      // kInt4: half [tile / 2][cols/group][tile % 2][scale, minimum][16]
+  const float* bias;  // float [rows], or null; rows are padded to whole pairs of tiles everywhere
 
-  int tiles() const { return (rows + kLanes - 1) / kLanes; }
+  int tiles() const { return (rows + 2 * kLanes - 1) / (2 * kLanes) * 2; }
   int groups() const { return (cols + kGroup - 1) / kGroup; }
   int scale_groups() const { return (cols + group - 1) / group; }
 };
 
-inline constexpr int kPrefetchAhead = 2048;  // bytes; see docs/performance.md for the ablation
+// What a block of rows fetches ahead while it computes. A single block streams its own tiles, kAhead bytes early. Of
+// several blocks over the same tiles only the first would wait for memory: they share out the lines of the next pair
+// of tiles instead, line by line in turn.
+struct Prefetch {
+  static constexpr int kAhead = 8192;  // bytes
+  ptrdiff_t distance;
+  ptrdiff_t stride;  // bytes from one fetched line to the next
+
+  static Prefetch stream() { return {kAhead, 64}; }
+  static Prefetch share(int block, int blocks, size_t pair_bytes) {
+    return {ptrdiff_t(pair_bytes) + 64 * block, 64 * ptrdiff_t(blocks)};
+  }
+};
+
+template <bool kShare, int kBytes>
+inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
+  if constexpr (kShare) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBytes / 128; i++) prefetch_far(q + ahead.distance + i * ahead.stride);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBytes / 64; i++) prefetch(q + Prefetch::kAhead + i * 64);
+  }
+}
+
+// Where a tile's first block lies when pairs of tiles take turns; its next one is two further.
+inline size_t block_index(int tile, int groups) { return size_t(tile / 2) * groups * 2 + tile % 2; }
 
 // One class a format: the bytes of a block (16 outputs x 32 inputs), how its vectors are read, and how a block's
 // integer sum enters the float sum.
@@ -43,7 +70,8 @@ struct Int8Row {
   const float* row_scale;
 
   Int8Row(const Linear& w, int tile)
-      : q(w.q + size_t(tile) * w.groups() * kBlock), row_scale(static_cast<const float*>(w.scale) + tile * kLanes) {}
+      : q(w.q + block_index(tile, w.groups()) * kBlock),
+        row_scale(static_cast<const float*>(w.scale) + tile * kLanes) {}
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
   void load_scales(int) {}
@@ -60,11 +88,11 @@ struct Int8Group {
   f32x16 scale;
 
   Int8Group(const Linear& w, int tile)
-      : q(w.q + size_t(tile) * w.groups() * kBlock),
-        half(static_cast<const uint16_t*>(w.scale) + size_t(tile) * w.groups() * kLanes) {}
+      : q(w.q + block_index(tile, w.groups()) * kBlock),
+        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes) {}
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
-  void load_scales(int g) { scale = load_f16(half + g * kLanes); }
+  void load_scales(int g) { scale = load_f16(half + g * 2 * kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
     return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
   }
@@ -80,8 +108,8 @@ struct Int4 {
   f32x16 scale, minimum;
 
   Int4(const Linear& w, int tile)
-      : q(w.q + size_t(tile) * w.groups() * kBlock),
-        half(static_cast<const uint16_t*>(w.scale) + size_t(tile) * w.scale_groups() * 2 * kLanes),
+      : q(w.q + block_index(tile, w.groups()) * kBlock),
+        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.scale_groups()) * 2 * kLanes),
         blocks_per_scale(w.group / kGroup) {}
   static int32_t start(const Activations&, int, int) { return 0; }
   void vectors(int j, i32x16& a, i32x16& b) const {
@@ -89,7 +117,7 @@ struct Int4 {
     a = low_nibbles(both), b = high_nibbles(both);
   }
   void load_scales(int g) {
-    const uint16_t* p = half + g / blocks_per_scale * (2 * kLanes);
+    const uint16_t* p = half + g / blocks_per_scale * (4 * kLanes);
     scale = load_f16(p), minimum = load_f16(p + kLanes);
   }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
@@ -100,8 +128,9 @@ struct Int4 {
 };
 
 // Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane].
-template <class W, int MR, int NR>
-void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride) {
+template <class W, int MR, int NR, bool kShare>
+void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
+                   const Prefetch& ahead) {
   f32x16 sum[MR][NR];
   for (auto& s : sum)
     for (auto& v : s) v = splat(0.0f);
@@ -114,10 +143,7 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       i32x16 a[NR], b[NR];
-      for (int n = 0; n < NR; n++) {
-        w[n].vectors(j, a[n], b[n]);
-        for (int at = 0; at < W::kBlock / 4; at += 64) prefetch(w[n].q + kPrefetchAhead + j * (W::kBlock / 4) + at);
-      }
+      for (int n = 0; n < NR; n++) w[n].vectors(j, a[n], b[n]);
       for (int m = 0; m < MR; m++) {
         const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
         for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], a[n], xa);
@@ -126,9 +152,10 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
       }
     }
     for (int n = 0; n < NR; n++) {
+      fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
       w[n].load_scales(g);
       for (int m = 0; m < MR; m++) sum[m][n] = w[n].add(sum[m][n], block[m][n], x, row + m, g);
-      w[n].q += W::kBlock;
+      w[n].q += 2 * W::kBlock;
     }
     for (int m = 0; m < MR; m++) xq[m] += kGroup;
   }
@@ -140,11 +167,12 @@ struct Bf16 {
   static constexpr int kBlock = 1024;
   const uint8_t* q;
 
-  Bf16(const Linear& w, int tile) : q(w.q + size_t(tile) * w.groups() * kBlock) {}
+  Bf16(const Linear& w, int tile) : q(w.q + block_index(tile, w.groups()) * kBlock) {}
 };
 
-template <class W, int MR, int NR>
-void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride) {
+template <class W, int MR, int NR, bool kShare>
+void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
+                   const Prefetch& ahead) {
   f32x16 sum[MR][NR];
   for (auto& s : sum)
     for (auto& v : s) v = splat(0.0f);
@@ -154,50 +182,59 @@ void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float*
 #pragma GCC unroll 16
     for (int j = 0; j < kGroup / 2; j++) {
       i32x16 pair[NR];
-      for (int n = 0; n < NR; n++) {
-        pair[n] = load_i(w[n].q + 64 * j);
-        prefetch(w[n].q + kPrefetchAhead + 64 * j);
-      }
+      for (int n = 0; n < NR; n++) pair[n] = load_i(w[n].q + 64 * j);
       for (int m = 0; m < MR; m++) {
         const i32x16 xa = splat_i(read_as<int32_t>(xb[m] + 2 * j));
         for (int n = 0; n < NR; n++) sum[m][n] = dot2_bf16(sum[m][n], pair[n], xa);
       }
     }
-    for (int n = 0; n < NR; n++) w[n].q += W::kBlock;
+    for (int n = 0; n < NR; n++) {
+      fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
+      w[n].q += 2 * W::kBlock;
+    }
     for (int m = 0; m < MR; m++) xb[m] += kGroup;
   }
   for (int m = 0; m < MR; m++)
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, sum[m][n]);
 }
 
-template <class W, int MR, int NR>
-void multiply_block(const Linear& w, int tile, const Activations& x, int row, float* out, int stride) {
+template <class W, int MR, int NR, bool kShare>
+void multiply_block(const Linear& w, int tile, const Activations& x, int row, float* out, int stride,
+                    const Prefetch& ahead) {
   const auto run = [&](auto... offset) {
     W at[NR] = {W(w, tile + offset)...};
-    if constexpr (W::kBlock == Bf16::kBlock) multiply_bf16<W, MR, NR>(at, w.groups(), x, row, out, stride);
-    else multiply_int8<W, MR, NR>(at, w.groups(), x, row, out, stride);
+    if constexpr (W::kBlock == Bf16::kBlock)
+      multiply_bf16<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
+    else
+      multiply_int8<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
   };
   if constexpr (NR == 1) run(0);
   else run(0, 1);
 }
 
-// Two tiles of six rows need 12 integer and 12 float sums.
-inline constexpr int kMaxRowBlock = kVectorRegisters == 32 ? 6 : 2;
+// Rows to a block. Two tiles of six rows need 12 integer and 12 float sums; bfloat16 has float sums only.
+template <class W>
+inline constexpr int kMaxRowBlock = kVectorRegisters < 32 ? 2 : W::kBlock == Bf16::kBlock ? 8 : 6;
+
+// `rows` (at most MR) as one block; with kShare, one of several, none of which is smaller than half of kMaxRowBlock.
+template <class W, int NR, bool kShare, int MR = kMaxRowBlock<W>>
+void multiply_some_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
+                        const Prefetch& ahead) {
+  if (rows == MR) return multiply_block<W, MR, NR, kShare>(w, tile, x, row, out, stride, ahead);
+  if constexpr (MR > (kShare ? kMaxRowBlock<W> / 2 : 1))
+    multiply_some_rows<W, NR, kShare, MR - 1>(w, tile, x, row, rows, out, stride, ahead);
+}
 
 // Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
 template <class W, int NR>
 void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride) {
-  int blocks = (rows + kMaxRowBlock - 1) / kMaxRowBlock;
-  for (; rows > 0; blocks--) {
-    const int now = (rows + blocks - 1) / blocks;
-    switch (now) {
-      case 1: multiply_block<W, 1, NR>(w, tile, x, row, out, stride); break;
-      case 2: multiply_block<W, 2, NR>(w, tile, x, row, out, stride); break;
-      case 3: multiply_block<W, 3, NR>(w, tile, x, row, out, stride); break;
-      case 4: multiply_block<W, 4, NR>(w, tile, x, row, out, stride); break;
-      case 5: multiply_block<W, 5, NR>(w, tile, x, row, out, stride); break;
-      default: multiply_block<W, 6, NR>(w, tile, x, row, out, stride); break;
-    }
+  const int blocks = (rows + kMaxRowBlock<W> - 1) / kMaxRowBlock<W>;
+  if (blocks == 1)
+    return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, Prefetch::stream());
+  for (int block = 0; block < blocks; block++) {
+    const int now = (rows + blocks - block - 1) / (blocks - block);
+    const Prefetch ahead = Prefetch::share(block, blocks, size_t(2) * w.groups() * W::kBlock);
+    multiply_some_rows<W, NR, true>(w, tile, x, row, now, out, stride, ahead);
     row += now, rows -= now, out += size_t(now) * stride;
   }
 }
@@ -205,6 +242,10 @@ void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int
 template <class W>
 void multiply_tiles(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
                     int stride) {
+  if (tile % 2 && tiles > 0) {
+    multiply_rows<W, 1>(w, tile, x, row, rows, out, stride);
+    tiles -= 1, tile += 1, out += kLanes;
+  }
   for (; tiles >= 2; tiles -= 2, tile += 2, out += 2 * kLanes)
     multiply_rows<W, 2>(w, tile, x, row, rows, out, stride);
   if (tiles == 1) multiply_rows<W, 1>(w, tile, x, row, rows, out, stride);

@@ -1,7 +1,8 @@
 """Weights in the order the C++ kernels read them.
 
-Shapes: N output rows, K inputs, G = K / group groups, T = N / 16 tiles (N is padded to whole tiles, K to 32).
-A tile's 64-byte vector holds 4 consecutive inputs (2 in bfloat16) of each of its 16 rows; see linear.h.
+Shapes: N output rows, K inputs, G = K / group groups, T = N / 16 tiles (N is padded to whole pairs of tiles, K to 32).
+A tile's 64-byte vector holds 4 consecutive inputs (2 in bfloat16) of each of its 16 rows; pairs of tiles take turns
+every 32 inputs; see linear.h.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 16
+PAIR = 2 * TILE
 GROUP = 32
 INT4_GROUPS = (32, 64, 128, 256)
 INT8_ROW, INT8_GROUP, INT4, BF16 = range(4)  # linear.h's Format
@@ -82,7 +84,7 @@ def expand_groups(value_NG: Tensor, group: int, K: int) -> Tensor:
 
 def pack_int8_rows(q_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> Packed:
     """int8 codes with a scale a row."""
-    scale = F.pad(scale_N.float(), (0, padding(len(scale_N), TILE)))
+    scale = F.pad(scale_N.float(), (0, padding(len(scale_N), PAIR)))
     return packed(INT8_ROW, q_NK.shape, GROUP, interleave_int8(q_NK), scale, bias_N)
 
 
@@ -103,41 +105,47 @@ def pack_int4(
                          f"(got {group} for {q_NK.shape[1]} inputs with {scale_NG.shape[1]} scales a row)")
     q = pad_tiles(q_NK)
     quads = q.view(-1, TILE, q.shape[1] // 8, 2, 4).permute(0, 2, 3, 1, 4)
-    codes = (quads[:, :, 0] | quads[:, :, 1] << 4).contiguous()  # [T, K/8, 16, 4]: inputs 0-3 low, 4-7 high
-    scale = torch.stack((interleave_scales(scale_NG), interleave_scales(minimum_NG)), 2)
-    return packed(INT4, q_NK.shape, group, codes, scale, bias_N)
+    codes = quads[:, :, 0] | quads[:, :, 1] << 4  # [T, K/8, 16, 4]: inputs 0-3 low, 4-7 high
+    scale = torch.stack((interleave_scales(scale_NG), interleave_scales(minimum_NG)), 3)
+    return packed(INT4, q_NK.shape, group, take_turns(codes, q.shape[1] // GROUP), scale, bias_N)
 
 
 def pack_bf16(w_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
     """bfloat16 weights."""
     w = pad_tiles(w_NK.to(torch.bfloat16))
-    pairs = w.view(-1, TILE, w.shape[1] // 2, 2).permute(0, 2, 1, 3).contiguous()
-    return packed(BF16, w_NK.shape, GROUP, pairs.view(torch.uint8), None, bias_N)
+    couples = w.view(-1, TILE, w.shape[1] // 2, 2).permute(0, 2, 1, 3)
+    q = take_turns(couples, w.shape[1] // GROUP).view(torch.uint8)
+    return packed(BF16, w_NK.shape, GROUP, q, None, bias_N)
 
 
 def packed(
     kind: int, shape: torch.Size, group: int, q: Tensor, scale: Tensor | None, bias_N: Tensor | None
 ) -> Packed:
-    bias = None if bias_N is None else F.pad(bias_N.float(), (0, padding(len(bias_N), TILE)))
+    bias = None if bias_N is None else F.pad(bias_N.float(), (0, padding(len(bias_N), PAIR)))
     scale = None if scale is None else scale.contiguous()
     return Packed(format=kind, rows=shape[0], cols=shape[1], group=group, q=q.flatten(), scale=scale, bias=bias)
 
 
 def interleave_int8(q_NK: Tensor) -> Tensor:
-    """[T, K/4, 16, 4] of codes + 128: the unsigned side of the dot-product instruction."""
+    """Codes + 128, the unsigned side of the dot-product instruction, as the kernels read them."""
     q = pad_tiles(q_NK)
     quads = q.view(-1, TILE, q.shape[1] // 4, 4).permute(0, 2, 1, 3)
-    return (quads.to(torch.int16) + 128).to(torch.uint8).contiguous()
+    return take_turns((quads.to(torch.int16) + 128).to(torch.uint8), q.shape[1] // GROUP)
 
 
 def interleave_scales(scale_NG: Tensor) -> Tensor:
-    """[T, G, 16] half-precision."""
-    rows = F.pad(scale_NG.half(), (0, 0, 0, padding(len(scale_NG), TILE)))
-    return rows.view(-1, TILE, rows.shape[1]).transpose(1, 2).contiguous()
+    """[T/2, G, 2, 16] half-precision."""
+    rows = F.pad(scale_NG.half(), (0, 0, 0, padding(len(scale_NG), PAIR)))
+    return rows.view(-1, 2, TILE, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def take_turns(tiles: Tensor, groups: int) -> Tensor:
+    """[T, ...] with `groups` equal parts in a tile as [T/2, groups, 2, part]."""
+    return tiles.reshape(len(tiles) // 2, 2, groups, -1).transpose(1, 2).contiguous()
 
 
 def pad_tiles(w_NK: Tensor) -> Tensor:
-    return F.pad(w_NK, (0, padding(w_NK.shape[1], GROUP), 0, padding(w_NK.shape[0], TILE)))
+    return F.pad(w_NK, (0, padding(w_NK.shape[1], GROUP), 0, padding(w_NK.shape[0], PAIR)))
 
 
 def padding(size: int, multiple: int) -> int:

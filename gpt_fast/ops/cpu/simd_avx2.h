@@ -179,7 +179,6 @@ inline void transpose16(i32x16 row[16]) {
   for (int i = 0; i < 16; i++) row[i] = load_i(out[i]);
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace gf

@@ -136,7 +136,6 @@ inline void transpose16(i32x16 row[16]) {
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void pause() { _mm_pause(); }
 
 }  // namespace gf
