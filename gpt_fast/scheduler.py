@@ -19,9 +19,12 @@ MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 NO_TOKEN = -1  # what a runner reports for a row whose logits are not numbers
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """One request's tokens and where it stands. `computed` tokens have their keys and values in the slot."""
+    """One request's tokens and where it stands. `computed` tokens have their keys and values in the slot.
+
+    `drafted` proposals were verified for it so far, `accepted` of them stood.
+    """
 
     id: str
     prompt: list[int]
@@ -32,6 +35,8 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     reused: int = 0
+    drafted: int = 0
+    accepted: int = 0
     arrival: float = field(default_factory=time.monotonic)
     started: float | None = None
 

@@ -1,0 +1,146 @@
+"""Which proposals a step verifies: controller of speculative decoding. Plain Python, no torch.
+
+Its promise: speculation costs at most a small, stated share of the time, however bad the proposals are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+def expected_tokens(rate: float, count: int) -> float:
+    """tau: tokens a verification brings, (1 - a^(k+1)) / (1 - a) for k proposals accepted at rate a each."""
+    return float(count + 1) if rate >= 1 else (1 - rate ** (count + 1)) / (1 - rate)
+
+
+@dataclass
+class Acceptance:
+    """Accepted and evaluated proposals (those up to the first refusal), old ones fading."""
+
+    accepted: float = 0.0
+    evaluated: float = 0.0
+
+    def learn(self, accepted: int, count: int, *, keep: float) -> None:
+        self.accepted = keep * self.accepted + accepted
+        self.evaluated = keep * self.evaluated + min(accepted + 1, count)
+
+    def rate(self, *, prior: float, weight: float) -> float:
+        return (self.accepted + weight * prior) / (self.evaluated + weight)
+
+
+class Choice(NamedTuple):
+    """A proposer and how many proposals a row may bring at most."""
+
+    arm: str
+    k: int
+
+
+PLAIN = Choice("plain", 0)
+
+
+@dataclass
+class Candidate:
+    """A row as the controller sees it under one arm."""
+
+    limit: int
+    rate: float
+    lag: int = 0
+
+
+class Fixed:
+    """Always chooses the same (None: plain decode): what a report or a proof of correctness measures."""
+
+    def __init__(self, choice: Choice | None, counts: list[int]) -> None:
+        self.choice, self.counts, self.costs = choice, counts, Costs()
+
+    def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+        return self.choice
+
+    def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
+        pass
+
+
+class Costs:
+    """Measured seconds of a whole step, by arm, rows and k; a key never met is inferred from the nearest rows'."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Choice, dict[int, float]] = {}
+
+    def learn(self, choice: Choice, rows: int, seconds: float) -> None:
+        known = self.seconds.setdefault(choice, {})
+        before = known.get(rows, seconds)
+        known[rows] = before + (min(seconds, 2 * before) - before) / 4  # one hiccup must not decide
+
+    def plain(self, rows: int) -> float | None:
+        return self._nearest(PLAIN, rows)
+
+    def relative(self, choice: Choice, rows: int) -> float | None:
+        """k c + v + o: the choice's step in plain steps."""
+        known = self.seconds.get(choice)
+        if not known:
+            return None
+        base = rows if rows in known else min(known, key=lambda r: abs(r - rows))
+        plain = self._nearest(PLAIN, base)
+        return None if plain is None else known[base] / plain
+
+    def _nearest(self, choice: Choice, rows: int) -> float | None:
+        known = self.seconds.get(choice)
+        return known[min(known, key=lambda r: abs(r - rows))] if known else None
+
+
+@dataclass
+class Controller:
+    """Chooses the arm and k of each step so that speculation never costs more than it brings. Plain Python.
+
+    S = tau / (k c + v + o): expected tokens a row over the cost of a speculative step in plain steps. Costs are whole
+    measured steps (drafts, verification and overhead together). Where no S is above 1, a probe keeps the estimates
+    alive, paid from an account: plain steps pay in `allowance` of their time, speculative steps pay in what they gain
+    and take out what they lose. An overdrawn account means plain decode, whatever is predicted, so the loss stays
+    below `allowance` of the time plus `overdraft` steps.
+    """
+
+    counts: list[int]
+    allowance: float = 0.02
+    margin: float = 1.02
+    overdraft: float = 6.0  # plain steps; also what gains can save up
+    prefill_seconds: dict[str, float] = field(default_factory=dict)  # a caught-up token, by arm
+    costs: Costs = field(default_factory=Costs)
+    balance: float = 0.0  # seconds
+    since_plain: int = 0
+
+    LAG_STEPS = 16  # catching up is spread over the steps expected to follow
+    PLAIN_EVERY = 64  # speculative steps between two plain ones, which keep the comparison honest
+
+    def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+        """The best choice, a probe that the account can pay, or None for plain decode."""
+        plain = self.costs.plain(rows)
+        if plain is None or self.balance < -self.overdraft * plain or self.since_plain >= self.PLAIN_EVERY:
+            return None
+        best, best_speedup = None, self.margin
+        probe, probe_loss = None, self.balance / plain
+        for choice in (Choice(arm, count) for arm in offers for count in self.counts):
+            candidates = offers[choice.arm]
+            cost = self.costs.relative(choice, rows)
+            if cost is None or not any(c.limit for c in candidates):
+                continue
+            tau = sum(expected_tokens(c.rate, min(choice.k, c.limit)) for c in candidates) / rows
+            lag = self.prefill_seconds.get(choice.arm, 0.0) * sum(c.lag for c in candidates) / plain
+            if (speedup := tau / (cost + lag / self.LAG_STEPS)) > best_speedup:
+                best, best_speedup = choice, speedup
+            if (loss := cost + lag - tau) < probe_loss:
+                probe, probe_loss = choice, loss
+        return best or probe
+
+    def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
+        """What a step of `rows` rows brought and cost, `caught_up` tokens fed to a draft included."""
+        if choice is not None and caught_up:
+            ready = (self.costs.relative(choice, rows) or 0.0) * (self.costs.plain(rows) or 0.0)
+            self.prefill_seconds[choice.arm] = max(seconds - ready, 0.0) / caught_up
+        else:
+            self.costs.learn(choice or PLAIN, rows, seconds)
+        self.since_plain = 0 if choice is None else self.since_plain + 1
+        plain = self.costs.plain(rows) or seconds
+        earned = self.allowance * seconds if choice is None else plain * tokens / rows - seconds
+        self.balance = min(self.balance + earned, self.overdraft * plain)

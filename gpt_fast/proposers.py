@@ -1,0 +1,196 @@
+"""Proposers of speculative decoding: n-gram lookup in the sequence itself, and a draft model.
+
+Shapes: B rows, K proposals of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_fast.sampling import probabilities, sample, sampling_tensors
+from gpt_fast.scheduler import PrefixCopy, Sequence
+from gpt_fast.speculative import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
+from gpt_fast.speculator import Offer
+
+
+class NGramIndex:
+    """A sequence's tokens and where each pair of neighbours ended; grows with the sequence, O(1) a token."""
+
+    LOOKED_AT = 8  # candidates, most recent first
+    LONGEST = 32  # a longer match says no more
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends: dict[tuple[int, int], list[int]] = {}
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if self.tokens:
+                self.ends.setdefault((self.tokens[-1], token), []).append(len(self.tokens) + 1)
+            self.tokens.append(token)
+
+    def propose(self, count: int) -> tuple[list[int], int]:
+        """What followed the most recent of the longest matches of the end of the sequence, and the match's length.
+
+        A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last pair is new.
+        """
+        if len(self.tokens) < 3:
+            return [], 0
+        candidates = self.ends[self.tokens[-2], self.tokens[-1]][-1 - self.LOOKED_AT : -1]
+        if not candidates:
+            return [], 0
+        end = max(candidates, key=lambda candidate: (self._matched(candidate), candidate))
+        period = len(self.tokens) - end
+        return [self.tokens[end + i % period] for i in range(count)], self._matched(end)
+
+    def _matched(self, end: int) -> int:
+        length = 2
+        while length < min(self.LONGEST, end) and self.tokens[end - length - 1] == self.tokens[-length - 1]:
+            length += 1
+        return length
+
+
+class NGramProposer:
+    """Prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding): what followed last time follows again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.indices: dict[Sequence, NGramIndex] = {}
+        self.found: list[list[int]] = []
+
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        # Every decoding sequence is in every step, so one that is missing has ended.
+        self.indices = {s: self.indices.get(s) or NGramIndex() for s in sequences}
+        offers, self.found = [], []
+        for sequence, limit in zip(sequences, limits, strict=True):
+            index = self.indices[sequence]
+            index.extend(sequence.tokens(len(index.tokens), sequence.length))
+            tokens, length = index.propose(limit)
+            self.found.append(tokens)
+            offers.append(Offer(len(tokens), kind=length.bit_length()))  # lengths 2-3, 4-7, 8-15, ...
+        return offers
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        K = max(counts)
+        rows = [tokens[:count] + [0] * (K - count) for tokens, count in zip(self.found, counts, strict=True)]
+        return Proposal(on_device(rows, self.device), list(counts))
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None: ...
+
+    def copied(self, copy: PrefixCopy) -> None: ...
+
+
+@dataclass
+class Held:
+    """What a draft slot holds: the first `count` tokens of `sequence`, whether or not it still runs."""
+
+    sequence: Sequence
+    count: int
+
+
+class DraftRunner(Protocol):
+    """What DraftProposer needs of engine.Runner, here over the draft model and its own cache."""
+
+    cache: Any
+    decode: Callable
+    prefill: Callable
+    chunks: list[int]
+
+    def forward(
+        self, forward: Callable, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        fed_BK: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+class DraftProposer:
+    """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to."""
+
+    def __init__(self, runner: DraftRunner) -> None:
+        self.runner = runner
+        self.device = runner.cache.k_LNHTD.device
+        self.held: dict[int, Held] = {}
+        self.counts: list[int] = []
+
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        # The k-th proposal is never fed, so k proposals need k - 1 positions past the last token's.
+        room = self.runner.cache.max_seq_len + 1
+        limits = [max(0, min(limit, room - s.length)) for s, limit in zip(sequences, limits, strict=True)]
+        return [
+            Offer(limit, lag=max(0, s.length - 2 - self._known(s))) if limit else Offer(0)
+            for s, limit in zip(sequences, limits, strict=True)
+        ]
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        self.counts, caught_up = self._catch_up(sequences, counts)
+        return self._decode(sequences, self.counts, caught_up)
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
+        for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):
+            if count:  # called before the accepted tokens join the sequence
+                self.held[sequence.slot] = Held(sequence, sequence.length + min(stood, count - 1))
+
+    def copied(self, copy: PrefixCopy) -> None:
+        held = self.held.get(copy.source)
+        if held is not None:
+            self.runner.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
+            self.held[copy.target] = Held(held.sequence, min(held.count, copy.length))
+
+    def _known(self, sequence: Sequence) -> int:
+        """How many of the sequence's first tokens the draft's slot already holds."""
+        held = self.held.get(sequence.slot)
+        if held is None or held.sequence.owner != sequence.owner:
+            return 0
+        if held.sequence is not sequence:
+            mine, theirs = sequence.tokens(0, held.count), held.sequence.tokens(0, held.count)
+            pairs = enumerate(zip(mine, theirs, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+            self.held[sequence.slot] = held = Held(sequence, same)
+        return held.count
+
+    def _catch_up(self, sequences: Seq[Sequence], counts: Seq[int]) -> tuple[list[int], int]:
+        """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
+        budget, ready = self.runner.chunks[-1], []
+        for sequence, count in zip(sequences, counts, strict=True):
+            known, wanted = self._known(sequence), sequence.length - 2
+            fed = min(wanted - known, budget) if count else 0
+            if fed > 0:
+                budget -= fed
+                size = next(size for size in self.runner.chunks if size >= fed)
+                tokens = sequence.tokens(known, known + fed)
+                self.runner.forward(self.runner.prefill, [tokens], [known], [sequence.slot], size=size)
+                known += fed
+                self.held[sequence.slot] = Held(sequence, known)
+            ready.append(count if known >= wanted else 0)
+        return ready, self.runner.chunks[-1] - budget
+
+    def _decode(self, sequences: Seq[Sequence], counts: list[int], caught_up: int) -> Proposal:
+        """max(counts) steps on the device; the first feeds the last two tokens, for the draft may lack both."""
+        slots = [s.slot for s in sequences]
+        params = sampling_tensors([s.params for s in sequences], self.device)
+        matched = [is_matched(s) for s in sequences]
+        matched_B = on_device(matched, self.device).bool()
+        draws = draws_of(sequences, self.device)
+        K = max(counts)
+        uniform_BK = torch.where(matched_B[:, None], draws.uniform(SAMPLE, K), draws.uniform(PROPOSE, K))
+        drafts: list[Tensor] = []
+        dists: list[Tensor] = []
+        for step in range(K):
+            fed = [s.tokens(s.length - 2, s.length) if step == 0 else [0] for s in sequences]
+            rows = [tokens if count > step else [] for tokens, count in zip(fed, counts, strict=True)]
+            starts = [s.length - 2 if step == 0 else s.length + step - 1 for s in sequences]
+            logits_BV = self.runner.forward(
+                self.runner.decode, rows, starts, slots, size=1 if step else 2,
+                fed_BK=drafts[-1][:, None] if step else None,
+            )  # fmt: skip
+            # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
+            drafts.append(sample(logits_BV, params, uniform_BK[:, step]).clamp(min=0))
+            if not all(matched):
+                dists.append(probabilities(logits_BV, params))  # type: ignore[arg-type]
+        draft_BK = torch.stack(drafts, 1) if drafts else uniform_BK.long()
+        return Proposal(draft_BK, counts, torch.stack(dists, 1) if dists else None, matched_B, caught_up)

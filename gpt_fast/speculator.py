@@ -1,0 +1,158 @@
+"""Speculator: asks proposers for a step's proposals, and learns from what became of them. See speculative.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from gpt_fast.config import SamplingParams
+from gpt_fast.controller import PLAIN, Acceptance, Candidate, Choice, Controller, Fixed
+from gpt_fast.sampling import needs_edit
+from gpt_fast.scheduler import PrefixCopy, Sequence
+from gpt_fast.speculative import Proposal, verify
+
+
+class Offer(NamedTuple):
+    """What a proposer could do for a row: up to `limit` tokens, of a `kind` whose acceptance is learned apart, after
+    first computing `lag` tokens it has not seen."""
+
+    limit: int
+    kind: int = 0
+    lag: int = 0
+
+
+class Proposer(Protocol):
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        """One a row; limits are how many proposals the row could use."""
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        """At most counts[i] tokens for row i, within its offer."""
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
+        """How many of the last proposals stood."""
+
+    def copied(self, copy: PrefixCopy) -> None:
+        """The target's cache copied a prefix between slots."""
+
+
+@dataclass
+class Totals:
+    """What speculation did: `positions[i]` counts [evaluated, accepted] proposals i (0-based) tokens into a block."""
+
+    steps: int = 0  # rows that had proposals
+    drafted: int = 0
+    accepted: int = 0
+    positions: list[list[int]] = field(default_factory=list)
+
+    def learn(self, count: int, accepted: int) -> None:
+        self.steps += 1
+        self.drafted += count
+        self.accepted += accepted
+        self.positions += [[0, 0] for _ in range(count - len(self.positions))]
+        for i in range(min(accepted + 1, count)):
+            self.positions[i][0] += 1
+            self.positions[i][1] += i < accepted
+
+
+class Speculator:
+    """Proposers, controller and acceptance estimates of one engine. `propose` before a decode step, `learn` after."""
+
+    PRIOR = 0.6  # acceptance assumed before anything is known: worth a try
+    REQUEST_WEIGHT, REQUEST_KEEP = 3.0, 0.96  # how long a request believes its prior; how fast it forgets
+    POOL_WEIGHT, POOL_KEEP = 2.0, 0.99
+
+    def __init__(
+        self, proposers: Mapping[str, Proposer], controller: Controller | Fixed, *, max_seq_len: int,
+        verify: Callable = verify,
+    ) -> None:  # fmt: skip
+        self.proposers, self.controller, self.max_seq_len, self.verify = proposers, controller, max_seq_len, verify
+        self.totals = Totals()
+        self.pool: dict[tuple[str, int], Acceptance] = {}
+        self.requests: dict[Sequence, dict[tuple[str, int], Acceptance]] = {}
+        self.choice: Choice | None = None
+        self.offers: Seq[Offer] = ()
+
+    def propose(self, sequences: Seq[Sequence]) -> Proposal | None:
+        """This step's proposals; None for a plain step."""
+        # Every decoding sequence is in every step, so one that is missing has ended.
+        self.requests = {s: self.requests.get(s, {}) for s in sequences}
+        limits = [self._limit(s) for s in sequences]
+        offers = {arm: proposer.offers(sequences, limits) for arm, proposer in self.proposers.items()}
+        self.choice = self.controller.choose(
+            len(sequences), {arm: self._candidates(arm, sequences, offers[arm]) for arm in offers}
+        )
+        if self.choice is None:
+            return None
+        arm, count = self.choice
+        self.offers = offers[arm]
+        counts = [min(count, offer.limit) for offer in self.offers]
+        return self.proposers[arm].propose(sequences, counts) if any(counts) else None
+
+    def learn(
+        self, sequences: Seq[Sequence], proposal: Proposal | None, accepted: Seq[int], seconds: float
+    ) -> None:  # fmt: skip
+        """What became of them; called before the accepted tokens join their sequences."""
+        tokens = sum(accepted) + len(accepted)
+        if proposal is None or self.choice is None:
+            self.controller.learn(None, len(sequences), tokens, seconds)
+            return
+        self.controller.learn(self.choice, len(sequences), tokens, seconds, caught_up=proposal.caught_up)
+        self.proposers[self.choice.arm].learn(sequences, accepted)
+        for sequence, offer, count, stood in zip(sequences, self.offers, proposal.counts, accepted, strict=True):
+            if count:
+                self._learn_row(sequence, (self.choice.arm, offer.kind), count, stood)
+
+    def measure(self, decode: Callable[[list[Sequence]], object], rows: int) -> None:
+        """Time plain decode and every choice on `rows` made-up sequences; the controller starts from that.
+
+        decode runs one step of sequences and reports to this speculator, as always.
+        """
+        length = min(32, self.max_seq_len // 2)
+        sequences = [
+            Sequence(f"measured-{slot}", [0] * (length - 1), SamplingParams(max_new_tokens=1 << 20), 0, output=[0],
+                     slot=slot, computed=length - 1)
+            for slot in range(rows)
+        ]  # fmt: skip
+        controller = self.controller
+        for choice in (PLAIN, *(Choice(arm, k) for arm in self.proposers for k in controller.counts)):
+            self.controller = Fixed(choice if choice.k else None, controller.counts)
+            times = []
+            for _ in range(4):  # the first compiles, or feeds a draft its prompt
+                started = time.perf_counter()
+                decode(sequences)
+                times.append(time.perf_counter() - started)
+            controller.costs.learn(choice, rows, min(times[1:]))
+        self.controller, self.totals, self.pool = controller, Totals(), {}
+
+    def copied(self, copy: PrefixCopy) -> None:
+        for proposer in self.proposers.values():
+            proposer.copied(copy)
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Proposals the row can use: what is left to say, less the token that follows them. 0 where logits are edited,
+        for an edit depends on the tokens before it."""
+        if needs_edit(sequence.params, len(sequence.output)):
+            return 0
+        left = min(self.max_seq_len - sequence.length, sequence.params.max_new_tokens - len(sequence.output))
+        return min(left - 1, self.controller.counts[-1])
+
+    def _candidates(self, arm: str, sequences: Seq[Sequence], offers: Seq[Offer]) -> list[Candidate]:
+        return [
+            Candidate(offer.limit, self._rate(sequence, (arm, offer.kind)), offer.lag)
+            for sequence, offer in zip(sequences, offers, strict=True)
+        ]
+
+    def _rate(self, sequence: Sequence, key: tuple[str, int]) -> float:
+        pooled = self.pool.get(key, Acceptance()).rate(prior=self.PRIOR, weight=self.POOL_WEIGHT)
+        mine = self.requests[sequence].get(key, Acceptance())
+        return mine.rate(prior=pooled, weight=self.REQUEST_WEIGHT)
+
+    def _learn_row(self, sequence: Sequence, key: tuple[str, int], count: int, accepted: int) -> None:
+        self.totals.learn(count, accepted)
+        sequence.drafted += count
+        sequence.accepted += accepted
+        self.pool.setdefault(key, Acceptance()).learn(accepted, count, keep=self.POOL_KEEP)
+        self.requests[sequence].setdefault(key, Acceptance()).learn(accepted, count, keep=self.REQUEST_KEEP)

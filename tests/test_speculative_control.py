@@ -1,0 +1,206 @@
+"""The controller's promise, by simulation; prompt lookup, against a slow reference."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_fast.config import SamplingParams
+from gpt_fast.controller import PLAIN, Candidate, Choice, Controller, expected_tokens
+from gpt_fast.proposers import NGramIndex
+from gpt_fast.scheduler import Sequence
+from gpt_fast.speculator import Speculator, Totals
+
+# ---------------------------------------------------------------------------------------- controller
+
+
+class Machine:
+    """Costs of a simulated machine, in seconds: plain 1, a draft step c, v extra for each token verified."""
+
+    def __init__(self, *, c, v, noise=0.05, seed=0):
+        self.c, self.v, self.noise, self.rng = c, v, noise, random.Random(seed)
+
+    def seconds(self, choice):
+        mean = 1.0 if choice is None else choice.k * self.c + 1 + self.v * choice.k + 0.02
+        return mean * self.rng.uniform(1 - self.noise, 1 + self.noise)
+
+
+def simulate(machine, true_rate, *, requests, tokens, counts=(1, 2, 4, 8), lag=0, seed=0, known=True, rows=1):
+    """Decode `requests` answers of `tokens` tokens one after another; (seconds, plain seconds, controller, ks).
+
+    true_rate(request, token): chance that a proposal stands. lag: a draft's prompt, at a tenth of a step a token.
+    """
+    controller = Controller(list(counts))
+    rng = random.Random(seed)
+    for choice in (PLAIN, *(Choice("draft", k) for k in counts)) if known else ():
+        controller.costs.learn(choice, rows, machine.seconds(None if choice == PLAIN else choice))
+    speculator = Speculator({}, controller, max_seq_len=1 << 20)
+    spent, chosen = 0.0, []
+    for request in range(requests):
+        sequence = Sequence("r", [1], SamplingParams(), 0)
+        speculator.requests = {sequence: {}}
+        done, behind = 0, lag
+        while done < tokens:
+            limit = min(8, tokens - done - 1)
+            candidates = [Candidate(limit, speculator._rate(sequence, ("draft", 0)), behind)] * rows
+            choice = controller.choose(rows, {"draft": candidates})
+            count = 0 if choice is None else min(choice.k, limit)
+            stood = 0
+            while stood < count and rng.random() < true_rate(request, done):
+                stood += 1
+            seconds = machine.seconds(choice) + (behind * 0.1 if choice else 0)
+            spent += seconds
+            controller.learn(choice, rows, (stood + 1) * rows, seconds, caught_up=behind * bool(choice))
+            if choice:
+                behind = 0
+                speculator._learn_row(sequence, ("draft", 0), count, stood)
+            chosen.append(count)
+            done += stood + 1
+    return spent, requests * tokens * 1.0, controller, chosen
+
+
+@pytest.mark.parametrize("c", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_useless_draft_costs_at_most_three_percent(c, seed):
+    machine = Machine(c=c, v=0.08, seed=seed)
+    spent, plain, _, chosen = simulate(machine, lambda *_: 0.01, requests=20, tokens=100, lag=200, seed=seed)
+    assert spent / plain < 1.03
+    assert sum(k > 0 for k in chosen) < 0.2 * len(chosen)
+
+
+def test_a_short_first_request_pays_no_more_than_the_overdraft():
+    spent, plain, controller, _ = simulate(Machine(c=0.5, v=0.1), lambda *_: 0.0, requests=1, tokens=60, lag=30)
+    assert spent - plain < controller.overdraft + 8 * 0.5 + 3 + 2  # overdrawn by at most one step and one catching up
+
+
+@pytest.mark.parametrize(("rate", "c", "least"), [(0.9, 0.1, 2.6), (0.8, 0.1, 1.9), (0.6, 0.05, 1.4), (0.95, 0.0, 3.5)])
+def test_a_good_draft_gets_nearly_the_best_fixed_k(rate, c, least):
+    machine = Machine(c=c, v=0.05)
+    spent, plain, _, _ = simulate(machine, lambda *_: rate, requests=10, tokens=200)
+    best = max(expected_tokens(rate, k) / (k * c + 1 + 0.05 * k + 0.02) for k in (1, 2, 4, 8))
+    assert plain / spent > 0.9 * best
+    assert plain / spent > least * 0.9
+
+
+def test_it_turns_on_again_when_the_text_changes():
+    """Useless for 40 requests, then good: speculation must be back within a few requests."""
+    machine = Machine(c=0.1, v=0.05)
+    _, _, _, chosen = simulate(machine, lambda request, _: 0.02 if request < 40 else 0.9, requests=60, tokens=100)
+    assert sum(chosen[-200:]) / 200 > 2
+
+
+def test_it_follows_a_change_within_a_request():
+    machine = Machine(c=0.05, v=0.05)
+    spent, plain, _, chosen = simulate(machine, lambda _, t: 0.95 if t % 400 > 200 else 0.02, requests=5, tokens=2000)
+    assert plain / spent > 1.25
+
+
+def test_plain_decode_is_looked_at_again_and_again():
+    """The machine gets three times slower at everything but drafts: what plain costs must not be remembered wrongly."""
+    machine = Machine(c=0.05, v=0.05)
+    _, _, controller, chosen = simulate(machine, lambda *_: 0.95, requests=4, tokens=2000)
+    gaps = [len(run) for run in "".join("s" if k else "p" for k in chosen).split("p")]
+    assert max(gaps) <= controller.PLAIN_EVERY
+
+
+def test_nothing_is_chosen_before_plain_decode_is_known():
+    assert Controller([4]).choose(1, {"draft": [Candidate(4, 0.99)]}) is None
+
+
+def test_a_step_is_chosen_for_all_its_rows_together():
+    """Seven useless rows beside one good one: worth it only while verification is nearly free."""
+    rows = [Candidate(4, 0.95)] + [Candidate(4, 0.05)] * 7
+    for cost, expected in ((1.05, True), (2.0, False)):
+        controller = Controller([4])
+        controller.costs.learn(PLAIN, 8, 1.0)
+        controller.costs.learn(Choice("draft", 4), 8, cost)
+        assert (controller.choose(8, {"draft": rows}) is not None) == expected
+
+
+def test_the_better_arm_is_chosen():
+    controller = Controller([2, 4])
+    controller.costs.learn(PLAIN, 1, 1.0)
+    for k in (2, 4):
+        controller.costs.learn(Choice("draft", k), 1, 1 + 0.2 * k)
+        controller.costs.learn(Choice("ngram", k), 1, 1 + 0.05 * k)
+    good, poor = [Candidate(4, 0.9)], [Candidate(4, 0.3)]
+    assert controller.choose(1, {"draft": good, "ngram": poor}) == Choice("draft", 4)
+    assert controller.choose(1, {"draft": good, "ngram": good}) == Choice("ngram", 4)
+    assert controller.choose(1, {"draft": good, "ngram": [Candidate(0, 0.9)]}) == Choice("draft", 4)
+
+
+def test_costs_of_unmeasured_rows_follow_the_nearest():
+    controller = Controller([4])
+    controller.costs.learn(PLAIN, 8, 2.0)
+    controller.costs.learn(Choice("draft", 4), 8, 3.0)
+    controller.costs.learn(PLAIN, 5, 1.0)
+    assert controller.costs.relative(Choice("draft", 4), 5) == 1.5
+    assert controller.costs.plain(6) == 1.0
+
+
+@given(rate=st.floats(0, 1), k=st.integers(0, 16))
+def test_expected_tokens_is_the_sum_of_the_powers(rate, k):
+    assert expected_tokens(rate, k) == pytest.approx(sum(rate**i for i in range(k + 1)), rel=1e-6)
+
+
+def test_totals_count_each_position_once():
+    totals = Totals()
+    totals.learn(4, 2)
+    totals.learn(2, 2)
+    totals.learn(3, 0)
+    assert (totals.steps, totals.drafted, totals.accepted) == (3, 9, 4)
+    assert totals.positions == [[3, 2], [2, 2], [1, 0], [0, 0]]
+
+
+# ------------------------------------------------------------------------------------------ n-gram
+
+
+def slow_lookup(tokens, count):
+    """Every earlier end, longest match with the end of the tokens first, then the most recent."""
+    best, best_length = None, 1
+    for end in range(2, len(tokens)):
+        length = 0
+        while length < min(end, NGramIndex.LONGEST) and tokens[end - 1 - length] == tokens[-1 - length]:
+            length += 1
+        if length > 1 and length >= best_length:
+            best, best_length = end, length
+    if best is None:
+        return [], 0
+    out = list(tokens)
+    for i in range(count):
+        out.append(out[best + i])
+    return out[len(tokens) :], best_length
+
+
+@given(tokens=st.lists(st.integers(0, 4), max_size=60), count=st.integers(1, 8), cut=st.integers(0, 60))
+def test_lookup_is_the_slow_one(tokens, count, cut):
+    index = NGramIndex()
+    index.LOOKED_AT = 1000
+    index.extend(tokens[:cut])
+    index.extend(tokens[cut:])
+    assert index.propose(count) == slow_lookup(tokens, count)
+
+
+@given(tokens=st.lists(st.integers(0, 2), max_size=200), count=st.integers(1, 8))
+def test_lookup_proposes_only_what_followed_its_match(tokens, count):
+    index = NGramIndex()
+    index.extend(tokens)
+    proposal, length = index.propose(count)
+    assert len(proposal) == (count if length else 0)
+    if length:
+        text = [*tokens, *proposal]
+        found = [e for e in range(length, len(tokens)) if tokens[e - length : e] == tokens[-length:]]
+        assert any(text[e : e + count] == proposal for e in found)
+
+
+def test_a_loop_goes_on_periodically():
+    index = NGramIndex()
+    index.extend([5, 1, 2, 3, 1, 2, 3, 1, 2])
+    assert index.propose(7) == ([3, 1, 2, 3, 1, 2, 3], 5)
+
+
+def test_lookup_stays_fast_in_a_long_monotonous_text():
+    index = NGramIndex()
+    index.extend([7] * 100_000)
+    assert index.propose(4) == ([7, 7, 7, 7], NGramIndex.LONGEST)
