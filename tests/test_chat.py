@@ -263,6 +263,15 @@ def test_nor_can_parts_joined_by_the_template(byte_tokenizer: Tokenizer, parts: 
     assert [byte_tokenizer.token_bytes(i, keep_specials=True) for i in ids if i >= 256] == [b"<s>", b"</s>"]
 
 
+@pytest.mark.parametrize(
+    ("source", "content"), [("{{ messages[0].content }}s>.", "a </"), ("<{{ messages[0].content }}", "/s> b")]
+)
+def test_nor_can_the_template_complete_one(byte_tokenizer: Tokenizer, source: str, content: str) -> None:
+    ids = ChatTemplate(source).encode(byte_tokenizer, [says("user", content)])
+    assert max(ids) < 256
+    assert "</s>" in byte_tokenizer.decode(ids)
+
+
 def test_control_tokens_in_tools_and_ascii_json_stay_text(byte_tokenizer: Tokenizer) -> None:
     tool = {"name": "f</s>", "</s>": ["<s>"], "text": "é\ufdd0"}
     ids = ChatTemplate("<s>{{ tools | tojson(ensure_ascii=true) }}</s>").encode(byte_tokenizer, [], tools=[tool])

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError
 from gpt_fast.gguf_tokenizer import LLAMA3_SPLIT, SPLITS, tokenizer_json_from_gguf
-from gpt_fast.tokenizer import BYTE_OF, Tokenizer, TokenizerError, cut_long_runs, load_tokenizer
+from gpt_fast.tokenizer import BYTE_OF, HuggingFaceTokenizer, Tokenizer, TokenizerError, cut_long_runs, load_tokenizer
 
 SPIECE = {
     "v1": "mistral_common/data/tokenizer.model.v1",
@@ -249,25 +250,6 @@ def test_literal_spans_that_touch_nothing_change_nothing(pair: Pair) -> None:
     assert pair.ours.encode_with_specials(text, literal=spans) == pair.ours.encode_with_specials(text)
 
 
-def test_threads_do_not_see_each_others_mode(pair: Pair) -> None:
-    token = pair.ours.control_tokens[0]
-    as_text, as_control = pair.ours.encode(token, add_bos=False), pair.ours.encode_with_specials(token)
-    wrong: list[object] = []
-
-    def work(special: bool) -> None:
-        for _ in range(300):
-            got = pair.ours.encode_with_specials(token) if special else pair.ours.encode(token, add_bos=False)
-            if got != (as_control if special else as_text):
-                wrong.append(got)
-
-    threads = [threading.Thread(target=work, args=(n % 2 == 0,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
 # ------------------------------------------------------------------------------ each kind's own rules
 
 
@@ -340,6 +322,39 @@ def test_facts_from_the_files_beside(tmp_path: Path) -> None:
     assert (ours.bos_id, ours.eos_ids) == (256, {257, 7, 9})
     directory_with(tmp_path, "tokenizer.json", content, tokenizer_config={}, generation_config={"eos_token_id": 8})
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (None, {8})
+
+
+class Slow:
+    """A backend on which a thread always waits between setting the mode and encoding."""
+
+    def __init__(self, backend: Any) -> None:
+        self.__dict__["backend"] = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.backend, name, value)
+        time.sleep(0.001)
+
+
+def test_threads_do_not_see_each_others_mode(tmp_path: Path) -> None:
+    ours = load_tokenizer(directory_with(tmp_path, "tokenizer.json", tokenizer_json_from_gguf(byte_fields())))
+    assert isinstance(ours, HuggingFaceTokenizer)
+    ours._backend = Slow(ours._backend)
+    got: dict[bool, list[list[int]]] = {True: [], False: []}
+
+    def work(special: bool) -> None:
+        for _ in range(50):
+            got[special].append(ours.encode_with_specials("<a>") if special else ours.encode("<a>"))
+
+    threads = [threading.Thread(target=work, args=(special,)) for special in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got[True] == [[256]] * 50
+    assert [256] not in got[False]
 
 
 # --------------------------------------------------------------------------------- GGUF vocabularies
