@@ -63,15 +63,16 @@ def parse_content(value: object, where: str) -> str:
         return value
     if isinstance(value, list) and value:
         parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) == len(value) and all(isinstance(text, str) for text in parts):
-            return "".join(parts)
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) == len(value):
+            return "".join(texts)
     raise refuse(where, f"must be a string or a list of text parts (got {short(value)})")
 
 
 def parse_calls(value: object, where: str) -> list[Object]:
     """The calls an assistant message made, arguments decoded: templates write them their own way."""
     expect(value, where, list, "a list of tool calls")
-    calls = []
+    calls: list[Object] = []
     for index, call in enumerate(value):  # type: ignore[arg-type, var-annotated]
         at = f"{where}[{index}]"
         function = parse_function(call, at, ("id",), ("name", "arguments"))

@@ -170,12 +170,17 @@ def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offer
 
 def token_limit(kind: str, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:
     """The field that holds the token limit, None when the client gave none; and the limit."""
-    names = {"native": ["max_new_tokens"], "completion": ["max_tokens"], "chat": ["max_completion_tokens", "max_tokens"]}
-    given = [name for name in names[kind] if name in fields]
+    names, default = {
+        "native": (("max_new_tokens",), max_new_tokens),
+        "completion": (("max_tokens",), 16),
+        "chat": (("max_completion_tokens", "max_tokens"), 1 << 22),
+    }[kind]
+    given = [name for name in names if name in fields]
     if not given:
-        return None, {"native": max_new_tokens, "completion": 16, "chat": 1 << 22}[kind]
-    if len(given) == 2 and fields[given[0]] != fields[given[1]]:
-        raise RequestError(f"max_tokens: differs from {given[0]} (got {short(fields['max_tokens'])})", param="max_tokens")
+        return None, default
+    if any(fields[name] != fields[given[0]] for name in given):
+        got = short(fields["max_tokens"])
+        raise RequestError(f"max_tokens: differs from {given[0]} (got {got})", param="max_tokens")
     return given[0], fields[given[0]]
 
 
@@ -274,7 +279,7 @@ def include_usage(fields: Fields, streamed: bool) -> bool:
     for name, value in options.items():
         param = f"stream_options.{name}"
         if name not in ("include_usage", "include_obfuscation"):
-            raise RequestError(f"stream_options.{short(name)}: unknown field (allowed include_usage)", param=param)
+            raise RequestError(f"{param}: unknown field (allowed include_usage)", param=param)
         expect(value if value is not None else False, param, bool, "true or false")
         if name == "include_obfuscation" and value:
             raise RequestError(f"{param}: not supported (got true)", param=param)
