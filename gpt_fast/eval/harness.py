@@ -63,11 +63,11 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """The log-probability of each continuation after its context, cut at the left to fit; is it the greedy one?"""
         limit = self.max_length + 1
-        for _, _, continuation in requests:
-            if not 0 < len(continuation) <= self.max_length:
-                raise ConfigError("max_seq_len", "a continuation does not fit", got=len(continuation),
-                                  allowed=f"1..{self.max_length} tokens")  # fmt: skip
-        rows = [((context + continuation)[-limit:], len(continuation)) for _, context, continuation in requests]
+        longest = max((len(request[2]) for request in requests), default=1)
+        if longest > self.max_length:
+            raise ConfigError("max_seq_len", "a continuation does not fit", got=longest,
+                              allowed=f"at most {self.max_length} tokens")  # fmt: skip
+        rows = [((context + continuation)[-limit:], len(continuation)) for (_text, context, continuation) in requests]
         with tqdm(total=len(rows), desc="scoring", disable=disable_tqdm) as bar:
             scores = self.scorer.score(rows, done=bar.update)
         return [(score.logprob, score.greedy) for score in scores]

@@ -28,7 +28,7 @@ from gpt_fast.quantize.scheme import QuantizationError, Scheme
 from gpt_fast.quantize.structure import MODES, VERSION, plan, stored_tensors
 from gpt_fast.safetensors_file import SafetensorsFile, TensorSpec, write_weights
 
-ELEMENTS_AT_ONCE = 1 << 24  # rounded together: 64 MiB in float32, however large the tensor
+ELEMENTS_AT_ONCE = 1 << 20  # rounded together: 4 MiB in float32, however large the tensor
 
 Parts = dict[str, Tensor]
 Progress = Callable[[int, int], object]  # told the bytes written and the total

@@ -1,0 +1,196 @@
+"""GPTQ: closer in output than rounding, sound on hard Hessians, and block by block over whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _quantized import logits_of, model_of_state, quantized_model, random_model, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_fast.quantize import QuantizationError, Scheme
+from gpt_fast.quantize.blocks import BlockRunner, GPTQOptions, gptq_model
+from gpt_fast.quantize.gptq import Hessian, gptq_int4, inverse_factor
+from gpt_fast.quantize.grid import fit_grid
+from gpt_fast.quantize.rtn import dequantize_weight, int4_grid, nearest_int4, quantize_weight
+from gpt_fast.quantize.structure import plan
+
+DEFAULTS = {"percdamp": 0.01, "blocksize": 128, "act_order": True, "name": "w"}
+
+
+def trained_like(rows=96, columns=192, tokens=1500, seed=0):
+    """A weight, and inputs as trained models have them: correlated, with a few channels far larger than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(32, columns, generator=generator) * 0.4
+    inputs = torch.randn(tokens, 32, generator=generator) @ basis + torch.randn(tokens, columns, generator=generator)
+    inputs *= torch.randn(columns, generator=generator).exp()
+    return torch.randn(rows, columns, generator=generator) * 0.02, inputs
+
+
+def hessian_of(inputs):
+    hessian = Hessian(inputs.shape[-1], inputs.device)
+    hessian.add(inputs)
+    return hessian.sum_KK
+
+
+def output_error(weight, quantized, inputs):
+    return float(((weight - quantized) @ inputs.T).square().mean())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("groupsize", [32, 64, 128])
+def test_outputs_on_unseen_inputs_are_far_closer_than_rounding_to_nearest(groupsize, act_order):
+    weight, inputs = trained_like()
+    seen, unseen = inputs[:1000], inputs[1000:]
+    scheme = Scheme(4, groupsize)
+    options = DEFAULTS | {"act_order": act_order}
+    gptq = dequantize_weight(gptq_int4(weight, hessian_of(seen), groupsize=groupsize, **options), scheme)
+    rtn = dequantize_weight(quantize_weight(weight, scheme, name="w"), scheme)
+    assert output_error(weight, gptq, unseen) < 0.6 * output_error(weight, rtn, unseen)
+
+
+def test_act_order_helps_where_few_inputs_dominate():
+    weight, inputs = trained_like()
+    inputs[:, ::16] *= 20
+    errors = []
+    for act_order in (False, True):
+        tensors = gptq_int4(weight, hessian_of(inputs), groupsize=64, **DEFAULTS | {"act_order": act_order})
+        errors.append(output_error(weight, dequantize_weight(tensors, Scheme(4, 64)), inputs))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_blocksize_changes_speed_not_the_result(act_order):
+    weight, inputs = trained_like(columns=160)
+    results = [
+        gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS | {"blocksize": size, "act_order": act_order})
+        for size in (1, 64, 1024)
+    ]
+    for other in results[1:]:
+        close = dequantize_weight(other, Scheme(4, 32)) - dequantize_weight(results[0], Scheme(4, 32))
+        assert float((close != 0).float().mean()) < 0.01  # a sum in another order may tip a tie
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_four_bit_weight_comes_back_exactly(act_order):
+    _, inputs = trained_like(columns=192)
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randint(0, 16, (8, 6, 32), generator=generator)
+    q[..., 0], q[..., 31] = 0, 15
+    weight = (q * torch.rand(8, 6, 1, generator=generator).half().float() - 0.5).flatten(1)
+    tensors = gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS | {"act_order": act_order})
+    assert torch.equal(dequantize_weight(tensors, Scheme(4, 32)), weight)
+
+
+def test_the_last_group_may_be_short():
+    weight, inputs = trained_like(columns=176)
+    for act_order in (False, True):
+        tensors = gptq_int4(weight, hessian_of(inputs), groupsize=128, **DEFAULTS | {"act_order": act_order})
+        assert tensors["scale"].shape == (96, 2)
+        assert output_error(weight, dequantize_weight(tensors, Scheme(4, 128)), inputs) < 0.01
+
+
+# ---------------------------------------------------------------------------------------- hard Hessians
+
+
+def test_fewer_tokens_than_inputs_and_silent_inputs():
+    weight, inputs = trained_like(columns=192, tokens=40)
+    inputs[:, 17] = 0
+    tensors = gptq_int4(weight, hessian_of(inputs), groupsize=64, **DEFAULTS)
+    result = dequantize_weight(tensors, Scheme(4, 64))
+    assert result.isfinite().all()
+    step = tensors["scale"].float()[:, 0]
+    assert ((weight - result)[:, 17].abs() <= 8 * step).all()  # a silent input is rounded, not dropped
+
+
+def test_damping_grows_until_there_is_a_factor():
+    hessian = torch.ones(64, 64)  # rank one, and percdamp 0 adds nothing at first
+    factor = inverse_factor(hessian, percdamp=0.0, name="w")
+    assert factor.isfinite().all() and torch.equal(factor, factor.triu())
+    with pytest.raises(QuantizationError, match=r"^w: the Hessian of its inputs has no Cholesky factor even with"):
+        inverse_factor(-1e12 * torch.eye(8), percdamp=0.0, name="w")
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name():
+    weight, inputs = trained_like()
+    inputs[3, 5] = float("inf")
+    with pytest.raises(QuantizationError, match=r"w: the Hessian of its inputs: row \d+ holds NaN or infinity"):
+        gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), groupsize=st.sampled_from([32, 64]), columns=st.sampled_from([64, 80, 96]))
+def test_a_fitted_grid_costs_no_more_than_the_full_range(seed, groupsize, columns):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, columns, generator=generator) * 10 ** float(torch.randn(1, generator=generator))
+    importance = torch.rand(columns, generator=generator) ** 4
+
+    def cost(scale, minimum):
+        wide = [value.float().repeat_interleave(groupsize, 1)[:, :columns] for value in (scale, minimum)]
+        return ((weight - nearest_int4(weight, *wide) * wide[0] - wide[1]).square() * importance).sum()
+
+    fitted = cost(*fit_grid(weight, importance, groupsize=groupsize))
+    assert fitted <= cost(*int4_grid(weight, groupsize=groupsize)) * (1 + 1e-5)
+
+
+# ----------------------------------------------------------------------------------------- whole models
+
+
+def gptq_twin(model, tokens_CS, *, groupsize, options=None):
+    schemes = plan(model, mode="int4", groupsize=groupsize, embedding="keep")
+    source = model.state_dict()
+    state = {name: tensor for name, tensor in source.items() if name.removesuffix(".weight") not in schemes}
+    results = gptq_model(model.config, source.__getitem__, schemes, tokens_CS, options=options or GPTQOptions())
+    names = []
+    for name, parts in results:
+        names.append(name)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    assert sorted(names) == sorted(schemes)
+    return model_of_state(model.config, schemes, state)
+
+
+@pytest.mark.parametrize("family", ["tied", "untied", "biased", "experts"])
+def test_a_whole_model_is_closer_than_rounding(family):
+    changes = {
+        "tied": {},
+        "untied": {"tie_embeddings": False},
+        "biased": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        "experts": {"n_expert": 3, "n_expert_per_token": 2},
+    }
+    model = random_model(small_config(**changes[family]))
+    generator = torch.Generator().manual_seed(7)
+    basis = torch.randn(96, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
+    channels = torch.randn(96, generator=generator).exp() * 0.05
+    model.tok_embeddings.weight.copy_((basis + 0.3 * torch.randn(96, 96, generator=generator)) * channels)
+    tokens = torch.randint(0, 96, (40, 48), generator=generator)
+    expected = logits_of(model, tokens[32:])
+    gptq = logits_of(gptq_twin(model, tokens[:32], groupsize=64), tokens[32:])
+    rtn = logits_of(quantized_model(model, mode="int4", groupsize=64, embedding="keep"), tokens[32:])
+    assert float((gptq - expected).square().mean()) < 0.7 * float((rtn - expected).square().mean())
+
+
+def test_blocks_run_as_the_model_does():
+    """The hidden states that calibrate block i are those the model itself gives it, also where layers slide."""
+    model = random_model(small_config(n_layer=3, sliding_window=5, sliding_layers=(1,)))
+    tokens = torch.randint(0, 96, (3, 40))
+    hidden = model.tok_embeddings(tokens)
+    for index in range(3):
+        BlockRunner(model.config, index, model.state_dict().__getitem__, hidden).advance()
+    torch.testing.assert_close(model.output(model.norm(hidden)), logits_of(model, tokens))
+
+
+def test_an_expert_without_tokens_is_rounded_to_nearest():
+    model = random_model(small_config(n_expert=4, n_expert_per_token=1))
+    model.layers[0].feed_forward.gate.weight[3] = -1e4 * model.layers[0].feed_forward.gate.weight[:3].sum(0)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)  # one token only: it reaches few experts
+    twin = gptq_twin(model, tokens, groupsize=32)
+    rounded = quantized_model(model, mode="int4", groupsize=32, embedding="keep")
+    equal = [
+        torch.equal(a.dequantize(), b.dequantize())
+        for a, b in (
+            (t.feed_forward.experts[e].w2, r.feed_forward.experts[e].w2)
+            for t, r in zip(twin.layers, rounded.layers, strict=True)
+            for e in range(4)
+        )
+    ]
+    assert sum(equal) >= 4 and not all(equal)
