@@ -7,8 +7,10 @@ whole, `push` returns nothing and `end` the body. No torch here.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,9 +20,9 @@ from gpt_fast.scheduler import Logprobs
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
-
-
-FAILED = {"error": {"message": "the model overflowed on this request", "type": "server_error", "param": None, "code": None}}
+FAILED = {"message": "the model overflowed on this request", "type": "server_error", "param": None, "code": None}
+LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for a token that could not come: JSON has no infinity
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON leaves them as they are, and some clients split lines there
 
 
 class Event(Protocol):
@@ -39,7 +41,8 @@ class Event(Protocol):
 class PlainAnswer:
     """The native response: the text itself, one HTTP chunk as it is decoded, or all of it at once.
 
-    Plain text has no place for an error or a reason: a stream that fails is cut, which HTTP shows as an error.
+    As in TorchServe's gpt_fast example, nothing but the answer: plain text has no place for usage, a reason or an
+    error. An answer that fails just ends; clients that must know use the OpenAI endpoints.
     """
 
     content_type = TEXT
@@ -79,8 +82,12 @@ class Choice:
             self.finish_reason = event.finish_reason or self.finish_reason
 
 
-class OpenAIAnswer:
-    """What completions and chat completions share; subclasses give the shape of a choice."""
+class OpenAIAnswer(ABC):
+    """What completions and chat completions share; subclasses give the shape of a choice.
+
+    A stream of which any choice fails ends with an error event instead of [DONE]. A whole answer has its status sent
+    long before it fails: it holds an "error" beside the choices, and the one that failed has finish_reason "error".
+    """
 
     prefix = ""
     object = ""
@@ -117,21 +124,22 @@ class OpenAIAnswer:
         return "".join(map(self.sse, self.deltas(index, choice, text, choice.logprobs[offset:])))
 
     def end(self) -> str:
-        if any(choice.finish_reason == "error" for choice in self.choices):
-            return self.sse(FAILED) if self.stream else dump(FAILED)
-        if self.stream:
-            usage = self.sse({**self.chunk([]), "usage": self.usage()}) if self.include_usage else ""
-            return usage + "data: [DONE]\n\n"
-        choices = [self.whole(index, choice) for index, choice in enumerate(self.choices)]
-        return dump({**self.head, "object": self.object, "choices": choices, "usage": self.usage()})
+        failed = {"error": FAILED} if any(choice.finish_reason == "error" for choice in self.choices) else {}
+        if not self.stream:
+            choices = [self.whole(index, choice) for index, choice in enumerate(self.choices)]
+            return dump({**self.head, "object": self.object, "choices": choices, "usage": self.usage(), **failed})
+        if failed:
+            return self.sse(failed)
+        usage = self.sse({**self.chunk([]), "usage": self.usage()}) if self.include_usage else ""
+        return usage + "data: [DONE]\n\n"
 
+    @abstractmethod
     def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
         """The chunks that these events make."""
-        raise NotImplementedError(type(self).__name__)
 
+    @abstractmethod
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
         """The finished choice."""
-        raise NotImplementedError(type(self).__name__)
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self.head, "object": self.chunk_object, "choices": choices}
@@ -159,6 +167,8 @@ class CompletionAnswer(OpenAIAnswer):
     def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
         text = text if choice.begun else choice.echo + text
         choice.begun = True
+        if not (text or logprobs or choice.finish_reason):
+            return []
         body = {"index": index, "text": text, "logprobs": self.logprobs(logprobs)}
         return [self.chunk([{**body, "finish_reason": choice.finish_reason}])]
 
@@ -175,8 +185,8 @@ class CompletionAnswer(OpenAIAnswer):
             return None
         return {
             "tokens": [self.token_text(event.logprobs[0][0]) for event, _ in events],
-            "token_logprobs": [event.logprobs[0][1] for event, _ in events],
-            "top_logprobs": [{self.token_text(t): p for t, p in event.logprobs[1:]} for event, _ in events],
+            "token_logprobs": [finite(event.logprobs[0][1]) for event, _ in events],
+            "top_logprobs": [{self.token_text(t): finite(p) for t, p in event.logprobs} for event, _ in events],
             "text_offset": [offset for _, offset in events],
         }
 
@@ -217,14 +227,24 @@ class ChatAnswer(OpenAIAnswer):
         return {"content": rows, "refusal": None}
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.token_text(token), "logprob": logprob, "bytes": list(self.token_bytes(token))}
+        return {"token": self.token_text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
 
 
 def model_list(model: str, *, created: int, max_seq_len: int) -> str:
     """The body of GET /v1/models."""
-    card = {"id": model, "object": "model", "created": created, "owned_by": "gpt-fast", "max_model_len": max_seq_len}
-    return dump({"object": "list", "data": [card]})
+    return dump({"object": "list", "data": [model_card(model, created=created, max_seq_len=max_seq_len)]})
+
+
+def model_card(model: str, *, created: int, max_seq_len: int) -> dict[str, Any]:
+    """The body of GET /v1/models/<model>, and an entry of the list."""
+    return {"id": model, "object": "model", "created": created, "owned_by": "gpt-fast", "max_model_len": max_seq_len}
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
 
 
 def dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """Strict JSON in UTF-8 that no client takes for two lines."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
