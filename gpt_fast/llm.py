@@ -71,8 +71,7 @@ class Engine:
         """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")
-        text = self.chat_template.render(list(messages), tools=tools, add_generation_prompt=True)
-        return self.tokenizer.encode_with_specials(text)
+        return self.chat_template.encode(self.tokenizer, list(messages), tools=tools, add_generation_prompt=True)
 
     # -------------------------------------------------------------------------------- many requests
 
