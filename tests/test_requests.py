@@ -323,6 +323,7 @@ def test_logprobs_of_both_endpoints():
         ("completion", {"n": 0}, "n"),
         ("completion", {"n": 17}, "n"),
         ("completion", {"n": 2, "best_of": 3}, "best_of"),
+        ("completion", {"n": 2, "seed": (1 << 63) - 1}, "seed"),
         ("completion", {"prompt": ["a"] * 17}, "prompt"),
         ("completion", {"prompt": ["a", ""]}, "prompt"),
         ("completion", {"prompt": ["a", [1]], "echo": 1}, "echo"),

@@ -150,16 +150,19 @@ def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offer
     limit_name, limit = token_limit(kind, fields, max_new_tokens)
     tools, must_call = chat_tools(fields, offers) if kind == "chat" else ((), False)
     streamed = fields.get("stream", stream if kind == "native" else False)
+    n, params = choices(fields), sampling_params(kind, fields, limit, limit_name)
+    if params.seed is not None:
+        check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
     return Request(
         kind=kind,
-        params=sampling_params(kind, fields, limit, limit_name),
+        params=params,
         stream=streamed,
         prompts=prompts(fields.get("prompt"), single=kind == "native") if kind != "chat" else (),
         messages=parse_messages(fields.get("messages"), tools="tools" in offers) if kind == "chat" else (),
         tools=tools,
         must_call=must_call,
         schema=parse_response_format(fields.get("response_format", {"type": "text"})) if "schema" in offers else None,
-        n=choices(fields),
+        n=n,
         echo=fields.get("echo", False),
         include_usage=include_usage(fields, streamed),
         limited=limit_name is not None,
