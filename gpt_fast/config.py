@@ -117,6 +117,10 @@ class EngineConfig:
     kernels: "auto" takes the fused path where device and model have one, "plain" stays with PyTorch's operators.
     max_seq_len: positions a slot can hold, prompt and answer together; 0 means the model's own limit,
         at most 8192. max_num_seqs: slots, i.e. requests decoded together.
+    draft_checkpoint_path: a smaller model of the same vocabulary, or the same model quantized, that proposes.
+    speculate: who proposes: "draft", "ngram" (what followed last time), "auto" (both, by measurement) or "none";
+        None is "draft" where a draft is named, else "none". speculate_k: proposals of one step at most; the engine
+        takes fewer, or none, where that is faster.
     """
 
     checkpoint_path: str
@@ -130,6 +134,9 @@ class EngineConfig:
     compile: bool = False
     compile_prefill: bool = False
     threads: int = 0  # 0: cores, less what TorchServe's front end needs when it serves
+    draft_checkpoint_path: str | None = None
+    speculate: str | None = None
+    speculate_k: int = 4
 
     DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -141,6 +148,12 @@ class EngineConfig:
         check_int("max_num_seqs", self.max_num_seqs, 1, 256)
         check_int("prefill_chunk", self.prefill_chunk, 16, 8192)
         check_int("threads", self.threads, 0, 1024)
+        check_int("speculate_k", self.speculate_k, 1, 16)
+        check_choice("speculate", self.speculate, (None, "none", "draft", "ngram", "auto"))
+        if self.speculate == "draft" and not self.draft_checkpoint_path:
+            raise ConfigError("draft_checkpoint_path", "is required by speculate: draft")
+        if self.draft_checkpoint_path is not None and not isinstance(self.draft_checkpoint_path, str):
+            raise ConfigError("draft_checkpoint_path", "must be a path", got=self.draft_checkpoint_path)
         for name in ("compile", "compile_prefill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, "must be true or false", got=getattr(self, name))
@@ -148,6 +161,12 @@ class EngineConfig:
             raise ConfigError("checkpoint_path", "must be a path", got=self.checkpoint_path)
         if not isinstance(self.device, str) or not self.device:
             raise ConfigError("device", "must be a torch device", got=self.device, allowed="auto, cpu, cuda, mps")
+
+    @property
+    def proposers(self) -> tuple[str, ...]:
+        """Who proposes: any of "draft" and "ngram"."""
+        draft = ("draft",) if self.draft_checkpoint_path else ()
+        return {None: draft, "none": (), "draft": draft, "ngram": ("ngram",), "auto": (*draft, "ngram")}[self.speculate]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, where: str, also_known: Iterable[str] = ()) -> EngineConfig:
@@ -241,6 +260,6 @@ def check_float(key: str, value: object, low: float, high: float) -> None:
         raise ConfigError(key, "must be a number in range", got=value, allowed=f"{low}..{high}")
 
 
-def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(key: str, value: object, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        raise ConfigError(key, "unknown value", got=value, allowed=", ".join(choices))
+        raise ConfigError(key, "unknown value", got=value, allowed=", ".join(c for c in choices if c is not None))

@@ -17,6 +17,7 @@ import torch
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.llm import Engine, TextEvent
+from gpt_fast.speculator import Totals
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,6 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=None, help="row r of sample n draws from seed + n * rows + r")
+    parser.add_argument("--draft_checkpoint_path", default=None, help="a model of the same vocabulary that proposes")
+    parser.add_argument("--speculate_k", type=int, default=5, help="proposals of one step, at most")
+    parser.add_argument("--speculate", choices=("none", "draft", "ngram", "auto"), default=None)
     parser.add_argument("--compile", action="store_true", help="compile decoding")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's forward too")
     parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
@@ -63,6 +67,9 @@ def load(args: argparse.Namespace) -> Engine:
         max_num_seqs=args.batch_size,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
+        draft_checkpoint_path=args.draft_checkpoint_path,
+        speculate=args.speculate,
+        speculate_k=args.speculate_k,
     )
     print(f"Time to load and warm up: {engine.description['load_seconds']:.2f} seconds. {engine.description}")
     return engine
@@ -92,6 +99,8 @@ def samples(engine: Engine, args: argparse.Namespace) -> None:
         else:
             rates.append(one_sample(engine, prompt, args, index))
     print("==========")
+    if engine.core.runner.speculator:
+        print(acceptance(engine.core.runner.speculator.totals))
     print(f"Batch Size: {args.batch_size}")
     print(f"Prompt Length: {len(prompt)}")
     print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
@@ -124,6 +133,12 @@ def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, inde
     )
     print(f"Bandwidth achieved: {bandwidth / 1e9:.2f} GB/s")
     return rate
+
+
+def acceptance(totals: Totals) -> str:
+    """gpt-fast's two lines: shares of the blocks of which 0, 1, ... proposals stood, and how many did on average."""
+    shares = [round(count / max(totals.steps, 1), 4) for count in totals.blocks]
+    return f"Acceptance probs: {shares}\nMean Accepted: {totals.accepted / max(totals.steps, 1):.4f}"
 
 
 def show(event: TextEvent, *, streamed: bool) -> None:

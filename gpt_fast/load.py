@@ -13,9 +13,12 @@ from gpt_fast.cache import KVCache
 from gpt_fast.chat import ChatTemplate, load_chat_template
 from gpt_fast.checkpoint import Loaded, load_checkpoint
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
-from gpt_fast.engine import EngineCore, Forward, Runner
+from gpt_fast.controller import Controller
+from gpt_fast.engine import EngineCore, Forward, Runner, buckets
 from gpt_fast.model import Transformer
+from gpt_fast.proposers import DraftProposer, NGramProposer
 from gpt_fast.quantize.linear import Quantized
+from gpt_fast.speculator import Proposer, Speculator
 from gpt_fast.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 8192  # what a slot holds unless max_seq_len asks for more
@@ -53,6 +56,7 @@ def load_parts(config: EngineConfig) -> Parts:
         cache=cache,
         eos_ids={*loaded.config.eos_ids, *tokenizer.eos_ids},
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
+        speculator=build_speculator(config, cache, path, threads),
     )
     runner.warm_up()
     return Parts(
@@ -71,10 +75,44 @@ def load_parts(config: EngineConfig) -> Parts:
             "kv_cache_gib": round(cache.nbytes / 2**30, 3),
             "max_seq_len": max_seq_len,
             "max_num_seqs": config.max_num_seqs,
+            "speculate": "+".join(config.proposers) or "none",
             "weight_bytes_per_step": weight_bytes,
             "load_seconds": round(time.perf_counter() - started, 2),
         },
     )
+
+
+def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, threads: int) -> Speculator | None:
+    """Who proposes to the target that `cache` belongs to, as configured; None for plain decode."""
+    device = cache.k_LNHTD.device
+    proposers: dict[str, Proposer] = {}
+    if "draft" in config.proposers:
+        proposers["draft"] = DraftProposer(load_draft(config, cache, target, threads))
+    if "ngram" in config.proposers:
+        proposers["ngram"] = NGramProposer(device)
+    controller = Controller(buckets(config.speculate_k, 1))
+    return Speculator(proposers, controller, max_seq_len=cache.max_seq_len) if proposers else None
+
+
+def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads: int) -> Runner:
+    """The draft model, warm, with a cache of the target's slots."""
+    device = cache.k_LNHTD.device
+    loaded = load_checkpoint(Path(str(config.draft_checkpoint_path)), device=device, dtype=float_dtype(config.dtype))
+    vocabulary = cache.config.vocab_size
+    if loaded.config.vocab_size != vocabulary:
+        raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
+                          got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
+    max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
+    dtype = float_dtype(config.kv_cache) or loaded.model.norm.weight.dtype
+    draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device)
+    loaded.model.setup_rope(max_seq_len, device)
+    path = choose_path(config, loaded, threads, beside=target)
+    runner = Runner(
+        decode=path.decode, prefill=path.prefill, cache=draft_cache, eos_ids=loaded.config.eos_ids,
+        prefill_chunk=min(config.prefill_chunk, max_seq_len),
+    )  # fmt: skip
+    runner.warm_up()
+    return runner
 
 
 def float_dtype(name: str) -> torch.dtype | None:
@@ -153,8 +191,12 @@ class ModelPath(NamedTuple):
     prefill: Forward
 
 
-def choose_path(config: EngineConfig, loaded: Loaded, threads: int) -> ModelPath:
+def choose_path(
+    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None
+) -> ModelPath:
     """The fastest path that computes what was asked for; its name says why where it is the plain one.
+
+    A draft runs `beside` its target, on the same threads.
 
     float32 stays plain: it is the reference, and the fused kernels round activations.
     """
@@ -172,7 +214,8 @@ def choose_path(config: EngineConfig, loaded: Loaded, threads: int) -> ModelPath
         prepare_modules(model)
         return ModelPath(f"plain ({reason})", model, model)
     weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
-    fused = CpuDecoder(model, weights=weights, threads=threads)
+    pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
+    fused = CpuDecoder(model, weights=weights, threads=threads, pool=pool)
     return ModelPath("fused CPU decoder", fused, fused)
 
 

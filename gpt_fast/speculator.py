@@ -40,17 +40,24 @@ class Proposer(Protocol):
 
 @dataclass
 class Totals:
-    """What speculation did: `positions[i]` counts [evaluated, accepted] proposals i (0-based) tokens into a block."""
+    """What speculation did.
+
+    blocks[n] counts the verified blocks of which n proposals stood; positions[i] counts [evaluated, accepted]
+    proposals with i others before them.
+    """
 
     steps: int = 0  # rows that had proposals
     drafted: int = 0
     accepted: int = 0
+    blocks: list[int] = field(default_factory=list)
     positions: list[list[int]] = field(default_factory=list)
 
     def learn(self, count: int, accepted: int) -> None:
         self.steps += 1
         self.drafted += count
         self.accepted += accepted
+        self.blocks += [0] * (count + 1 - len(self.blocks))
+        self.blocks[accepted] += 1
         self.positions += [[0, 0] for _ in range(count - len(self.positions))]
         for i in range(min(accepted + 1, count)):
             self.positions[i][0] += 1
@@ -120,7 +127,7 @@ class Speculator:
         for choice in (PLAIN, *(Choice(arm, k) for arm in self.proposers for k in controller.counts)):
             self.controller = Fixed(choice if choice.k else None, controller.counts)
             times = []
-            for _ in range(4):  # the first compiles, or feeds a draft its prompt
+            for _ in range(3):  # the first compiles, or feeds a draft its prompt
                 started = time.perf_counter()
                 decode(sequences)
                 times.append(time.perf_counter() - started)

@@ -150,6 +150,7 @@ def test_totals_count_each_position_once():
     totals.learn(2, 2)
     totals.learn(3, 0)
     assert (totals.steps, totals.drafted, totals.accepted) == (3, 9, 4)
+    assert totals.blocks == [1, 0, 2, 0, 0]
     assert totals.positions == [[3, 2], [2, 2], [1, 0], [0, 0]]
 
 

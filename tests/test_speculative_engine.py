@@ -1,4 +1,4 @@
-"""Speculation in the engine: the same tokens as plain decode, whatever proposes, in any company, to the last position."""
+"""Speculation in the engine: plain decode's tokens, whatever proposes, in any company, to the last position."""
 
 import random
 
