@@ -36,7 +36,8 @@ class GptFastHandler(BaseHandler):
         except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
             logger.error("%s%s", STARTUP_ERROR, error)
             raise
-        self.reporter = Reporter(self.emit)
+        self.context = context
+        self.rounds.report_forever(Reporter(self.emit))
         self.initialized = True
 
     def emit(self, kind: str, name: str, value: float, label: str) -> None:
@@ -51,7 +52,7 @@ class GptFastHandler(BaseHandler):
         return {
             request_id: Incoming(headers(index, "url_path") or "", data[index].get("body", data[index].get("data")))
             for index, request_id in self.context.request_ids.items()
-            if request_id not in self.rounds.exchanges
+            if not self.rounds.knows(request_id)
         }
 
     def inference(self, data: dict[str, Incoming], *args: Any, **kwargs: Any) -> dict[str, Reply]:
@@ -59,9 +60,7 @@ class GptFastHandler(BaseHandler):
         if failure := self.rounds.service.failure():
             logger.error("gpt-fast gives up, to be restarted: %s", failure)
             raise SystemExit(1)  # the only exception that TorchServe lets end the worker
-        replies = self.rounds.run(self.context.request_ids.values(), data)
-        self.rounds.report(self.reporter)
-        return replies
+        return self.rounds.run(self.context.request_ids.values(), data)
 
     def postprocess(self, data: dict[str, Reply]) -> list[str]:
         """Hand each reply to TorchServe; an id that gets nothing now is left out of the round's answer."""

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from gpt_fast.cache import KVCache
+from gpt_fast.chat import ChatTemplate
 from gpt_fast.config import ModelConfig
 from gpt_fast.engine import EngineCore, Runner
 from gpt_fast.llm import Engine
 from gpt_fast.load import Parts
 from gpt_fast.model import Transformer
+from gpt_fast.tokenizer import Tokenizer
 
 EOS = 256
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Token i < 256 is the byte i; 256 ends a sequence."""
 
     vocab_size = 257
     bos_id = None
     eos_ids = frozenset({EOS})
+    control_tokens = ()
+    drops_leading_space = False
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def _encode(self, text: str, *, specials: bool, add_bos: bool) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def encode_with_specials(self, text: str) -> list[int]:
-        return self.encode(text)
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < EOS).decode("utf-8", "replace")
 
-    def detokenizer(self) -> ByteDetokenizer:
-        return ByteDetokenizer()
-
-
-class ByteDetokenizer:
-    def push(self, token: int) -> bytes:
-        return bytes([token]) if token < 256 else b""
+    def token_bytes(self, token_id: int, *, keep_specials: bool = False) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b""
 
 
 def tiny_config() -> ModelConfig:
@@ -47,9 +49,7 @@ def tiny_engine(*, slots: int = 4, max_seq_len: int = 128) -> Engine:
     config = tiny_config()
     model = Transformer(config).eval()
     model.setup_rope(max_seq_len, torch.device("cpu"))
-    cache = KVCache(
-        config, slots=slots, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu")
-    )
+    cache = KVCache(config, slots=slots, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu"))
     runner = Runner(decode=model, prefill=model, cache=cache, eos_ids={EOS}, prefill_chunk=32)
     runner.warm_up()
-    return Engine(Parts(EngineCore(runner), ByteTokenizer(), config, None, {}))
+    return Engine(Parts(EngineCore(runner), ByteTokenizer(), config, ChatTemplate(TEMPLATE), {}))

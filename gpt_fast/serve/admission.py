@@ -11,10 +11,28 @@ from typing import NamedTuple
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
-from gpt_fast.serve.response import JSON, ChatAnswer, CompletionAnswer, PlainAnswer, model_list
+from gpt_fast.serve.response import (
+    JSON,
+    ChatAnswer,
+    CompletionAnswer,
+    PlainAnswer,
+    dump,
+    model_card,
+    model_list,
+)
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 
 ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
+PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
+SEED_SPAN = 1 << 64  # seeds are signed 64-bit numbers
+# The page is one file that talks to the server it came from, and to nobody else.
+PAGE_HEADERS = (
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:",
+    ),
+    ("X-Content-Type-Options", "nosniff"),
+)
 
 
 class Limits(NamedTuple):
@@ -37,24 +55,33 @@ class Admit:
         self.created = int(time.time())
         self.page = (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
 
-    def __call__(self, path: str, body: object) -> Job | Reply:
+    def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
         path = path.strip("/")
-        if path == "v1/models":
-            listing = model_list(self.model_name, created=self.created, max_seq_len=self.engine.core.max_seq_len)
-            return Reply(listing, None, content_type=JSON)
         if path == "chat":
-            return Reply(self.page, None, content_type="text/html; charset=utf-8")
+            return Reply(self.page, None, content_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
         try:
+            if path.startswith("v1/models"):
+                return Reply(self.models(path), None, content_type=JSON)
             return self.job(path, body)
         except RequestError as error:
             retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
             raise Refusal(error.status, REASONS[error.status], error.body, headers=retry) from None
 
+    def models(self, path: str) -> str:
+        facts = {"created": self.created, "max_seq_len": self.engine.core.max_seq_len}
+        if path == "v1/models":
+            return model_list(self.model_name, **facts)
+        if path == f"v1/models/{self.model_name}":
+            return dump(model_card(self.model_name, **facts))
+        message = f"path: no such model at {path[:100]!r} (allowed v1/models/{self.model_name})"
+        raise RequestError(message, status=404, code="model_not_found")
+
     def job(self, path: str, body: object) -> Job:
         if path not in ROUTES:
-            raise RequestError(f"path: nothing at {path!r} (allowed {', '.join(ROUTES)}, v1/models, chat)", status=404)
+            raise RequestError(f"path: nothing at {path[:100]!r} (allowed {PATHS})", status=404)
         if self.drain_file is not None and self.drain_file.exists():
             raise RequestError("the server is stopping", status=503, code="draining")
+        self.check_room(1)  # a server that is full says so before it reads
         request = parse_request(
             ROUTES[path],
             body,
@@ -85,7 +112,10 @@ class Admit:
 
     def text_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
         if isinstance(prompt, str):
-            return self.engine.encode(prompt)
+            try:
+                return self.engine.encode(prompt)
+            except ValueError as error:
+                raise RequestError(f"prompt: {error}", param="prompt") from None
         vocabulary = self.engine.model_config.vocab_size
         if max(prompt) >= vocabulary:
             message = f"prompt: token id {max(prompt)} is outside the vocabulary (allowed 0..{vocabulary - 1})"
@@ -94,6 +124,8 @@ class Admit:
 
     def prompt(self, tokens: list[int], request: Request, choice: int) -> Prompt:
         params, room = request.params, self.engine.core.max_seq_len - len(tokens)
+        if not tokens:
+            raise RequestError("prompt: nothing is left of it as tokens (allowed 1 or more)", param="prompt")
         if room < 1 or (request.limited and params.max_new_tokens > room):
             wanted = f" and {params.max_new_tokens} new ones" if request.limited else ""
             message = f"prompt: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
@@ -102,16 +134,20 @@ class Admit:
         if outside:
             raise RequestError(f"logit_bias: {outside[0]} is outside the vocabulary", param="logit_bias")
         if choice and params.seed is not None:
-            params = dataclasses.replace(params, seed=params.seed + choice)
+            seed = (params.seed + choice + SEED_SPAN // 2) % SEED_SPAN - SEED_SPAN // 2
+            params = dataclasses.replace(params, seed=seed)
         limit = min(params.max_new_tokens, room)
         params = dataclasses.replace(params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit))
         return Prompt(tokens, params)
 
     def check_room(self, sequences: int) -> None:
+        """429 when the waiting line is full; 400 for a request that would not fit an empty server."""
         slots = len(self.engine.core.scheduler.slots)
-        waiting = self.in_flight() + sequences - slots
-        if waiting > self.limits.max_waiting:
-            message = f"too many requests: {waiting} would wait for {slots} slots (allowed {self.limits.max_waiting})"
+        most = slots + self.limits.max_waiting
+        if sequences > most:
+            raise RequestError(f"n: {sequences} sequences in all (allowed {most})", param="n")
+        if self.in_flight() + sequences > most:
+            message = f"too many requests: {slots} slots and {self.limits.max_waiting} places in the queue are taken"
             raise RequestError(message, status=429, code="queue_full")
 
     # ---------------------------------------------------------------------------------------- answers
@@ -124,8 +160,15 @@ class Admit:
             model=self.model_name,
             stream=request.stream,
             prompt_tokens=sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
-            choices=[self.engine.tokenizer.decode(p.tokens) if request.echo else "" for p in prompts],
+            choices=[
+                self.echo(prompt) if request.echo else ""
+                for prompt in request.prompts or ("",)
+                for _ in range(request.n)
+            ],
             include_usage=request.include_usage,
             wants_logprobs=request.params.logprobs is not None,
             token_bytes=self.engine.tokenizer.token_bytes,
         )
+
+    def echo(self, prompt: str | tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)

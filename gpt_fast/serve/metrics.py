@@ -1,13 +1,12 @@
 """The figures a server exports: vLLM's stems with the prefix gpt_fast_, in seconds and counts.
 
-`deploy/metrics.yaml` declares them to TorchServe (a test holds the two together). Values go out a request, not a
-token, and the gauges once a second: each is a line that TorchServe parses.
+`deploy/metrics.yaml` declares them to TorchServe (a test holds the two together). Values go out a sequence, not a
+token, and gauges only when they change: each is a line that TorchServe parses.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ HISTOGRAMS = (
     "request_decode_time_seconds",
 )
 LABELS = {"request_success_total": "finished_reason"}
-GAUGE_SECONDS = 1.0
 
 Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
 
@@ -64,16 +62,25 @@ class RequestRecord:
                 values["inter_token_latency_seconds"] = mean_gap
         return values
 
-    def log_fields(self) -> dict[str, Any]:
-        """One structured log line; it never holds the prompt or the answer."""
-        return {
-            "request_id": self.request_id,
-            "finish_reason": self.finish_reason,
-            "prompt_tokens": self.prompt_tokens,
-            "reused_tokens": self.reused_tokens,
-            "generation_tokens": self.generation_tokens,
-            **{name.removesuffix("_seconds") + "_s": round(value, 4) for name, value in self.durations().items()},
-        }
+
+def log_fields(request_id: str, records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """One structured log line for a request and all its sequences; it never holds a prompt or an answer.
+
+    Durations are seconds, of the sequence for which each was longest.
+    """
+    durations: dict[str, float] = {}
+    for record in records:
+        for name, value in record.durations().items():
+            durations[name] = max(value, durations.get(name, 0.0))
+    return {
+        "request_id": request_id,
+        "sequences": len(records),
+        "finish_reasons": sorted({record.finish_reason for record in records}),
+        "prompt_tokens": sum(record.prompt_tokens for record in records),
+        "reused_tokens": sum(record.reused_tokens for record in records),
+        "generation_tokens": sum(record.generation_tokens for record in records),
+        **{name.removesuffix("_seconds") + "_s": round(value, 4) for name, value in durations.items()},
+    }
 
 
 class Reporter:
@@ -81,10 +88,10 @@ class Reporter:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.gauges_at = float("-inf")
+        self.gauges: dict[str, float] = {}
         self.totals: dict[str, float] = {}
 
-    def request(self, record: RequestRecord) -> None:
+    def sequence(self, record: RequestRecord) -> None:
         counts: dict[str, float] = {
             "prompt_tokens_total": record.prompt_tokens,
             "generation_tokens_total": record.generation_tokens,
@@ -101,13 +108,11 @@ class Reporter:
                 self.emit("histogram", name, value, "")
 
     def state(self, gauges: Mapping[str, float], totals: Mapping[str, float]) -> None:
-        """Gauges as they are and running totals as their increase, at most once a second."""
-        now = time.monotonic()
-        if now - self.gauges_at < GAUGE_SECONDS:
-            return
-        self.gauges_at = now
+        """Gauges that have changed, and running totals as their increase."""
         for name, value in gauges.items():
-            self.emit("gauge", name, value, "")
+            if self.gauges.get(name) != value:
+                self.emit("gauge", name, value, "")
         for name, value in totals.items():
-            self.emit("counter", name, value - self.totals.get(name, 0.0), "")
-            self.totals[name] = value
+            if name not in self.totals or value > self.totals[name]:
+                self.emit("counter", name, value - self.totals.get(name, 0.0), "")
+        self.gauges, self.totals = dict(gauges), dict(totals)

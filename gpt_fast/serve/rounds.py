@@ -1,27 +1,33 @@
 """One TorchServe round: who is in flight goes in, what each gets now comes out. No ts here, no tensors.
 
 With continuousBatching TorchServe calls the handler again and again with every request in flight; a request's body
-comes with its first round only, and an id that is missing has lost its client.
+comes with its first round only, and an id that is missing has lost its client. An exception would reset every stream,
+so whatever goes wrong with one request becomes that request's own answer.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import TextEvent
-from gpt_fast.serve.metrics import Reporter
+from gpt_fast.serve.metrics import Reporter, RequestRecord, log_fields
 from gpt_fast.serve.service import Service
 
 logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join within it
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
+REPORT_SECONDS = 0.2  # how often figures are exported
+ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,11 @@ class Refusal(Exception):
 
 
 class Admission(Protocol):
-    def __call__(self, path: str, body: object) -> Job | Reply:
-        """Parse one request. A Reply is a complete response (a model list, a page). Raises Refusal."""
+    def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
+        """Parse one request. A Reply is a complete response (a model list, a page). Raises Refusal.
+
+        Called from several threads.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,18 +99,20 @@ class Incoming:
 
     path: str
     body: object
+    arrival: float = field(default_factory=time.monotonic)
 
 
 class Exchange:
     """One request in flight and what of its answer is already gone."""
 
-    def __init__(self, request_id: str, job: Job) -> None:
+    def __init__(self, request_id: str, job: Job, *, arrival: float) -> None:
         self.answer = job.answer
         self.ids = [f"{request_id}/{index}" for index in range(len(job.prompts))]
         self.running = set(self.ids)
+        self.failed = False
         self.begun = False
-        self.sent_at = 0.0
-        self.deadline = time.monotonic() + job.seconds
+        self.sent_at = arrival
+        self.deadline = arrival + job.seconds
 
     def reply(self, service: Service) -> Reply | None:
         """What this round sends, if anything.
@@ -110,74 +121,155 @@ class Exchange:
         then; an answer that is not streamed goes out whole behind them, as the last one.
         """
         text = "".join(self._take(service, index) for index, name in enumerate(self.ids) if name in self.running)
-        content_type = self.answer.content_type
+        if self.failed and not self.begun:
+            return server_error("the model failed on this request")
         if not self.running:
-            return Reply(text + self.answer.end(), False if self.begun else None, content_type=content_type)
+            return Reply(text + self.answer.end(), False if self.begun else None, content_type=self.answer.content_type)
         now = time.monotonic()
         if not text and now - self.sent_at < PROBE_SECONDS:
             return None
         self.begun, self.sent_at = True, now
-        return Reply(text, True, content_type=content_type)
+        return Reply(text, True, content_type=self.answer.content_type)
+
+    def break_off(self) -> Reply:
+        """The end of an answer that cannot go on: a status where none was sent, else the stream's own last word."""
+        error = server_error("the server failed on this request")
+        if not self.begun:
+            return error
+        streamed = self.answer.content_type.startswith("text/event-stream")
+        return Reply(f"data: {error.text}\n\n" if streamed else "", False, content_type=self.answer.content_type)
 
     def _take(self, service: Service, index: int) -> str:
         events = service.take(self.ids[index])
         if events and events[-1].finish_reason is not None:
             self.running.discard(self.ids[index])
+            self.failed |= events[-1].finish_reason == "error"
         return self.answer.push(index, events)
 
 
 class Rounds:
-    """Keeps the exchanges between rounds. Used by one thread."""
+    """Keeps the exchanges between rounds. Used by one thread; admission and reports have their own."""
 
     def __init__(self, service: Service, admit: Admission) -> None:
         self.service = service
         self.admit = admit
         self.exchanges: dict[str, Exchange] = {}
         self.refused = 0
+        self._admitting: dict[str, tuple[Incoming, Future[Job | Reply]]] = {}
+        self._pool = ThreadPoolExecutor(ADMITTING, thread_name_prefix="admit")
+        self._records: dict[str, list[RequestRecord]] = {}  # of requests some of whose sequences still run
+        self._sequences: dict[str, int] = {}  # how many each request has
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request's first round was played."""
+        return request_id in self.exchanges or request_id in self._admitting
 
     def run(self, active: Iterable[str], incoming: Mapping[str, Incoming]) -> dict[str, Reply]:
         """Play one round. Requests without a reply get nothing now and stay in flight."""
-        self._forget(set(self.exchanges) - set(active))
-        replies = {}
+        self._forget(active)
         for request_id, request in incoming.items():
-            if reply := self._begin(request_id, request):
-                replies[request_id] = reply
-        if not replies:
-            self.service.wait(timeout=ROUND_SECONDS)
-        self._expire(time.monotonic())
-        for request_id, exchange in list(self.exchanges.items()):
-            if reply := exchange.reply(self.service):
-                replies[request_id] = reply
-                if reply.more is not True:
-                    del self.exchanges[request_id]
+            future = self._pool.submit(self.admit, request_id, request.path, request.body)
+            self._admitting[request_id] = request, future
+            future.add_done_callback(lambda _: self.service.wake())
+        end = time.monotonic() + ROUND_SECONDS
+        while True:
+            self.service.wait(timeout=max(end - time.monotonic(), 0))
+            replies = self._settle() | self._replies()
+            if replies or time.monotonic() >= end:
+                return replies
+
+    def _forget(self, active: Iterable[str]) -> None:
+        """Drop what has lost its client."""
+        known = set(active)
+        for request_id in self.exchanges.keys() - known:
+            self.service.cancel(self.exchanges.pop(request_id).running)
+        for request_id in self._admitting.keys() - known:
+            self._admitting.pop(request_id)[1].cancel()
+
+    def _settle(self) -> dict[str, Reply]:
+        """Start the requests whose admission is done; the replies of those that need no model."""
+        replies = {}
+        for request_id, (request, future) in list(self._admitting.items()):
+            if future.done():
+                del self._admitting[request_id]
+                if reply := self._begin(request_id, request, future):
+                    replies[request_id] = reply
         return replies
 
-    def report(self, reporter: Reporter) -> None:
-        """Export what has ended since the last round, a log line each, and the state now."""
-        for record in self.service.take_records():
-            reporter.request(record)
-            logger.info("request %s", json.dumps(record.log_fields()))
-        reporter.state(self.service.gauges(), {"requests_refused_total": self.refused, **self.service.totals()})
-
-    def _begin(self, request_id: str, request: Incoming) -> Reply | None:
+    def _begin(self, request_id: str, request: Incoming, future: Future[Job | Reply]) -> Reply | None:
         try:
-            job = self.admit(request.path, request.body)
+            job = future.result()
         except Refusal as refusal:
-            self.refused += 1
-            return refusal.reply
+            return self._refuse(request_id, refusal.reply)
+        except Exception as error:
+            log_failure(request_id, error)
+            return self._refuse(request_id, server_error("the server failed on this request"))
         if isinstance(job, Reply):
             return job
-        exchange = self.exchanges[request_id] = Exchange(request_id, job)
+        exchange = self.exchanges[request_id] = Exchange(request_id, job, arrival=request.arrival)
+        self._sequences[request_id] = len(exchange.ids)
         for name, prompt in zip(exchange.ids, job.prompts, strict=True):
-            self.service.submit(name, prompt.tokens, prompt.params, owner=job.owner)
+            self.service.submit(name, prompt.tokens, prompt.params, owner=job.owner, arrival=request.arrival)
         return None
 
-    def _forget(self, gone: Iterable[str]) -> None:
-        for request_id in gone:
-            self.service.cancel(self.exchanges.pop(request_id).running)
+    def _refuse(self, request_id: str, reply: Reply) -> Reply:
+        self.refused += 1
+        logger.info("request %s", json.dumps({"request_id": request_id, "status": reply.status}))
+        return reply
 
-    def _expire(self, now: float) -> None:
-        """Requests past their time end where they are, with finish_reason "length"."""
-        for exchange in self.exchanges.values():
-            if now > exchange.deadline:
-                self.service.cut_short(exchange.running)
+    def _replies(self) -> dict[str, Reply]:
+        replies = {}
+        now = time.monotonic()
+        for request_id, exchange in list(self.exchanges.items()):
+            try:
+                if now > exchange.deadline:  # it ends where it is, with finish_reason "length"
+                    self.service.cut_short(exchange.running)
+                reply = exchange.reply(self.service)
+            except Exception as error:
+                log_failure(request_id, error)
+                reply = exchange.break_off()
+            if reply is None:
+                continue
+            replies[request_id] = reply
+            if reply.more is not True:
+                del self.exchanges[request_id]
+                self.service.cancel(exchange.running)  # of a failed one, the other sequences
+        return replies
+
+    # ---------------------------------------------------------------------------------------- figures
+
+    def report_forever(self, reporter: Reporter) -> None:
+        """Export figures on a thread of their own: TorchServe plays no rounds while nobody is in flight."""
+
+        def loop() -> None:
+            while True:
+                try:
+                    self.report(reporter)
+                except Exception:  # figures are no reason to fail, but a reason to look
+                    logger.exception("figures could not be exported")
+                time.sleep(REPORT_SECONDS)
+
+        threading.Thread(target=loop, name="figures", daemon=True).start()
+
+    def report(self, reporter: Reporter) -> None:
+        """Export the sequences that have ended since the last report, and the state now; log requests that ended."""
+        for record in self.service.take_records():
+            reporter.sequence(record)
+            request_id = record.request_id.rpartition("/")[0]
+            records = self._records.setdefault(request_id, [])
+            records.append(record)
+            if len(records) == self._sequences[request_id]:
+                del self._records[request_id], self._sequences[request_id]
+                logger.info("request %s", json.dumps(log_fields(request_id, records)))
+        reporter.state(self.service.gauges(), {"requests_refused_total": self.refused, **self.service.totals()})
+
+
+def server_error(message: str) -> Reply:
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    return Reply(json.dumps({"error": error}), None, 500, "Internal Server Error", "application/json")
+
+
+def log_failure(request_id: str, error: Exception) -> None:
+    """The error's type and where it was raised. Its message stays out: it may quote what the client sent."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, where)

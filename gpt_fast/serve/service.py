@@ -6,6 +6,7 @@ ones whose client has gone, and takes what was produced since the last round.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +20,12 @@ from gpt_fast.llm import Engine, TextEvent
 from gpt_fast.scheduler import Sequence
 from gpt_fast.serve.metrics import RequestRecord
 
-SILENCE_SECONDS = 1.0  # no round for this long while output waits: every client of the last round is gone
+logger = logging.getLogger(__name__)
+
+# TorchServe plays rounds as long as anyone is in flight. None for this long while output waits: every client of the
+# last round is gone, and nobody will say so. First decoding pauses, which costs nothing if the silence was a stall.
+SILENCE_SECONDS = 0.5
+LOST_SECONDS = 5.0  # then the requests are dropped
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Service:
         self._mail: dict[str, Mailbox] = {}
         self._inbox: list[Callable[[], None]] = []
         self._last_round = time.monotonic()
+        self._woken = False
         self._records: list[RequestRecord] = []
 
     def start(self) -> None:
@@ -68,10 +75,18 @@ class Service:
 
     # ------------------------------------------------------------------ the handler's side
 
-    def submit(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> None:
-        """Queue a request; the caller has checked it against `engine.core.max_seq_len`."""
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        owner: str = "",
+        arrival: float | None = None,
+    ) -> None:
+        """Queue a request. One that the engine refuses gets a last event with finish_reason "error"."""
         with self._changed:
-            box = self._mail[request_id] = Mailbox(len(prompt))
+            box = self._mail[request_id] = Mailbox(len(prompt), arrival=arrival or time.monotonic())
             self._inbox.append(partial(self._add, box, request_id, prompt, params, owner))
             self._changed.notify_all()
 
@@ -89,10 +104,13 @@ class Service:
         """End requests where they are: what they still get is a last event with finish_reason "length"."""
         with self._changed:
             for request_id in request_ids:
-                box = self._mail[request_id]
-                if not box.done:
-                    self._hand_over(box, TextEvent(request_id, "", None, "length"))
-                    self._inbox.append(partial(self.engine.abort, request_id))
+                self._end(request_id, "length", recorded_as="length")
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let the current `wait`, or the next one, return at once."""
+        with self._changed:
+            self._woken = True
             self._changed.notify_all()
 
     def in_flight(self) -> int:
@@ -101,11 +119,16 @@ class Service:
             return sum(not box.done for box in self._mail.values())
 
     def wait(self, *, timeout: float) -> None:
-        """Return as soon as any request has something to take, or after `timeout` seconds."""
+        """Return as soon as any request has something to take or `wake` was called, or after `timeout` seconds."""
         with self._changed:
             self._last_round = time.monotonic()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self.fatal or any(m.events for m in self._mail.values()), timeout)
+            self._changed.wait_for(self._news, timeout)
+            self._last_round = time.monotonic()
+            self._woken = False
+
+    def _news(self) -> bool:
+        return self._woken or self.fatal is not None or any(m.events for m in self._mail.values())
 
     def take(self, request_id: str) -> list[TextEvent]:
         """A request's new events, oldest first. The one with a finish_reason ends it: the id is then forgotten."""
@@ -123,8 +146,14 @@ class Service:
             return records
 
     def gauges(self) -> dict[str, float]:
-        """What runs and waits now, and the share of the KV cache's positions that running requests occupy."""
+        """What runs and waits now, and the share of the KV cache's positions that running requests occupy.
+
+        Requests that nobody reads do not count: their slots go to whoever comes next.
+        """
         scheduler = self.engine.core.scheduler
+        with self._changed:
+            if self._deserted():
+                return {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0.0}
         running = list(scheduler.running.values())
         positions = len(scheduler.slots) * scheduler.max_seq_len
         return {
@@ -171,16 +200,26 @@ class Service:
     def _admit(self) -> None:
         """Run queued calls; block while there is nothing to decode, or nobody left to read it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or not (self.engine.idle or self._deserted()))
+            while not self._changed.wait_for(self._has_work, timeout=LOST_SECONDS):
+                self._drop_lost()
             calls, self._inbox = self._inbox, []
         for call in calls:
             call()
         if self.engine.idle:
             self.engine.core.scheduler.check_integrity()
 
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or not (self.engine.idle or self._deserted())
+
     def _deserted(self) -> bool:
         waiting = any(m.events for m in self._mail.values())
         return waiting and time.monotonic() - self._last_round > SILENCE_SECONDS
+
+    def _drop_lost(self) -> None:
+        """Free the slots of requests that nobody has read for long; should their round come after all, they fail."""
+        if time.monotonic() - self._last_round > LOST_SECONDS:
+            for request_id in self._mail:
+                self._end(request_id, "error", recorded_as="cancelled")
 
     def _deliver(self, events: list[TextEvent]) -> None:
         with self._changed:
@@ -191,13 +230,24 @@ class Service:
             self._changed.notify_all()
 
     def _add(self, box: Mailbox, request_id: str, prompt: list[int], params: SamplingParams, owner: str) -> None:
-        box.sequence = self.engine.add(request_id, prompt, params, owner=owner)
+        try:
+            box.sequence = self.engine.add(request_id, prompt, params, owner=owner)
+        except ValueError as error:  # the engine's own checks: this request's failure, nobody else's
+            logger.error("request %s: refused by the engine: %s", request_id, error)
+            self._deliver([TextEvent(request_id, "", None, "error")])
 
-    def _hand_over(self, box: Mailbox, event: TextEvent) -> None:
+    def _end(self, request_id: str, finish_reason: str, *, recorded_as: str) -> None:
+        """Close a request that still runs with an event of our own. The caller holds the lock."""
+        box = self._mail[request_id]
+        if not box.done:
+            self._hand_over(box, TextEvent(request_id, "", None, finish_reason), recorded_as=recorded_as)
+            self._inbox.append(partial(self.engine.abort, request_id))
+
+    def _hand_over(self, box: Mailbox, event: TextEvent, *, recorded_as: str = "") -> None:
         box.events.append(event)
         if event.token is not None:
             box.generated += 1
             box.first_token = box.first_token or time.monotonic()
         if event.finish_reason is not None:
             box.done = True
-            self._records.append(box.record(event.request_id, event.finish_reason))
+            self._records.append(box.record(event.request_id, recorded_as or event.finish_reason))

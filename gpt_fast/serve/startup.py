@@ -31,19 +31,20 @@ class ServeConfig:
     """What the HTTP side of `handler:` may set; the rest of its keys are EngineConfig's.
 
     max_new_tokens, stream: for a native request that does not say. max_waiting: sequences that may wait for a slot
-    before requests get 429. request_seconds: the longest any request may take. hung_seconds: a step that takes
+    before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any request may take. hung_seconds: a step that takes
     longer ends the worker, for TorchServe to restart.
     """
 
     max_new_tokens: int = 50
     stream: bool = True
-    max_waiting: int = 64
+    max_waiting: int | None = None
     request_seconds: float = 600.0
     hung_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         check_int("handler.max_new_tokens", self.max_new_tokens, 1, 1 << 22)
-        check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
+        if self.max_waiting is not None:
+            check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
         check_float("handler.request_seconds", self.request_seconds, 0.001, 86400.0)
         check_float("handler.hung_seconds", self.hung_seconds, 1.0, 86400.0)
         if not isinstance(self.stream, bool):
@@ -66,7 +67,24 @@ def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineCo
     for key in values:
         if key.endswith("checkpoint_path") and isinstance(values[key], str):
             values[key] = str(root / values[key])
-    return EngineConfig.from_mapping(values, where="handler", also_known=serve_keys), serve
+    engine = EngineConfig.from_mapping(values, where="handler", also_known=serve_keys)
+    waiting = queue_places((yaml or {}).get("batchSize", 1), slots=engine.max_num_seqs, wanted=serve.max_waiting)
+    return engine, dataclasses.replace(serve, max_waiting=waiting)
+
+
+def queue_places(batch_size: int, *, slots: int, wanted: int | None) -> int:
+    """How many sequences may wait for a slot. The rest of batchSize is for requests that are told 429 at once:
+
+    TorchServe hands the handler no more requests than batchSize, and keeps the others in a queue nobody can answer.
+    """
+    check_int("batchSize", batch_size, 1, 1 << 16)
+    spare = batch_size - slots
+    if spare < 1:
+        raise ConfigError("batchSize", "must be above handler.max_num_seqs", got=batch_size, allowed=f"> {slots}")
+    if wanted is not None and wanted >= spare:
+        problem = "must leave room in batchSize for requests that are refused"
+        raise ConfigError("handler.max_waiting", problem, got=wanted, allowed=f"0..{spare - 1}")
+    return spare // 2 if wanted is None else wanted
 
 
 def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str) -> Rounds:
@@ -82,7 +100,7 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
     limits = Limits(
         max_new_tokens=serve_config.max_new_tokens,
         stream=serve_config.stream,
-        max_waiting=serve_config.max_waiting,
+        max_waiting=serve_config.max_waiting or 0,
         max_seconds=serve_config.request_seconds,
     )
     admit = Admit(
