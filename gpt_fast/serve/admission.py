@@ -24,7 +24,6 @@ from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 
 ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
-SEED_SPAN = 1 << 64  # seeds are signed 64-bit numbers
 # The page is one file that talks to the server it came from, and to nobody else.
 PAGE_HEADERS = (
     (
@@ -134,8 +133,7 @@ class Admit:
         if outside:
             raise RequestError(f"logit_bias: {outside[0]} is outside the vocabulary", param="logit_bias")
         if choice and params.seed is not None:
-            seed = (params.seed + choice + SEED_SPAN // 2) % SEED_SPAN - SEED_SPAN // 2
-            params = dataclasses.replace(params, seed=seed)
+            params = dataclasses.replace(params, seed=params.seed + choice)
         limit = min(params.max_new_tokens, room)
         params = dataclasses.replace(params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit))
         return Prompt(tokens, params)
