@@ -1,0 +1,162 @@
+"""python -m gpt_fast.bench: tables, then one JSON line last. docs/performance.md explains every column.
+
+    python -m gpt_fast.bench --engine --checkpoint_path DIR
+    python -m gpt_fast.bench --engine --http http://127.0.0.1:8080/predictions/gpt-fast --checkpoint_path DIR
+    python -m gpt_fast.bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
+        --prompt_len 32 512 --batch_size 1 4 --peer ik_llama.cpp=FOLDER --out benchmarks/NAME.json
+
+Every target runs in a process of its own; for each case one discarded round, then --repeat rounds in which all take
+turns. Figures are medians over segments of 25 decode steps during which other programs used at most 10 % of the CPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gpt_fast.bench import machine, report
+from gpt_fast.bench.peers import PEERS
+from gpt_fast.bench.remote import Remote
+from gpt_fast.bench.rounds import interleave
+from gpt_fast.bench.sample import Unavailable
+from gpt_fast.bench.stats import FOREIGN_LIMIT
+from gpt_fast.bench.targets import bandwidth, factories, model_facts
+
+VERIFY_SIZES = range(1, 9)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if not (args.engine or args.http or args.peer):
+        sys.exit("error: nothing to measure: give --engine, --http URL, --peer NAME, or several")
+    if args.plot and find_spec("matplotlib") is None:
+        sys.exit("error: plot: needs matplotlib: pip install gpt-fast[plot]")
+    try:
+        result = measure(args)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(report.table(result))
+    if args.out:
+        report.write_json(result, args.out)
+    if args.plot:
+        report.plot(result, args.plot)
+    print(json.dumps(result))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpt_fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint_path", required=True, type=Path, help="a converted checkpoint, or a weights file in it")
+    add("--engine", action="store_true", help="measure the engine called directly")
+    add("--http", metavar="URL", help="measure a running server that serves the same checkpoint")
+    add("--token", default="", help="the server's inference key, where it asks for one")
+    peers = "; ".join(f"{name}{f'=PATH ({what})' if what else ''}" for name, (_, what) in PEERS.items())
+    add("--peer", action="append", default=[], type=peer, metavar="NAME[=PATH]", help=f"may be repeated: {peers}")
+    add("--gguf", type=Path, help="the same weights for peers that read GGUF")
+    add = parser.add_argument_group("how").add_argument
+    add("--prompt_len", type=positive, nargs="+", default=[32], metavar="N")
+    add("--batch_size", type=positive, nargs="+", default=[1], metavar="N", help="rows decoded together")
+    add("--max_new_tokens", type=positive, default=200)
+    add("--repeat", type=positive, default=5, help="rounds")
+    add("--threads", type=int, default=0, help="of every target; 0: one a core")
+    add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
+    add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
+    add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
+    add = parser.add_argument_group("the engine").add_argument
+    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    add("--kv_cache", default="auto", help="auto (dtype), float32, bfloat16, float16")
+    add("--kernels", default="auto", help="auto (fused where there is one), plain")
+    add("--device", default="auto")
+    add("--compile", action="store_true", help="compile decoding")
+    add("--compile_prefill", action="store_true", help="compile the prompt's forward too")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, help="write the JSON here, indented")
+    add("--plot", type=Path, help="write a picture here (gpt-fast[plot])")
+    return parser.parse_args(argv)
+
+
+def peer(value: str) -> tuple[str, Path | None]:
+    name, _, path = value.partition("=")
+    if name not in PEERS:
+        raise argparse.ArgumentTypeError(f"unknown peer (got {name!r}, allowed {', '.join(PEERS)})")
+    return name, Path(path) if path else None
+
+
+def positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0 (got {value!r})")
+    return int(value)
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Start every target, take turns, and put the result together."""
+    threads = args.threads or os.cpu_count() or 1
+    vocabulary, kv_elements = model_facts(args.checkpoint_path)
+    cases = report.shapes(args.prompt_len, args.max_new_tokens, args.batch_size, vocabulary)
+    with ExitStack() as stack:
+        notes: list[str] = []
+        targets = {}
+        for name, (factory, options) in factories(args, threads, kv_elements).items():
+            if remote := start(stack, notes, factory, options):
+                targets[name] = remote
+        probe = start(stack, notes, bandwidth, {"nbytes": int(args.probe_gib * 2**30), "threads": threads})
+        if not targets:
+            raise RuntimeError(f"nothing could be measured: {'; '.join(notes)}")
+        results = interleave(
+            {name: partial(target.call, "run") for name, target in targets.items()},
+            cases,
+            repeat=args.repeat,
+            probe=partial(probe.call, "probe") if probe else lambda: None,
+        )
+        results.notes[:0] = notes
+        descriptions = {name: target.call("describe") for name, target in targets.items()}
+        processes = {name: process_figures(name, target, args) for name, target in targets.items()}
+        method = probe.call("method") if probe else None
+    told = machine.description() | {"threads": threads, "probe": method, "repeat": args.repeat}
+    result = told | report.build(results, descriptions, processes, ours=next(iter(targets)), limit=args.foreign_limit)
+    return result | {"http_over_engine": report.http_over_engine(result)}
+
+
+def start(stack: ExitStack, notes: list[str], factory: Callable[..., Any], options: dict[str, Any]) -> Remote | None:
+    """The target in its process, which the stack ends; None, with a note, where it cannot be had."""
+    try:
+        remote = Remote(factory, **options)
+    except Unavailable as reason:
+        notes.append(str(reason))
+        return None
+    stack.callback(remote.close)
+    return remote
+
+
+def process_figures(name: str, target: Remote, args: argparse.Namespace) -> dict[str, Any]:
+    """Of the target's process, after all rounds; a server's is not ours to look into."""
+    if name == "http":
+        return {}
+    rss = target.peak_rss()
+    figures: dict[str, Any] = {"peak_rss_mb": None if rss is None else rss / 1e6}
+    if name == "engine":
+        figures |= {"start_seconds": target.start_seconds, "recompiles": target.call("recompiles")}
+    if name == "engine" and args.verify:
+        context = max(args.prompt_len)
+        seconds = target.call("verify", context, [m for m in VERIFY_SIZES if m <= args.max_new_tokens])
+        figures["verify_ms"] = {
+            str(m): {"ms": value * 1000, "ratio": value / seconds[1]} for m, value in seconds.items()
+        }
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The engine called directly, as a target."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_fast.bench.machine import CpuMeter
+from gpt_fast.bench.quality import quality_of
+from gpt_fast.bench.recorder import Recorder
+from gpt_fast.bench.sample import Case, Description, Sample
+from gpt_fast.config import SamplingParams
+from gpt_fast.llm import Engine
+
+
+class EngineTarget:
+    """An Engine loaded with EngineConfig's options. ConfigError and CheckpointError come through."""
+
+    def __init__(self, **options: Any) -> None:
+        self.engine = Engine.load(**options)
+        self.ids = itertools.count()
+        for _ in self.engine.events([0], SamplingParams(max_new_tokens=1, ignore_eos=True)):
+            pass  # so that the time to get here is that to a first token
+
+    def describe(self) -> Description:
+        told = self.engine.description
+        weights = Path(told["checkpoint"])
+        cache = self.engine.core.runner.cache.k_LNHTD
+        return Description(
+            weight_bytes=told["weight_bytes_per_step"],
+            kv_bytes=self.engine.model_config.kv_bytes_per_token(cache.element_size()),
+            load_seconds=told["load_seconds"],
+            facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality_of(weights)},
+        )
+
+    def run(self, case: Case) -> Sample:
+        """Decode all rows together. Segments begin when every row has its first token and end with the first row."""
+        params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True)
+        names = [f"bench-{next(self.ids)}" for _ in range(case.rows)]
+        recorder = Recorder(CpuMeter())
+        recorder.start()
+        for name, prompt in zip(names, case.prompts(), strict=True):
+            self.engine.add(name, prompt, params)
+        waiting, running = set(names), True
+        while waiting:
+            for event in self.engine.step():
+                waiting.discard(event.request_id)
+                running = running and event.finish_reason is None
+        recorder.first_token()
+        while running:
+            started = time.perf_counter()
+            events = self.engine.step()
+            recorder.step(time.perf_counter() - started, len(events))
+            running = all(event.finish_reason is None for event in events)
+        for name in names:
+            self.engine.abort(name)
+        return recorder.sample(case)
+
+    def recompiles(self) -> int:
+        return self.engine.core.recompiles()
+
+    @torch.inference_mode()
+    def verify(self, context: int, sizes: Sequence[int], *, repeat: int = 30) -> dict[int, float]:
+        """Median seconds of one forward of M tokens of one row after `context` cached ones, for each M of `sizes`.
+
+        The sizes take turns, so that drift touches all alike.
+        """
+        runner, rng = self.engine.core.runner, random.Random(0)
+        vocabulary = self.engine.model_config.vocab_size
+        seconds: dict[int, list[float]] = {size: [] for size in sizes}
+        for turn in range(repeat + 2):
+            for size in sizes:
+                tokens = [rng.randrange(vocabulary) for _ in range(size)]
+                started = time.perf_counter()
+                runner.forward(runner.decode, [tokens], [context], [0], size=size, every=size > 1)
+                if turn >= 2:  # the first turns warm up, and may compile
+                    seconds[size].append(time.perf_counter() - started)
+        return {size: statistics.median(values) for size, values in seconds.items()}

@@ -1,0 +1,25 @@
+"""A format's quality, from the report that `python -m gpt_fast.eval --quality` leaves beside its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt_fast.quantize.gate import report_path, weights_sha256
+
+
+def quality_of(weights: Path) -> dict[str, Any] | str:
+    """{"perplexity", "perplexity_against", "mean_kl", "against", "text"}, or why there is no figure: two words."""
+    try:
+        report = json.loads(report_path(weights).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "no report"
+    except ValueError:
+        return "unreadable report"
+    try:
+        if report["sha256"] != weights_sha256(weights):
+            return "outdated report"
+        return {key: report[key] for key in ("perplexity", "perplexity_against", "mean_kl", "against", "text")}
+    except (KeyError, TypeError, ValueError):
+        return "unreadable report"

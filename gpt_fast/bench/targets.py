@@ -1,0 +1,65 @@
+"""From the command line to what makes each target. The makers run in the targets' own processes (remote.py).
+
+Only there are torch and the engine imported: this process stays small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt_fast.bench.peers import PeerOptions, load_peer
+from gpt_fast.bench.sample import Target
+
+ENGINE_OPTIONS = ("dtype", "kv_cache", "kernels", "device", "compile", "compile_prefill")
+Factory = tuple[Callable[..., Any], dict[str, Any]]  # what makes a target, and its options
+
+
+def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -> dict[str, Factory]:
+    """By name, in the order in which they take turns."""
+    longest, rows = max(args.prompt_len) + args.max_new_tokens, max(args.batch_size)
+    found: dict[str, Factory] = {}
+    if args.engine:
+        options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
+        sizes = {"threads": threads, "max_seq_len": longest, "max_num_seqs": rows}
+        found["engine"] = engine, {"checkpoint_path": str(args.checkpoint_path), **sizes, **options}
+    if args.http:
+        found["http"] = http, {"url": args.http, "token": args.token}
+    for name, path in args.peer:
+        peer = PeerOptions(path, args.gguf, args.checkpoint_path, threads, longest, kv_elements)
+        found[name] = load_peer, {"name": name, "options": peer}
+    return found
+
+
+def model_facts(checkpoint: Path) -> tuple[int, int | None]:
+    """(ids that prompts are drawn from, cache elements of one position over all layers) by the config.json there."""
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        return min(1000, config["vocab_size"]), 2 * config["num_hidden_layers"] * kv_heads * head_dim
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint_path: no usable config.json in {directory}: {error!r}") from None
+
+
+def engine(**options: Any) -> Target:
+    from gpt_fast.bench.engine import EngineTarget
+
+    return EngineTarget(**options)
+
+
+def http(**options: Any) -> Target:
+    from gpt_fast.bench.over_http import HttpTarget
+
+    return HttpTarget(**options)
+
+
+def bandwidth(**options: Any) -> Any:
+    from gpt_fast.bench.bandwidth import Bandwidth
+
+    return Bandwidth(**options)
