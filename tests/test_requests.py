@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.serve.body import MAX_BODY, MAX_DEPTH, decode_json, parse_json, short
-from gpt_fast.serve.request import NEUTRAL, Request, RequestError, parse_request
+from gpt_fast.serve.request import KNOWN, NEUTRAL, Request, RequestError, parse_request
 
 KINDS = ("native", "completion", "chat")
 EVERYTHING = frozenset({"tools", "schema"})
@@ -71,7 +71,20 @@ near_values = st.sampled_from([
     [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [{"role": ["user"], "content": {}}],
     [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": "{}"}}]}],
 ])  # fmt: skip
-bodies = st.dictionaries(field_names, near_values | json_values, max_size=5)
+GOOD = {
+    "temperature": [0, 0.7, None], "top_p": [0.5, 1], "top_k": [-1, 0, 40], "min_p": [0.1], "seed": [0, -5],
+    "stop": ["a", ["b", "🙂"], []], "presence_penalty": [1, -2.0], "repetition_penalty": [1.3], "min_tokens": [0, 3],
+    "logit_bias": [{"5": -100}, {}], "ignore_eos": [True], "stream": [True, False], "timeout": [5], "user": ["me", ""],
+    "n": [1, 2, 16], "stream_options": [{"include_usage": True}], "max_tokens": [5], "model": ["gpt-fast"],
+    "tools": [[WEATHER], []], "tool_choice": ["auto", "none"], "response_format": [{"type": "json_object"}],
+    "logprobs": [True, 3, 0], "top_logprobs": [2], "echo": [True], "max_new_tokens": [7], "best_of": [1],
+}  # fmt: skip
+good_fields = st.sampled_from(sorted(GOOD)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(GOOD[name])))
+bodies = st.builds(
+    lambda good, wild: dict(good) | wild,
+    st.lists(good_fields, max_size=4),
+    st.dictionaries(field_names, near_values | json_values, max_size=1),
+) | st.dictionaries(field_names, near_values | json_values, max_size=5)
 
 
 def answer_to(kind, body, offers):
@@ -102,9 +115,11 @@ def check_request(request, offers):
 kinds, offered = st.sampled_from(KINDS), st.sampled_from([frozenset(), frozenset({"tools"}), EVERYTHING])
 
 
-@settings(max_examples=1500, deadline=None)
-@given(kind=kinds, fields=bodies, offers=offered, bare=st.booleans())
-def test_any_fields_give_a_request_or_a_refusal(kind, fields, offers, bare):
+@settings(max_examples=1000, deadline=None)
+@given(kind=kinds, fields=bodies, offers=offered, bare=st.booleans(), tidy=st.booleans())
+def test_any_fields_give_a_request_or_a_refusal(kind, fields, offers, bare, tidy):
+    if tidy:  # without what this endpoint does not know, most are accepted
+        fields = {name: value for name, value in fields.items() if name in KNOWN[kind]}
     body = fields if bare else MINIMAL[kind] | fields
     answer_to(kind, json.dumps(body).encode(), offers)
     answer_to(kind, body, offers)  # as TorchServe decodes it where it is told the content type
