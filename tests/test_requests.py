@@ -88,14 +88,14 @@ bodies = st.builds(
 
 
 def answer_to(kind, body, offers):
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         request = parse(kind, body, offers=offers)
     except RequestError as error:
         check_refusal(error)
     else:
         check_request(request, offers)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 def check_request(request, offers):
@@ -215,9 +215,9 @@ def test_a_body_within_the_limit_is_read_and_one_byte_more_is_refused():
 def test_a_hostile_megabyte_is_refused_at_once_and_shortly(body):
     assert len(body) <= MAX_BODY
     for kind in KINDS:
-        begin = time.perf_counter()
+        begin = time.process_time()
         error = refusal(kind, body.encode(), offers=EVERYTHING)
-        assert time.perf_counter() - begin < 2.0
+        assert time.process_time() - begin < 2.0
         assert len(error["param"] or "") <= 103
 
 

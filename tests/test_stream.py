@@ -134,9 +134,9 @@ def test_a_long_hostile_text_with_long_stop_strings_is_fast():
     """A check of every suffix against every stop would compare 40 million times here."""
     stop = tuple("a" * (255 - n) + "b" + "a" * n for n in range(16))
     stream = TextStream(stop)
-    begin = time.perf_counter()
+    begin = time.process_time()
     text = "".join(stream.push(b"a") for _ in range(10_000)) + stream.finish()
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0
     assert text == "a" * 10_000
 
 
