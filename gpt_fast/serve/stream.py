@@ -34,6 +34,8 @@ class TextStream:
         if self.stopped:
             return ""
         self.decoded += len(text)
+        if not self._matchers:
+            return text
         begin = len(self._held)
         pending = self._held + text
         for end, char in enumerate(text, start=begin + 1):
