@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.eval.score import Scorer
-from gpt_fast.eval.tasks import find_tasks
+from gpt_fast.eval.tasks import find_tasks, task_manager
 from gpt_fast.llm import Engine
 
 DEFAULT_GENERATION = 256  # tokens, where a task does not say: the harness's own default
@@ -117,6 +117,12 @@ def evaluate(model: EngineLM, tasks: list[str], *, limit: int | None, num_fewsho
     """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}."""
     found: list[Any] = find_tasks(tasks)
     results = simple_evaluate(
-        model=model, tasks=found, limit=limit, num_fewshot=num_fewshot, log_samples=True, bootstrap_iters=1000
+        model=model,
+        tasks=found,
+        task_manager=task_manager(found),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        log_samples=True,
+        bootstrap_iters=1000,
     )
     return dict(results or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,26 @@ def read_task(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_tasks(names: list[str]) -> dict[str, Any]:
-    """The harness's Task objects by name. ConfigError when it is not installed or knows no such task."""
+def task_manager(found: Sequence[str | dict[str, Any]]) -> Any:
+    """The harness's index of its own tasks, which takes seconds to build, only where one of them is asked for."""
     quiet_harness()
     try:
-        from lm_eval.tasks import TaskManager, get_task_dict
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("tasks", "need lm-evaluation-harness: pip install gpt-fast[eval]") from None
-    manager = TaskManager()
+    return TaskManager(include_defaults=any(isinstance(task, str) for task in found))
+
+
+def load_tasks(names: list[str]) -> dict[str, Any]:
+    """The harness's Task objects by name. ConfigError when it is not installed or knows no such task."""
     found = find_tasks(names)
+    manager = task_manager(found)
     for task in found:
         if isinstance(task, str) and not manager.match_tasks([task]):
             shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-            raise ConfigError("tasks", "unknown task", got=task,
-                              allowed=f"lm-evaluation-harness's tasks, {shipped}, or a .yaml file")  # fmt: skip
-    return get_task_dict(found, manager)
+            allowed = f"lm-evaluation-harness's tasks, {shipped}, or a .yaml file"
+            raise ConfigError("tasks", "unknown task", got=task, allowed=allowed)
+    return dict(manager.load(found)["tasks"])
 
 
 def quiet_harness() -> None:
@@ -65,8 +71,8 @@ def quiet_harness() -> None:
 
 def task_text(names: list[str]) -> Text:
     """The documents of the tasks as running text, to calibrate on: training documents, or what a task has instead."""
-    tasks = flatten(load_tasks(names))
-    content = "\n\n".join(document_text(task, doc) for task in tasks for doc in docs_of(task))
+    tasks = load_tasks(names)
+    content = "\n\n".join(document_text(task, doc) for task in tasks.values() for doc in docs_of(task))
     return Text(content, "+".join(names), sha256(content))
 
 
@@ -76,14 +82,6 @@ def document_text(task: Any, doc: Any) -> str:
     if isinstance(target, int) and task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]
     return f"{task.doc_to_text(doc)}{task.config.target_delimiter}{target}".strip()
-
-
-def flatten(tasks: dict[Any, Any]) -> list[Any]:
-    """The tasks of nested groups, in order."""
-    out = []
-    for value in tasks.values():
-        out += flatten(value) if isinstance(value, dict) else [value]
-    return out
 
 
 def docs_of(task: Any) -> Any:

@@ -55,12 +55,8 @@ def check_quality(weights: Path, thresholds: Mapping[str, float]) -> None:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            "quality",
-            f"no report: make it with `python -m gpt_fast.eval --quality {weights}`",
-            got=None,
-            allowed=str(path),
-        ) from None
+        problem = f"no {path.name}: make it with `python -m gpt_fast.eval --quality {weights}`"
+        raise ConfigError("quality", problem) from None
     except (OSError, ValueError) as error:
         raise ConfigError("quality", f"{path} is not readable JSON: {error}") from None
     if not isinstance(report, dict) or report.get("sha256") != weights_sha256(weights):
