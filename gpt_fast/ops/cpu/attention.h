@@ -142,25 +142,40 @@ inline void apply_scales(float* scores, const float* scale, int n) {
     store(scores + i, load(scores + i) * as_float(load_some(scale + i, 4 * (n - i))));
 }
 
-// scores[q][0..63] of Q queries: the products with the turned keys, 32 keys at a time.
-template <int Q>
-void score(const float* const* q, const float* keys, int n, int head_dim, float* scores) {
-  for (int first = 0; first < n; first += 2 * kLanes) {
-    f32x16 sum[Q][2];
-    for (auto& s : sum) s[0] = s[1] = splat(0.0f);
-    for (int d = 0; d < head_dim; d++) {
-      const f32x16 k0 = load(keys + d * kChunk + first), k1 = load(keys + d * kChunk + first + kLanes);
-      for (int i = 0; i < Q; i++) {
-        const f32x16 x = splat(q[i][d]);
-        sum[i][0] = fma(x, k0, sum[i][0]);
-        sum[i][1] = fma(x, k1, sum[i][1]);
-      }
-    }
+// Memory to fetch during a loop, so many bytes an iteration: a burst of prefetches would hold up everything else.
+struct Ahead {
+  const char* from;  // null: nothing
+  int bytes;
+
+  void fetch(int iteration) const {
+    if (!from) return;
+    for (int at = 0; at < bytes; at += 64) prefetch(from + size_t(iteration) * bytes + at);
+  }
+};
+
+// scores[q][first..first+16*V) of Q queries: their products with V vectors of turned keys.
+template <int Q, int V>
+void score_some(const float* const* q, const float* keys, int first, int head_dim, float* scores, const Ahead& ahead) {
+  f32x16 sum[Q][V];
+  for (auto& s : sum)
+    for (auto& v : s) v = splat(0.0f);
+  for (int d = 0; d < head_dim; d++) {
+    ahead.fetch(d);
+    f32x16 k[V];
+    for (int j = 0; j < V; j++) k[j] = load(keys + d * kChunk + first + j * kLanes);
     for (int i = 0; i < Q; i++) {
-      store(scores + i * kChunk + first, sum[i][0]);
-      store(scores + i * kChunk + first + kLanes, sum[i][1]);
+      const f32x16 x = splat(q[i][d]);
+      for (int j = 0; j < V; j++) sum[i][j] = fma(x, k[j], sum[i][j]);
     }
   }
+  for (int i = 0; i < Q; i++)
+    for (int j = 0; j < V; j++) store(scores + i * kChunk + first + j * kLanes, sum[i][j]);
+}
+
+template <int Q>
+void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, const Ahead& ahead) {
+  if (n > 2 * kLanes) return score_some<Q, 4>(q, keys, 0, head_dim, scores, ahead);
+  score_some<Q, 2>(q, keys, 0, head_dim, scores, ahead);
 }
 
 // Turns one query's scores into weights; only keys first..last-1 of the chunk count. False: none does.
@@ -188,11 +203,13 @@ inline bool weigh(float* scores, int first, int last, int n, const Partial& out)
 
 // o[q][d..d+16*V) = sum over keys of weight * value, for Q queries.
 template <int Q, int V, class T>
-void weigh_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, int d) {
+void weigh_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, int d,
+                  const Ahead& ahead) {
   f32x16 sum[Q][V];
   for (auto& s : sum)
     for (auto& x : s) x = splat(0.0f);
   for (int t = 0; t < n; t++) {
+    ahead.fetch(t);
     f32x16 value[V];
     for (int j = 0; j < V; j++) value[j] = load_value(v + size_t(t) * head_dim + d + j * kLanes);
     for (int i = 0; i < Q; i++) {
@@ -205,10 +222,11 @@ void weigh_values(const float* weights, const T* v, int n, int head_dim, const P
 }
 
 template <int Q, class T>
-void weigh_all_values(const float* weights, const T* v, int n, int head_dim, const Partial* out) {
+void weigh_all_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, const Ahead& ahead) {
   int d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) weigh_values<Q, 4>(weights, v, n, head_dim, out, d);
-  for (; d < head_dim; d += kLanes) weigh_values<Q, 1>(weights, v, n, head_dim, out, d);
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
+    weigh_values<Q, 4>(weights, v, n, head_dim, out, d, d == 0 ? ahead : Ahead{});
+  for (; d < head_dim; d += kLanes) weigh_values<Q, 1>(weights, v, n, head_dim, out, d, d == 0 ? ahead : Ahead{});
 }
 
 // The queries of one KV head that look at one slot.
@@ -237,13 +255,14 @@ struct Chunk {
   const T* v;
   const float* k_scale;
   const float* v_scale;
+  Ahead values, next_keys;  // fetched beside the first queries
 };
 
 // Q queries (from `at`) against a chunk.
 template <int Q, class T>
 void attend_block(const Queries& x, int at, const Chunk<T>& chunk, int head_dim, float* scores, const Partial* out) {
   const int start = chunk.start, n = chunk.n;
-  score<Q>(x.q + at, chunk.keys, n, head_dim, scores);
+  score<Q>(x.q + at, chunk.keys, n, head_dim, scores, at == 0 ? chunk.values : Ahead{});
   for (int i = 0; i < Q; i++) {
     if (chunk.k_scale) apply_scales(scores + i * kChunk, chunk.k_scale, n);
     const int position = x.position[at + i];
@@ -253,7 +272,7 @@ void attend_block(const Queries& x, int at, const Chunk<T>& chunk, int head_dim,
       for (int j = 0; j < n; j++) scores[i * kChunk + j] = 0.0f;
     else if (chunk.v_scale) apply_scales(scores + i * kChunk, chunk.v_scale, n);
   }
-  weigh_all_values<Q>(scores, chunk.v, n, head_dim, out);
+  weigh_all_values<Q>(scores, chunk.v, n, head_dim, out, at == 0 ? chunk.next_keys : Ahead{});
 }
 
 template <class T>
@@ -269,23 +288,27 @@ void attend_blocks(const Queries& x, const Chunk<T>& chunk, int head_dim, float*
   }
 }
 
-// One chunk's partial result of every query. Reads no key or value past the last query's position.
+// One chunk's partial result of every query. Reads no key or value past the last query's position. `next_keys` is
+// where the following chunk's keys lie, to be fetched meanwhile.
 template <class T>
-void attend_chunk(const Queries& x, int index, const Slot<T>& slot, int head_dim, AttentionScratch& scratch,
-                  const Partial* out) {
+void attend_chunk(const Queries& x, int index, const Slot<T>& slot, const T* next_keys, int head_dim,
+                  AttentionScratch& scratch, const Partial* out) {
   const int start = index * kChunk;
   const int left = x.last_position() + 1 - start, n = left < kChunk ? left : kChunk;
-  turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
   const T* v = slot.v + size_t(start) * head_dim;
+  turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
   const float* k_scale = slot.k_scale ? slot.k_scale + start : nullptr;
   const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
   const float* keys = scratch.keys.data();
   float* scores = scratch.scores.data();
-  if (x.count <= 2 * kQueryBlock)
-    return attend_blocks(x, Chunk<T>{start, n, keys, v, k_scale, v_scale}, head_dim, scores, out);
+  const Ahead next{reinterpret_cast<const char*>(next_keys), int(head_dim * sizeof(T))};
+  if (x.count <= 2 * kQueryBlock) {
+    const Ahead values{reinterpret_cast<const char*>(v), int(n * sizeof(T))};
+    return attend_blocks(x, Chunk<T>{start, n, keys, v, k_scale, v_scale, values, next}, head_dim, scores, out);
+  }
   float* wide = scratch.values.data();  // many queries: convert the values once
   for (int i = 0; i < n * head_dim; i += kLanes) store(wide + i, load_value(v + i));
-  attend_blocks(x, Chunk<float>{start, n, keys, wide, k_scale, v_scale}, head_dim, scores, out);
+  attend_blocks(x, Chunk<float>{start, n, keys, wide, k_scale, v_scale, {}, next}, head_dim, scores, out);
 }
 
 }  // namespace gf

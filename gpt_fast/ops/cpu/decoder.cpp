@@ -20,6 +20,6 @@ void gf_linear(const Linear* w, const float* x, int rows, float* y) {
   Activations a;
   a.resize(w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, rows, w->cols);
   for (int m = 0; m < rows; m++) a.put_row(m, x + size_t(m) * w->cols, w->cols);
-  gf::multiply(*w, 0, w->tiles(), a, 0, rows, y, w->tiles() * gf::kLanes);
+  gf::multiply(*w, 0, w->tiles(), a, 0, rows, y, w->tiles() * gf::kLanes, w->q);
 }
 }

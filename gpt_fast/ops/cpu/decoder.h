@@ -127,10 +127,10 @@ class Decoder final : public Job {
       case kQkv: return qkv(w, index, chunk, s);
       case kAttend: return attend(w, index, chunk, s);
       case kMerge: return merge_and_quantize(chunk);
-      case kOut: return add_product(w.out, out_split_, attended_q_, chunk, s);
+      case kOut: return add_product(w.out, out_split_, attended_q_, chunk, s, w.gate_up, gate_up_split_);
       case kNormalizeFfn: return normalize(w.ffn_norm, chunk, s);
       case kGateUp: return gate_up(w, chunk, s);
-      default: return add_product(w.down, down_split_, hidden_q_, chunk, s);
+      default: return down(w, index + 1, chunk, s);
     }
   }
 
@@ -196,14 +196,15 @@ class Decoder final : public Job {
     for (int i = 0; i < rows; i++)
       if (tokens_[i].logits) selected_.push_back(i);
     plan_attention();
-    qkv_rows_each_ = std::min(rows, kRowBlock);
+    const int head_tiles = model_.head_dim / kLanes;
+    qkv_split_ = {heads() * head_tiles, head_tiles, rows, std::min(rows, kRowBlock)};
     out_split_ = Split::make(layers_[0].out.tiles(), 2, rows, layers_[0].out.cols, threads);
     gate_up_split_ = Split::make(layers_[0].gate_up.tiles(), 4, rows, model_.dim, threads);
     down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
     head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
     const int row_chunks = (rows + kNormRows - 1) / kNormRows;
     chunks_[kNormalizeAttention] = chunks_[kNormalizeFfn] = chunks_[kMerge] = row_chunks;
-    chunks_[kQkv] = heads() * ((rows + qkv_rows_each_ - 1) / qkv_rows_each_);
+    chunks_[kQkv] = qkv_split_.chunks();
     chunks_[kAttend] = int(items_.size());
     chunks_[kOut] = out_split_.chunks();
     chunks_[kGateUp] = gate_up_split_.chunks();
@@ -250,6 +251,7 @@ class Decoder final : public Job {
     partial_tokens_ = 0;
     split_index_.assign(tokens_.size(), -1);
     const int rows = int(tokens_.size());
+    spans_each_ = std::clamp(8 * pool_.threads() / (model_.n_kv_head * rows), 1, 128);
     for (int first = 0; first < rows;) {
       int count = 1;
       while (first + count < rows && count < kSpanTokens && tokens_[first + count].slot == tokens_[first].slot) count++;
@@ -267,7 +269,7 @@ class Decoder final : public Job {
       for (int i = 0; i < span.count; i++) split_index_[span.first + i] = partial_tokens_++;
       partial_chunks_ = std::max(partial_chunks_, chunks);
     }
-    const int each = whole ? chunks : (chunks + 127) / 128;
+    const int each = whole ? chunks : (chunks + spans_each_ - 1) / spans_each_;
     for (int head = 0; head < model_.n_kv_head; head++)
       for (int chunk = 0; chunk < chunks; chunk += each)
         items_.push_back({span, head, chunk, std::min(each, chunks - chunk), whole});
@@ -324,10 +326,11 @@ class Decoder final : public Job {
 
   // One head's query, key or value of some rows.
   void qkv(const LayerWeights& w, int layer, int chunk, Scratch& s) {
-    const int D = model_.head_dim, head = chunk % heads(), row = chunk / heads() * qkv_rows_each_;
-    const int rows = std::min(qkv_rows_each_, int(tokens_.size()) - row);
-    multiply(w.qkv, head * D / kLanes, D / kLanes, normal_q_, row, rows, s.out.data(), D);
-    for (int m = 0; m < rows; m++) {
+    const Split::Part part = qkv_split_.part(chunk);
+    const int D = model_.head_dim, row = part.row, head = part.tile * kLanes / D;
+    const uint8_t* next = upcoming(w.qkv, qkv_split_, w.out, out_split_, chunk);
+    multiply(w.qkv, part.tile, part.tiles, normal_q_, row, part.rows, s.out.data(), D, next);
+    for (int m = 0; m < part.rows; m++) {
       float* x = s.out.data() + size_t(m) * D;
       const Token& token = tokens_[row + m];
       if (head < model_.n_head) {
@@ -394,8 +397,17 @@ class Decoder final : public Job {
       const size_t first = at * model_.head_dim;
       const bool scaled = input_.k_scale != nullptr;
       attend_item(w, item, Slot<T>{static_cast<T*>(input_.k) + first, static_cast<T*>(input_.v) + first,
-                                   scaled ? input_.k_scale + at : nullptr, scaled ? input_.v_scale + at : nullptr}, s);
+                                   scaled ? input_.k_scale + at : nullptr, scaled ? input_.v_scale + at : nullptr},
+                  first_keys<T>(layer, chunk + pool_.threads()), s);
     });
+  }
+
+  // Where the keys of an item begin: of the one this thread will probably take next.
+  template <class T>
+  const T* first_keys(int layer, int chunk) const {
+    const Item& item = items_[std::min(chunk, int(items_.size()) - 1)];
+    const size_t at = cache_position(layer, tokens_[item.span.first].slot, item.kv_head);
+    return static_cast<const T*>(input_.k) + (at + size_t(item.first_chunk) * kChunk) * model_.head_dim;
   }
 
   Queries gather_queries(const Item& item, int window, Scratch& s) const {
@@ -409,7 +421,7 @@ class Decoder final : public Job {
   }
 
   template <class T>
-  void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, Scratch& s) {
+  void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, const T* next_item, Scratch& s) {
     const int D = model_.head_dim, G = group();
     const Queries queries = gather_queries(item, w.window, s);
     const int first = queries.first_seen() / kChunk;
@@ -421,7 +433,9 @@ class Decoder final : public Job {
     for (int chunk = item.first_chunk; chunk < item.first_chunk + item.chunk_count; chunk++) {
       for (int i = 0; !item.whole && i < queries.count; i++)
         s.partial[i] = stored_partial(item.span.first + i / G, item.kv_head * G + i % G, chunk);
-      if (chunk >= first) attend_chunk(queries, chunk, slot, D, s.attention, s.partial.data());
+      const bool last = chunk + 1 == item.first_chunk + item.chunk_count;
+      const T* next = last ? next_item : slot.k + size_t(chunk + 1) * kChunk * D;
+      if (chunk >= first) attend_chunk(queries, chunk, slot, next, D, s.attention, s.partial.data());
       for (int i = 0; i < queries.count; i++) {
         if (chunk < first) *s.partial[i].max = -INFINITY;
         if (item.whole) merge(s.state[i], s.partial[i], D);
@@ -465,47 +479,68 @@ class Decoder final : public Job {
   }
 
   // x += product: the output and down projections.
-  void add_product(const Linear& w, const Split& split, const Activations& from, int chunk, Scratch& s) {
-    const Split::Part part = split.part(chunk);
-    for_blocks(part, 2, [&](int tile, int tiles, int row, int rows) {
-      multiply(w, tile, tiles, from, row, rows, s.out.data(), 2 * kLanes);
-      const int first = tile * kLanes, n = std::min(tiles * kLanes, w.rows - first);
-      for (int m = 0; m < rows; m++) {
+  void add_product(const Linear& w, const Split& split, const Activations& from, int chunk, Scratch& s,
+                   const Linear& then, const Split& then_split) {
+    const uint8_t* next = upcoming(w, split, then, then_split, chunk);
+    for_blocks(w, split.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
+      multiply(w, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, w.rows - first);
+      for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 2 * kLanes;
-        float* x = x_.data() + size_t(row + m) * model_.dim + first;
+        float* x = x_.data() + size_t(p.row + m) * model_.dim + first;
         for (int i = 0; i < n; i++) x[i] += out[i];
       }
     });
   }
 
+  void down(const LayerWeights& w, int next_layer, int chunk, Scratch& s) {
+    const bool last = next_layer == model_.n_layer;
+    add_product(w.down, down_split_, hidden_q_, chunk, s, last ? model_.head : layers_[next_layer].qkv,
+                last ? head_split_ : qkv_split_);
+  }
+
   // silu(gate) * up of 32 hidden values at a time, which are one group of the down projection's input.
   void gate_up(const LayerWeights& w, int chunk, Scratch& s) {
-    for_blocks(gate_up_split_.part(chunk), 4, [&](int tile, int tiles, int row, int rows) {
-      multiply(w.gate_up, tile, tiles, normal_q_, row, rows, s.out.data(), 4 * kLanes);
-      for (int m = 0; m < rows; m++) {
+    const uint8_t* next = upcoming(w.gate_up, gate_up_split_, w.down, down_split_, chunk);
+    for_blocks(w.gate_up, gate_up_split_.part(chunk), 4, next, [&](const Split::Part& p, const uint8_t* following) {
+      multiply(w.gate_up, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 4 * kLanes, following);
+      for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 4 * kLanes;
         const f32x16 a = silu(load(out)) * load(out + kLanes);
         const f32x16 b = silu(load(out + 2 * kLanes)) * load(out + 3 * kLanes);
-        hidden_q_.put_group(row + m, tile / 4, a, b);
+        hidden_q_.put_group(p.row + m, p.tile / 4, a, b);
       }
     });
   }
 
   void head(int chunk, Scratch& s) {
-    for_blocks(head_split_.part(chunk), 2, [&](int tile, int tiles, int row, int rows) {
-      multiply(model_.head, tile, tiles, normal_q_, row, rows, s.out.data(), 2 * kLanes);
-      const int first = tile * kLanes, n = std::min(tiles * kLanes, model_.vocab - first);
-      for (int m = 0; m < rows; m++)
-        std::memcpy(tokens_[selected_[row + m]].logits + first, s.out.data() + size_t(m) * 2 * kLanes,
+    const uint8_t* next = upcoming(model_.head, head_split_, layers_[0].qkv, qkv_split_, chunk);
+    for_blocks(model_.head, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
+      multiply(model_.head, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.vocab - first);
+      for (int m = 0; m < p.rows; m++)
+        std::memcpy(tokens_[selected_[p.row + m]].logits + first, s.out.data() + size_t(m) * 2 * kLanes,
                     sizeof(float) * n);
     });
   }
 
+  // Calls run(part, weights wanted next) for `unit` tiles and kRowBlock rows at a time.
   template <class F>
-  static void for_blocks(const Split::Part& part, int unit, F&& run) {
-    for (int tile = part.tile; tile < part.tile + part.tiles; tile += unit)
-      for (int row = part.row; row < part.row + part.rows; row += kRowBlock)
-        run(tile, std::min(unit, part.tile + part.tiles - tile), row, std::min(kRowBlock, part.row + part.rows - row));
+  static void for_blocks(const Linear& w, const Split::Part& all, int unit, const uint8_t* next, F&& run) {
+    const int end = all.tile + all.tiles, end_row = all.row + all.rows;
+    for (int tile = all.tile; tile < end; tile += unit) {
+      const uint8_t* following = tile + unit < end ? w.pair(tile + unit) : next;
+      for (int row = all.row; row < end_row; row += kRowBlock)
+        run({tile, std::min(unit, end - tile), row, std::min(kRowBlock, end_row - row)}, following);
+    }
+  }
+
+  // Where the weights begin that a thread will probably want after `chunk`: its next chunk, if all threads take turns.
+  const uint8_t* upcoming(const Linear& w, const Split& split, const Linear& then, const Split& then_split,
+                          int chunk) const {
+    const int next = chunk + pool_.threads();
+    if (next < split.chunks()) return w.pair(split.part(next).tile);
+    return then.pair(then_split.part(std::min(next - split.chunks(), then_split.tile_chunks() - 1)).tile);
   }
 
   ModelWeights model_;
@@ -518,9 +553,9 @@ class Decoder final : public Job {
   std::vector<int> selected_;     // tokens whose logits are wanted
   std::vector<int> split_index_;  // token -> its place in partials_, or -1
   std::vector<Item> items_;
-  int partial_tokens_ = 0, partial_chunks_ = 0, qkv_rows_each_ = 0, capacity_ = 0;
+  int partial_tokens_ = 0, partial_chunks_ = 0, spans_each_ = 1, capacity_ = 0;
   int chunks_[kLayerPhases + 2] = {};
-  Split out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};
+  Split qkv_split_{}, out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};
 
   Buffer<float> x_, q_, attended_, partials_;
   Activations normal_q_, attended_q_, hidden_q_;

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("bfloat16", "int8", "int4")
 EMBEDDING_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-SPINS = 20000  # pauses before a waiting thread sleeps: some hundred microseconds
+SPINS = 2000  # pauses before a waiting thread sleeps: some 50 microseconds, then the core is another's
 
 
 def unsupported(model: Transformer) -> str | None:

@@ -32,31 +32,27 @@ struct Linear {
   int tiles() const { return (rows + 2 * kLanes - 1) / (2 * kLanes) * 2; }
   int groups() const { return (cols + kGroup - 1) / kGroup; }
   int scale_groups() const { return (cols + group - 1) / group; }
+  int block_bytes() const { return format == kInt4 ? 256 : format == kBf16 ? 1024 : 512; }
+  size_t pair_bytes() const { return size_t(2) * groups() * block_bytes(); }
+  const uint8_t* pair(int tile) const { return q + tile / 2 * pair_bytes(); }
 };
 
-// What a block of rows fetches ahead while it computes. A single block streams its own tiles, kAhead bytes early. Of
-// several blocks over the same tiles only the first would wait for memory: they share out the lines of the next pair
-// of tiles instead, line by line in turn.
+// What a block of rows fetches while it computes: the same place of the pair of tiles that comes next. Of several
+// blocks over the same tiles only the first would wait for memory, so they share out the lines in turn.
 struct Prefetch {
-  static constexpr int kAhead = 8192;  // bytes
   ptrdiff_t distance;
   ptrdiff_t stride;  // bytes from one fetched line to the next
 
-  static Prefetch stream() { return {kAhead, 64}; }
-  static Prefetch share(int block, int blocks, size_t pair_bytes) {
-    return {ptrdiff_t(pair_bytes) + 64 * block, 64 * ptrdiff_t(blocks)};
+  static Prefetch share(ptrdiff_t distance, int block, int blocks) {
+    return {distance + 64 * block, 64 * ptrdiff_t(blocks)};
   }
 };
 
+// As assembly: gcc takes a function of nothing but prefetches for one without effect, and drops it.
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
-  if constexpr (kShare) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kBytes / 128; i++) prefetch_far(q + ahead.distance + i * ahead.stride);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < kBytes / 64; i++) prefetch(q + Prefetch::kAhead + i * 64);
-  }
+  for (int i = 0; i < kBytes / (kShare ? 128 : 64); i++) prefetch(q + ahead.distance + i * (kShare ? ahead.stride : 64));
 }
 
 // Where a tile's first block lies when pairs of tiles take turns; its next one is two further.
@@ -227,38 +223,40 @@ void multiply_some_rows(const Linear& w, int tile, const Activations& x, int row
 
 // Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
 template <class W, int NR>
-void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride) {
+void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
+                   ptrdiff_t distance) {
   const int blocks = (rows + kMaxRowBlock<W> - 1) / kMaxRowBlock<W>;
-  if (blocks == 1)
-    return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, Prefetch::stream());
+  if (blocks == 1) return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, {distance, 64});
   for (int block = 0; block < blocks; block++) {
     const int now = (rows + blocks - block - 1) / (blocks - block);
-    const Prefetch ahead = Prefetch::share(block, blocks, size_t(2) * w.groups() * W::kBlock);
-    multiply_some_rows<W, NR, true>(w, tile, x, row, now, out, stride, ahead);
+    multiply_some_rows<W, NR, true>(w, tile, x, row, now, out, stride, Prefetch::share(distance, block, blocks));
     row += now, rows -= now, out += size_t(now) * stride;
   }
 }
 
 template <class W>
 void multiply_tiles(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
-                    int stride) {
-  if (tile % 2 && tiles > 0) {
-    multiply_rows<W, 1>(w, tile, x, row, rows, out, stride);
-    tiles -= 1, tile += 1, out += kLanes;
+                    int stride, const uint8_t* next) {
+  constexpr ptrdiff_t kFarthest = 64 * 1024;  // what two pairs may take of the level 2 cache
+  const ptrdiff_t pair = ptrdiff_t(w.pair_bytes());
+  while (tiles > 0) {
+    const int now = tile % 2 || tiles == 1 ? 1 : 2;
+    const ptrdiff_t distance = pair > kFarthest ? kFarthest : tiles == now ? next - w.pair(tile) : pair;
+    if (now == 2) multiply_rows<W, 2>(w, tile, x, row, rows, out, stride, distance);
+    else multiply_rows<W, 1>(w, tile, x, row, rows, out, stride, distance);
+    tiles -= now, tile += now, out += now * kLanes;
   }
-  for (; tiles >= 2; tiles -= 2, tile += 2, out += 2 * kLanes)
-    multiply_rows<W, 2>(w, tile, x, row, rows, out, stride);
-  if (tiles == 1) multiply_rows<W, 1>(w, tile, x, row, rows, out, stride);
 }
 
-// out[r * stride + 16 t + lane] = output 16 (tile + t) + lane of x's row (row + r), bias included.
+// out[r * stride + 16 t + lane] = output 16 (tile + t) + lane of x's row (row + r), bias included. `next` is where the
+// weights begin that are wanted afterwards.
 inline void multiply(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
-                     int stride) {
+                     int stride, const uint8_t* next) {
   switch (w.format) {
-    case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride); break;
-    case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride); break;
-    case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride); break;
-    default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride); break;
+    case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride, next); break;
+    case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride, next); break;
+    case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride, next); break;
+    default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride, next); break;
   }
   if (w.bias == nullptr) return;
   for (int r = 0; r < rows; r++)

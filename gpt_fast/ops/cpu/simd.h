@@ -55,9 +55,8 @@ inline uint16_t float_to_bf16(float value) {  // nearest, ties to even
 
 namespace gf {
 
-// To the level 1 or level 2 cache. As assembly: gcc takes a function of nothing but prefetches for one without effect.
-inline void prefetch(const void* p) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
-inline void prefetch_far(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
+// Towards the level 2 cache.
+inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
 
 inline f32x16 splat(float v) { return splat_f(v); }
 inline f32x16 operator-(f32x16 a) { return splat(0.0f) - a; }
