@@ -85,7 +85,7 @@ class Runner:
             if chunk.last:
                 sampled |= self._sample([chunk.sequence], logits_BV)
         if plan.decodes:
-            sampled |= self._decode(list(plan.decodes))
+            sampled |= self.advance(list(plan.decodes))
         return sampled
 
     @torch.inference_mode()
@@ -105,7 +105,7 @@ class Runner:
                 self.forward(self.prefill, [[]], [0], [slot], size=size, length=length)
         if self.speculator:
             for rows in self.rows:
-                self.speculator.measure(self._decode, rows)
+                self.speculator.measure(self.advance, rows)
 
     def _prefill(self, chunk: Chunk) -> Tensor:
         sequence, count = chunk.sequence, chunk.count
@@ -113,7 +113,7 @@ class Runner:
         size = bucket_of(self.chunks, count)
         return self.forward(self.prefill, [tokens], [sequence.computed], [sequence.slot], size=size)
 
-    def _decode(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
+    def advance(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
         """One token for each sequence, and before it the proposals that stood."""
         started = time.perf_counter()
         proposal = self.speculator.propose(sequences) if self.speculator else None

@@ -117,12 +117,7 @@ class Speculator:
 
         decode runs one step of sequences and reports to this speculator, as always.
         """
-        length = min(32, self.max_seq_len // 2)
-        sequences = [
-            Sequence(f"measured-{slot}", [0] * (length - 1), SamplingParams(max_new_tokens=1 << 20), 0, output=[0],
-                     slot=slot, computed=length - 1)
-            for slot in range(rows)
-        ]  # fmt: skip
+        sequences = made_up(rows, min(32, self.max_seq_len // 2))
         controller = self.controller
         for choice in (PLAIN, *(Choice(arm, k) for arm in self.proposers for k in controller.counts)):
             self.controller = Fixed(choice if choice.k else None, controller.counts)
@@ -163,3 +158,12 @@ class Speculator:
         sequence.accepted += accepted
         self.pool.setdefault(key, Acceptance()).learn(accepted, count, keep=self.POOL_KEEP)
         self.requests[sequence].setdefault(key, Acceptance()).learn(accepted, count, keep=self.REQUEST_KEEP)
+
+
+def made_up(rows: int, length: int) -> list[Sequence]:
+    """Sequences of `length` equal tokens in the slots from 0 on, to time steps with; a lookup finds matches in them."""
+    params = SamplingParams(max_new_tokens=1 << 20)
+    return [
+        Sequence(f"made-up-{slot}", [0] * (length - 1), params, 0, output=[0], slot=slot, computed=length - 1)
+        for slot in range(rows)
+    ]

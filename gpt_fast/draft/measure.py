@@ -1,0 +1,104 @@
+"""Running an engine core with and without its speculator, and what the models say about a given text.
+
+Shapes: T tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt_fast.cache import KVCache
+from gpt_fast.config import SamplingParams
+from gpt_fast.controller import Choice, Fixed
+from gpt_fast.engine import EngineCore, Runner, bucket_of
+from gpt_fast.speculator import Speculator, Totals
+
+
+@dataclass(frozen=True)
+class Run:
+    """Answers of requests decoded together, in their order.
+
+    seconds, steps and tokens: of the steps that decoded a full batch and nothing else.
+    """
+
+    answers: list[list[int]]
+    seconds: float
+    steps: int
+    tokens: int
+    totals: Totals
+
+
+@contextmanager
+def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
+    """Let every step take this choice; None: plain decode, without the speculator."""
+    speculator = core.runner.speculator
+    if speculator is None:
+        yield
+        return
+    controller = speculator.controller
+    try:
+        core.runner.speculator = speculator if choice else None
+        speculator.controller, speculator.totals = Fixed(choice, controller.counts), Totals()
+        yield
+    finally:
+        core.runner.speculator, speculator.controller = speculator, controller
+
+
+def run(
+    core: EngineCore, choice: Choice | None, prompts: Sequence[list[int]], params: SamplingParams, *, together: int = 0
+) -> Run:
+    """Answer all prompts by this choice, `together` at a time (0: as many as there are slots)."""
+    together = together or core.runner.cache.slots
+    answers: dict[str, list[int]] = {f"draft-{i}": [] for i in range(len(prompts))}
+    waiting = deque(zip(answers, prompts, strict=True))
+    seconds, steps, tokens = 0.0, 0, 0
+    with speculating(core, choice):
+        while waiting or not core.idle:
+            while waiting and len(core.scheduler.running) + len(core.scheduler.waiting) < together:
+                core.add(*waiting.popleft(), params)
+            running = core.scheduler.running.values()
+            full = len(running) == together and all(s.output for s in running)
+            started = time.perf_counter()
+            events = core.step()
+            if full:
+                seconds, steps, tokens = seconds + time.perf_counter() - started, steps + 1, tokens + len(events)
+            for event in events:
+                answers[event.request_id].append(event.token)
+        speculator = core.runner.speculator
+        totals = speculator.totals if speculator and choice else Totals()
+    return Run(list(answers.values()), seconds, steps, tokens, totals)
+
+
+class Reader:
+    """A model's logits along texts, in a cache of its own: what plain decode would see at every position."""
+
+    def __init__(self, runner: Runner) -> None:
+        cache = runner.cache
+        own = KVCache(cache.config, slots=1, max_seq_len=cache.max_seq_len, dtype=cache.k_LNHTD.dtype,
+                      device=cache.k_LNHTD.device)  # fmt: skip
+        self.runner = Runner(decode=runner.decode, prefill=runner.prefill, cache=own, eos_ids=(),
+                             prefill_chunk=runner.chunks[-1])  # fmt: skip
+
+    @torch.inference_mode()
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        """float32 [len(answer), V]: what the model says where each token of the answer was chosen."""
+        tokens, rows = [*prompt, *answer][:-1], []
+        for start in range(0, len(tokens), self.runner.chunks[-1]):
+            part = tokens[start : start + self.runner.chunks[-1]]
+            size = bucket_of(self.runner.chunks, len(part))
+            logits_1SV = self.runner.forward(self.runner.prefill, [part], [start], [0], size=size, every=True)
+            rows.append(logits_1SV[0, max(len(prompt) - 1 - start, 0) : len(part)])
+        return torch.cat(rows)
+
+
+def draft_runner(speculator: Speculator | None) -> Runner | None:
+    """The draft model's runner, where the speculator has one."""
+    proposer = speculator.proposers.get("draft") if speculator else None
+    return getattr(proposer, "runner", None)
