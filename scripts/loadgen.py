@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocabulary", type=int, default=1000, help="token ids are drawn below this")
     add("--max_new_tokens", type=int, default=128)
     add("--out", type=Path, help="write the JSON here, indented")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
     for name in ("seconds", "prompts", "prompt_len", "vocabulary", "max_new_tokens"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name}: must be above 0 (got {getattr(args, name)})")
@@ -59,7 +59,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         outcomes, duration = await run(load, prompts)
         runs.append(metrics(outcomes, load, duration) | check(outcomes, oracle))
         print(line(runs[-1]), flush=True)
-    told = machine.description() | {"command": " ".join(["scripts/loadgen.py", *sys.argv[1:]])}
+    told = machine.description("scripts/loadgen.py", args.arguments)
     settings = {"prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "prompts": args.prompts}
     return told | settings | {"runs": runs}
 

@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, help="write the JSON here, indented")
     add("--plot", type=Path, help="write a picture here (gpt-fast[plot])")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
 
 
 def peer(value: str) -> tuple[str, Path | None]:
@@ -125,7 +125,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         descriptions = {name: target.call("describe") for name, target in targets.items()}
         processes = {name: process_figures(name, target, args) for name, target in targets.items()}
         method = probe.call("method") if probe else None
-    told = machine.description() | {"threads": threads, "probe": method, "repeat": args.repeat}
+    told = machine.description("python -m gpt_fast.bench", args.arguments) | {
+        "threads": threads,
+        "probe": method,
+        "repeat": args.repeat,
+    }
     result = told | report.build(results, descriptions, processes, ours=next(iter(targets)), limit=args.foreign_limit)
     return result | {"http_over_engine": report.http_over_engine(result)}
 

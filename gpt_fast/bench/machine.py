@@ -9,7 +9,6 @@ import os
 import platform
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def peak_rss_bytes(pid: int | str = "self") -> int | None:
 # ------------------------------------------------------------------------------------------ its name
 
 
-def description() -> dict[str, str | int | None]:
+def description(program: str, arguments: Sequence[str]) -> dict[str, str | int | None]:
     """What a result is worth nothing without."""
     return {
         "python": platform.python_version(),
@@ -139,8 +138,14 @@ def description() -> dict[str, str | int | None]:
         "compiler": first_line([os.environ.get("CXX", "g++"), "--version"]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", "-m", "gpt_fast.bench", *sys.argv[1:]]),
+        "command": " ".join([program, *map(without_place, arguments)]),
     }
+
+
+def without_place(argument: str) -> str:
+    """An argument with only the last part of an absolute path: where things lie here means nothing elsewhere."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
 def cpu_model() -> str:

@@ -28,7 +28,11 @@ class Remote:
         started = time.perf_counter()
         self.process.start()
         theirs.close()
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.process.join(timeout=10)
+            raise
         self.start_seconds = time.perf_counter() - started
 
     def call(self, method: str, *args: Any) -> Any:
@@ -63,20 +67,25 @@ class Remote:
 
 
 def _serve(connection: Connection, factory: Callable[..., Any], options: dict[str, Any]) -> None:
-    target = None
-    call: Callable[[], Any] = partial(factory, **options)
-    while True:
+    """The other process: make the target, then answer calls until told to stop or left alone."""
+    made, target = _attempt(partial(factory, **options))
+    connection.send((made, None if made == "done" else target))
+    while made == "done":
         try:
-            value = call()
-            target, value = (value, None) if target is None else (target, value)
-            connection.send(("done", value))
-        except Unavailable as error:
-            connection.send(("unavailable", str(error)))
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}".splitlines()[0]))
-        request = connection.recv()
-        if request is None or target is None:
+            request = connection.recv()
+        except EOFError:
+            return
+        if request is None:
             return
         method, args = request
         run = peak_rss_bytes if method == "peak_rss" and not hasattr(target, method) else getattr(target, method)
-        call = partial(run, *args)
+        connection.send(_attempt(partial(run, *args)))
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        return "done", call()
+    except Unavailable as error:
+        return "unavailable", str(error)
+    except Exception as error:
+        return "error", f"{type(error).__name__}: {error}".splitlines()[0]

@@ -107,11 +107,9 @@ def ratio_lines(case: Mapping[str, Any], ours: str) -> list[str]:
 
 
 def target_line(name: str, target: Mapping[str, Any]) -> str:
-    parts = [
-        f"load {show(target['load_seconds'], '.2f')} s",
-        f"start to first token {show(target.get('start_seconds'), '.2f')} s",
-        f"peak memory {show(target.get('peak_rss_mb'), '.0f')} MB",
-    ]
+    known = (("load_seconds", "load {:.2f} s"), ("start_seconds", "start to first token {:.2f} s"),
+             ("peak_rss_mb", "peak memory {:.0f} MB"))  # fmt: skip
+    parts = [text.format(target[key]) for key, text in known if target.get(key) is not None]
     if "quality" in target:
         parts.append(f"format {target['quantization']}, quality {quality_text(target['quality'])}")
     if target.get("verify_ms"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -22,11 +23,12 @@ def load(options: PeerOptions) -> Transformers:
 class Transformers:
     def __init__(self, options: PeerOptions) -> None:
         gguf = options.need_gguf(NAME)
+        os.environ["TQDM_DISABLE"] = "1"  # of this process
         try:
             import transformers
         except ImportError:
             raise Unavailable(f"{NAME}: pip install transformers gguf") from None
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         torch.set_num_threads(options.threads)
         started = time.perf_counter()
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(

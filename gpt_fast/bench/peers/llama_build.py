@@ -43,7 +43,8 @@ class LlamaBuild:
     def describe(self) -> Description:
         known = ("build_commit", "build_number", "model_type", "cpu_info", "type_k", "flash_attn")
         facts = {key: self.first[key] for key in known if key in self.first}
-        return Description(self.first["model_size"], self.kv_bytes, None, {**facts, "gguf": self.gguf.name})
+        # Not its model_size, which counts a head that shares the embedding's weights twice.
+        return Description(self.gguf.stat().st_size, self.kv_bytes, None, {**facts, "gguf": self.gguf.name})
 
     def run(self, case: Case) -> Sample:
         """TTFT is the time of the prompt's forward; one segment a run."""
