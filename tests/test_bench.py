@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from _echo_target import Echo
 from _quantized import random_model, small_config, write_checkpoint
 from _round_server import RoundServer
 from hypothesis import given
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from gpt_fast.bench import __main__ as command
 from gpt_fast.bench import machine, report
 from gpt_fast.bench.bandwidth import Bandwidth
+from gpt_fast.bench.engine import EngineTarget, neighbours
 from gpt_fast.bench.machine import CpuMeter, Reading, foreign_share, foreign_shares
 from gpt_fast.bench.over_http import HttpTarget
 from gpt_fast.bench.peers import PEERS, PeerOptions, load_peer, openvino_genai, upstream
@@ -225,24 +227,6 @@ def test_a_decode_shorter_than_a_segment_is_one():
 # ----------------------------------------------------------------------- targets in other processes
 
 
-class Echo:
-    def __init__(self, value):
-        if value == "absent":
-            raise Unavailable("echo: install an echo")
-        if value == "broken":
-            raise OSError("two\nlines")
-        self.value = value
-
-    def get(self, more):
-        return self.value + more
-
-    def fail(self):
-        raise Unavailable("not this one")
-
-    def end(self):
-        os._exit(7)
-
-
 def test_a_target_lives_in_a_process_of_its_own():
     remote = Remote(Echo, value=1)
     assert remote.call("get", 2) == 3 and remote.start_seconds > 0
@@ -414,7 +398,7 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
         arguments = [
             "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
             "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
-            "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify",
+            "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
             "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
         ]  # fmt: skip
         run = subprocess.run(
@@ -433,6 +417,7 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
         assert engine["percent_of_probed"] > 0 and http["gb_per_s"] is None
         assert (engine["segments"], http["segments"], engine["noisy_segments"]) == (2, 2, 0)
         assert case["ratios"]["http"]["decode_rounds"] == 2
+        assert case["targets"]["engine beside 1 busy"]["decode_tokens_per_s"] > 0
     told = result["targets"]["engine"]
     assert told["recompiles"] == 0 and told["peak_rss_mb"] > 10 and told["quality"] == "no report"
     assert list(told["verify_ms"]) == [str(m) for m in range(1, 9)] and told["verify_ms"]["1"]["ratio"] == 1
@@ -440,6 +425,22 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     assert result["notes"] == ["ik_llama.cpp: give --peer ik_llama.cpp=PATH (the folder of its llama-bench)"]
     assert sum("engine / http" in line for line in table) == 4
     assert str(tmp_path) not in run.stdout
+
+
+def test_a_busy_neighbour_is_ended_and_is_no_strangers_load(tiny_checkpoint):
+    options = {"checkpoint_path": str(tiny_checkpoint), "max_seq_len": 64, "threads": 1}
+    target = EngineTarget(**options)
+    children = set(machine.process_tree(os.getpid()))
+    taken = target.run(Case(8, 50, vocabulary=257), busy=2)
+    assert set(machine.process_tree(os.getpid())) <= children
+    assert taken.segments[0].steps == 25
+    with neighbours(1) as pids:
+        time.sleep(0.5)
+        meter, strangers = CpuMeter(pids), CpuMeter()
+        before = meter.read().own - strangers.read().own
+        time.sleep(0.5)
+        assert meter.read().own - strangers.read().own > before > 0
+    assert machine.process_seconds(pids[0]) == 0.0
 
 
 def test_the_server_is_asked_for_the_same_case():

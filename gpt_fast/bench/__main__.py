@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from typing import Any
 from gpt_fast.bench import machine, report
 from gpt_fast.bench.peers import PEERS
 from gpt_fast.bench.remote import Remote
-from gpt_fast.bench.rounds import interleave
+from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import bandwidth, factories, model_facts
@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=positive, default=200)
     add("--repeat", type=positive, default=5, help="rounds")
     add("--threads", type=int, default=0, help="of every target; 0: one a core")
+    add("--busy", type=int, default=0, metavar="N", help="measure the engine also beside N programs that never rest")
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
     add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
@@ -116,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if not targets:
             raise RuntimeError(f"nothing could be measured: {'; '.join(notes)}")
         results = interleave(
-            {name: partial(target.call, "run") for name, target in targets.items()},
+            runs(targets, args.busy),
             cases,
             repeat=args.repeat,
             probe=partial(probe.call, "probe") if probe else lambda: None,
@@ -132,6 +133,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     result = told | report.build(results, descriptions, processes, ours=next(iter(targets)), limit=args.foreign_limit)
     return result | {"http_over_engine": report.http_over_engine(result)}
+
+
+def runs(targets: Mapping[str, Remote], busy: int) -> dict[str, Run]:
+    """What takes turns: every target, and the engine once more beside busy programs."""
+    found: dict[str, Run] = {name: partial(target.call, "run") for name, target in targets.items()}
+    if busy and "engine" in targets:
+        engine = targets["engine"]
+        found[f"engine beside {busy} busy"] = lambda case: engine.call("run", case, busy)
+    return found
 
 
 def start(stack: ExitStack, notes: list[str], factory: Callable[..., Any], options: dict[str, Any]) -> Remote | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,17 @@ class EngineTarget:
             facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality_of(weights)},
         )
 
-    def run(self, case: Case) -> Sample:
-        """Decode all rows together. Segments begin when every row has its first token and end with the first row."""
+    def run(self, case: Case, busy: int = 0) -> Sample:
+        """Decode all rows together. Segments begin when every row has its first token and end with the first row.
+
+        busy: processes that spin meanwhile; their CPU time is not foreign, for it is part of what is measured.
+        """
+        with neighbours(busy) as pids:
+            return self._run(case, Recorder(CpuMeter(pids)))
+
+    def _run(self, case: Case, recorder: Recorder) -> Sample:
         params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True)
         names = [f"bench-{next(self.ids)}" for _ in range(case.rows)]
-        recorder = Recorder(CpuMeter())
         recorder.start()
         for name, prompt in zip(names, case.prompts(), strict=True):
             self.engine.add(name, prompt, params)
@@ -83,3 +92,15 @@ class EngineTarget:
                 if turn >= 2:  # the first turns warm up, and may compile
                     seconds[size].append(time.perf_counter() - started)
         return {size: statistics.median(values) for size, values in seconds.items()}
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[list[int]]:
+    """The process ids of `count` programs that each keep a core busy, ended on the way out."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield [process.pid for process in spinning]
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()

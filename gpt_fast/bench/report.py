@@ -44,9 +44,9 @@ def build(
         processes: per target what was measured of its process: peak_rss_mb, start_seconds, recompiles, verify_ms.
         ours: the target that the others are compared with. limit: foreign load above which a segment is noisy.
     """
-    cases = []
+    cases, described = [], descriptions[ours]  # a target that is ours again, under other conditions, has no own
     for (prompt_len, new_tokens, rows), samples in results.samples.items():
-        figures = {name: summarize(taken, descriptions[name], limit) for name, taken in samples.items()}
+        figures = {name: summarize(taken, descriptions.get(name, described), limit) for name, taken in samples.items()}
         ratios = {
             name: ratio(samples[ours], taken, limit)
             for name, taken in samples.items()
@@ -143,13 +143,15 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     rates = {"decode": "decode_tokens_per_s", "prefill": "prefill_tokens_per_s"}
+    names = list(dict.fromkeys(name for case in report["cases"] for name in case["targets"]))
     for axis, (title, key) in zip(figure.subplots(1, 2), rates.items(), strict=True):
-        width = 0.8 / len(report["targets"])
-        for index, name in enumerate(report["targets"]):
+        width = 0.8 / len(names)
+        for index, name in enumerate(names):
             for place, case in enumerate(report["cases"]):
                 bar(axis, place + index * width, case["targets"].get(name, {}), key, width, f"C{index}")
-            axis.bar(0, 0, color=f"C{index}", label=name)  # the legend's entry, once
-        axis.set_xticks(range(len(report["cases"])), [label(case) for case in report["cases"]])
+            axis.plot([], color=f"C{index}", lw=6, label=name)  # the legend's entry, once
+        middle = (0.8 - width) / 2
+        axis.set_xticks([place + middle for place in range(len(report["cases"]))], list(map(label, report["cases"])))
         axis.set(title=f"{title}, tokens/s (all rows)")
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
