@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Closed-loop load on a running server: N streams, figures under `vllm bench serve`'s names, one JSON line last.
 
-    scripts/loadgen.py --url http://127.0.0.1:8080/predictions/gpt-fast --streams 1 4 16 --seconds 30
+    python scripts/loadgen.py --url http://127.0.0.1:8080/predictions/gpt-fast --streams 1 4 16 --seconds 30
 
 Every answer is compared with the one the same prompt got alone before; exit code 1 when any failed or differs.
 """
@@ -54,19 +54,22 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         for streams in args.streams
     ]
     oracle = await ask_alone(loads[0], prompts)
+    meter = machine.CpuMeter(machine.server_processes(args.url))
     runs = []
     for load in loads:
+        before = meter.read()
         outcomes, duration = await run(load, prompts)
-        runs.append(metrics(outcomes, load, duration) | check(outcomes, oracle))
+        foreign = {"foreign_load": machine.foreign_share(before, meter.read())}
+        runs.append(metrics(outcomes, load, duration) | check(outcomes, oracle) | foreign)
         print(line(runs[-1]), flush=True)
-    told = machine.description("scripts/loadgen.py", args.arguments)
+    told = machine.description("python scripts/loadgen.py", args.arguments)
     settings = {"prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "prompts": args.prompts}
     return told | settings | {"runs": runs}
 
 
 HEADING = f"{'streams':>7} {'requests':>8} {'tokens/s':>9}" + "".join(
     f" {name + ' p50 ms':>12} {'p99':>8}" for name in ("TTFT", "TPOT", "ITL", "E2EL")
-) + f" {'failed':>7} {'differ':>7} {'mixed up':>8}"  # fmt: skip
+) + f" {'failed':>7} {'differ':>7} {'mixed up':>8} {'foreign':>8}"  # fmt: skip
 
 
 def line(figures: dict[str, Any]) -> str:
@@ -75,6 +78,7 @@ def line(figures: dict[str, Any]) -> str:
         median, worst = figures[f"median_{name}_ms"], figures[f"p99_{name}_ms"]
         cells.append(f"{show(median, '.2f'):>12} {show(worst, '.2f'):>8}")
     cells.append(f"{figures['failed']:7d} {figures['mismatched']:7d} {figures['mixed_up']:8d}")
+    cells.append(f"{show(figures['foreign_load'], '.1%'):>8}")
     return " ".join(cells)
 
 

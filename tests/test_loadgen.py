@@ -114,6 +114,7 @@ def test_whole_answers(reply, api, text):
         (chunked(event("a")), OpenAIApi(), "ended without [DONE]"),
         (chunked("data: {\n\n"), OpenAIApi(), "JSONDecodeError"),
         (chunked(), NativeApi(), "an empty answer"),
+        (b'HTTP/1.1 400 Bad\r\n\r\n{\n "a": 1\n}', NativeApi(), 'status 400: { "a": 1 }'),
         (b"", NativeApi(), "IncompleteReadError"),
         (chunked("wait", end=False), NativeApi(), "no end within 0.2 s"),
     ],
@@ -181,6 +182,7 @@ def test_the_script_against_the_real_rounds(api, tmp_path):
         assert figures["distinct_answers"] > 3
         assert 0 < figures["median_ttft_ms"] <= figures["median_e2el_ms"]
         assert figures["median_tpot_ms"] > 0
+        assert figures["foreign_load"] is None or 0 <= figures["foreign_load"] <= 1
 
 
 def test_a_server_that_is_not_there_is_one_line():

@@ -113,8 +113,8 @@ async def post(url: str, body: Mapping[str, Any], token: str = "") -> AsyncItera
         status, fields = await read_head(reader)
         pieces = read_body(reader, fields)
         if status != 200:
-            text = b"".join([piece async for piece in pieces])[:200]
-            raise ConnectionError(f"status {status}: {text.decode(errors='replace')}")
+            text = b"".join([piece async for piece in pieces])[:300].decode(errors="replace")
+            raise ConnectionError(f"status {status}: {' '.join(text.split())}")
         async for piece in pieces:
             yield piece
     finally:

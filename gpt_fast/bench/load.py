@@ -51,7 +51,7 @@ async def ask_alone(load: Load, prompts: Sequence[Prompt]) -> dict[Prompt, str]:
 
 
 async def run(load: Load, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
-    """All outcomes, and the seconds from the first request to the last answer. Requests under way are let finish."""
+    """All outcomes, and the seconds from the first request to the last answer. Requests under way may finish."""
     started = time.perf_counter()
     todo: Iterator[Prompt] = itertools.cycle(prompts)
     if load.requests is not None:

@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 TICKS = os.sysconf("SC_CLK_TCK")
 WINDOW_SECONDS = 0.25  # /proc/stat counts in ticks of 10 ms: over less than this, a quiet machine looks busy
 BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user nice system irq softirq steal; guest is part of user
@@ -94,6 +96,13 @@ def process_tree(root: int) -> list[int]:
     for pid in tree:
         tree += [child for child, parent in parents.items() if parent == pid]
     return tree
+
+
+def server_processes(url: str) -> list[int]:
+    """The processes that serve a URL of this machine; none where it is elsewhere or not ours to see."""
+    parts = urlsplit(url)
+    server = listener(parts.port or 80) if parts.hostname in LOCAL else None
+    return process_tree(server) if server else []
 
 
 def listener(port: int) -> int | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from urllib.parse import urlsplit
 
 from gpt_fast.bench.client import Answer, NativeApi, ask
-from gpt_fast.bench.machine import CpuMeter, foreign_share, listener, process_tree
+from gpt_fast.bench.machine import CpuMeter, foreign_share, server_processes
 from gpt_fast.bench.sample import Case, Description, Sample, Segment
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class HttpTarget:
@@ -17,9 +14,7 @@ class HttpTarget:
 
     def __init__(self, url: str, token: str = "") -> None:
         self.url, self.token = url, token
-        parts = urlsplit(url)
-        server = listener(parts.port or 80) if parts.hostname in LOCAL else None
-        self.meter = CpuMeter(process_tree(server) if server else ())
+        self.meter = CpuMeter(server_processes(url))
 
     def describe(self) -> Description:
         return Description(facts={"url": self.url})

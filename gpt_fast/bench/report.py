@@ -75,7 +75,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for case in report["cases"]:
         lines += [*case_lines(case), *ratio_lines(case, report["ours"]), ""]
-    lines += [target_line(name, target) for name, target in report["targets"].items()]
+    lines += [line for name, target in report["targets"].items() if (line := target_line(name, target))]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 
@@ -107,6 +107,7 @@ def ratio_lines(case: Mapping[str, Any], ours: str) -> list[str]:
 
 
 def target_line(name: str, target: Mapping[str, Any]) -> str:
+    """ "" when nothing is known of the target's process, as of a server."""
     known = (("load_seconds", "load {:.2f} s"), ("start_seconds", "start to first token {:.2f} s"),
              ("peak_rss_mb", "peak memory {:.0f} MB"))  # fmt: skip
     parts = [text.format(target[key]) for key, text in known if target.get(key) is not None]
@@ -117,7 +118,7 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
         parts.append(f"verify of M tokens against one ({target['verify_ms']['1']['ms']:.2f} ms): {costs}")
     if "recompiles" in target:
         parts.append(f"recompiles {target['recompiles']}")
-    return f"{name}: {'; '.join(parts)}"
+    return f"{name}: {'; '.join(parts)}" if parts else ""
 
 
 def quality_text(quality: Mapping[str, Any] | str) -> str:
