@@ -189,10 +189,23 @@ def test_a_target_that_cannot_do_a_case_is_left_out_of_it_with_one_note():
             raise Unavailable("one row only")
         return sample(segment(0.1))
 
-    runs = {"narrow": narrow, "wide": lambda case: sample(segment(0.1))}
+    runs = {"wide": lambda case: sample(segment(0.1)), "narrow": narrow}
     results = interleave(runs, [Case(8, 10, rows) for rows in (1, 2, 3)], repeat=1, probe=lambda: None)
-    assert [list(taken) for taken in results.samples.values()] == [["narrow", "wide"], ["wide"], ["wide"]]
+    assert [list(taken) for taken in results.samples.values()] == [["wide", "narrow"], ["wide"], ["wide"]]
     assert results.notes == ["one row only"]
+
+
+def test_a_peers_failure_is_a_note_and_ours_an_error():
+    def fails(case):
+        raise RuntimeError("out of memory")
+
+    def works(case):
+        return sample(segment(0.1))
+
+    results = interleave({"ours": works, "peer": fails}, [CASE], repeat=1, probe=lambda: None)
+    assert list(results.samples[CASE.shape]) == ["ours"] and results.notes == ["peer: out of memory"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interleave({"ours": fails, "peer": works}, [CASE], repeat=1, probe=lambda: None)
 
 
 def test_no_two_rounds_or_rows_share_a_prompt():

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
-from gpt_fast.bench.targets import bandwidth, factories, model_facts
+from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
 
 VERIFY_SIZES = range(1, 9)
 
@@ -110,10 +110,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         notes: list[str] = []
         targets = {}
-        for name, (factory, options) in factories(args, threads, kv_elements).items():
-            if remote := start(stack, notes, factory, options):
+        for name, factory in factories(args, threads, kv_elements).items():
+            if remote := start(stack, notes, name, factory):
                 targets[name] = remote
-        probe = start(stack, notes, bandwidth, {"nbytes": int(args.probe_gib * 2**30), "threads": threads})
+        probe = start(stack, notes, "probe", (bandwidth, {"nbytes": int(args.probe_gib * 2**30), "threads": threads}))
         if not targets:
             raise RuntimeError(f"nothing could be measured: {'; '.join(notes)}")
         results = interleave(
@@ -144,12 +144,18 @@ def runs(targets: Mapping[str, Remote], busy: int) -> dict[str, Run]:
     return found
 
 
-def start(stack: ExitStack, notes: list[str], factory: Callable[..., Any], options: dict[str, Any]) -> Remote | None:
-    """The target in its process, which the stack ends; None, with a note, where it cannot be had."""
+def start(stack: ExitStack, notes: list[str], name: str, factory: Factory) -> Remote | None:
+    """The target in its process, which the stack ends; None, with a note, for a peer that cannot be had."""
+    make, options = factory
     try:
-        remote = Remote(factory, **options)
+        remote = Remote(make, **options)
     except Unavailable as reason:
         notes.append(str(reason))
+        return None
+    except RuntimeError as error:
+        if name not in PEERS:
+            raise
+        notes.append(f"{name}: {error}")
         return None
     stack.callback(remote.close)
     return remote

@@ -24,7 +24,7 @@ def interleave(
 ) -> Results:
     """For every case one discarded round, then `repeat` rounds of every target in turn, each beside a probe.
 
-    A target that cannot do a case (Unavailable) is left out of it, with a note.
+    A target that cannot do a case is left out of it, with a note; it is an error of the first one only.
     """
     results = Results()
     for case in cases:
@@ -39,14 +39,18 @@ def interleave(
 
 
 def warm_up(runs: Mapping[str, Run], case: Case, notes: list[str]) -> dict[str, Run]:
-    """The targets that can do the case, after one run each."""
-    able = {}
+    """The targets that can do the case, after one run each. Ours, the first, has to; a peer's failure is a note."""
+    able: dict[str, Run] = {}
+    ours = next(iter(runs))
     for name, run in runs.items():
         try:
             run(replace(case, round=0))
-        except Unavailable as reason:
-            if str(reason) not in notes:
-                notes.append(str(reason))
+        except RuntimeError as reason:
+            if name == ours:
+                raise
+            note = str(reason) if isinstance(reason, Unavailable) else f"{name}: {reason}"
+            if note not in notes:
+                notes.append(note)
         else:
             able[name] = run
     return able

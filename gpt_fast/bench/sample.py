@@ -83,5 +83,5 @@ class Target(Protocol):
     def run(self, case: Case) -> Sample: ...
 
 
-class Unavailable(Exception):
+class Unavailable(RuntimeError):
     """A target that cannot be had here: one line that says what to install or give."""
