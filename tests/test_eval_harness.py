@@ -14,6 +14,7 @@ from _quantized import random_model, small_config, write_checkpoint
 from _tiny_engine import EOS, tiny_engine
 from lm_eval.api.instance import Instance
 
+from gpt_fast.checkpoint import load_checkpoint
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.eval.__main__ import main
 from gpt_fast.eval.harness import EngineLM, evaluate, sampling_params
@@ -169,3 +170,68 @@ def test_scores_are_those_of_direct_evaluation(checkpoint):
             scores.append(by_hand(lm, tokens, len(tokens) - len(context)))
         got = torch.tensor([float(r[0][0]) for r in sample["resps"]])
         torch.testing.assert_close(got, torch.tensor(scores), rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------- against the harness's own backend
+
+
+@pytest.fixture
+def default_checkpoint() -> Path:
+    return Path(__file__).parent.parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def transformers_backend(directory: Path):
+    """The default model in transformers, behind the harness's own HFLM."""
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model = transformers.LlamaForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(hugging_face_state(directory), strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"])
+    model.tie_weights()
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=512)
+
+
+def hugging_face_state(directory: Path) -> dict[str, torch.Tensor]:
+    """The converted checkpoint under transformers' names, queries and keys back in half-split RoPE order."""
+    loaded = load_checkpoint(directory, device="cpu", dtype=torch.float32)
+    config, state = loaded.config, {}
+    q, kv = config.n_head * config.head_dim, config.kv_dim
+
+    def half_split(rows):
+        return rows.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    for i, layer in enumerate(loaded.model.layers):
+        prefix = f"model.layers.{i}."
+        three = layer.attention.wqkv.weight.split((q, kv, kv))
+        named = {"q": half_split(three[0]), "k": half_split(three[1]), "v": three[2], "o": layer.attention.wo.weight}
+        state |= {f"{prefix}self_attn.{name}_proj.weight": weight for name, weight in named.items()}
+        mlp = {"gate": "w1", "up": "w3", "down": "w2"}
+        state |= {f"{prefix}mlp.{t}_proj.weight": getattr(layer.feed_forward, w).weight for t, w in mlp.items()}
+        state[f"{prefix}input_layernorm.weight"] = layer.attention_norm.weight
+        state[f"{prefix}post_attention_layernorm.weight"] = layer.ffn_norm.weight
+    state["model.norm.weight"] = loaded.model.norm.weight
+    return state | {"model.embed_tokens.weight": loaded.model.tok_embeddings.weight}
+
+
+@pytest.mark.model
+def test_the_default_model_answers_200_questions_as_transformers_does(default_checkpoint):
+    from gpt_fast.llm import Engine
+
+    options = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16, "max_seq_len": 512}
+    ours = evaluate(EngineLM(Engine.load(str(default_checkpoint), **options)), ["basics"], limit=None, num_fewshot=None)
+    theirs = evaluate(transformers_backend(default_checkpoint), ["basics"], limit=None, num_fewshot=None)
+    rows = [
+        {
+            sample["doc_id"]: torch.tensor([float(r[0][0]) for r in sample["resps"]])
+            for sample in result["samples"]["basics"]
+        }
+        for result in (ours, theirs)
+    ]
+    assert rows[0].keys() == rows[1].keys() and len(rows[0]) == 200
+    same = [int(rows[0][i].argmax()) == int(rows[1][i].argmax()) for i in rows[0]]
+    furthest = max(float((rows[0][i] - rows[1][i]).abs().max()) for i in rows[0])
+    print(f"{sum(same)} of 200 choices equal, log-likelihoods within {furthest:.2g}")
+    assert sum(same) >= 198 and furthest < 1e-2

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -113,7 +113,7 @@ def sampling_params(arguments: dict[str, Any]) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, stop=tuple(s for s in stop if s), **values)
 
 
-def evaluate(model: EngineLM, tasks: list[str], *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
+def evaluate(model: LM, tasks: list[str], *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
     """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}."""
     found: list[Any] = find_tasks(tasks)
     results = simple_evaluate(
