@@ -47,7 +47,7 @@ class Pool {
     job_ = &job;
     phase_ = -1;
     open_next_phase();
-    while (!is_idle(ticket_.load(std::memory_order_acquire))) take_chunk_or_wait(0);
+    for (uint64_t ticket; !is_idle(ticket = ticket_.load(std::memory_order_acquire));) take_chunk_or_wait(0, ticket);
   }
 
  private:
@@ -59,11 +59,11 @@ class Pool {
   static bool is_idle(uint64_t ticket) { return chunks_of(ticket) == 0; }
 
   void work(int thread) {
-    while (!stopping_.load()) take_chunk_or_wait(thread);
+    while (!stopping_.load()) take_chunk_or_wait(thread, ticket_.load(std::memory_order_acquire));
   }
 
-  void take_chunk_or_wait(int thread) {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  // `ticket`: the one the caller looked at. A newer one may be idle, and run() would sleep on it for ever.
+  void take_chunk_or_wait(int thread, uint64_t ticket) {
     if (!has_chunk(ticket)) return wait_for_change(ticket);
     ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
     if (!has_chunk(ticket)) return;
