@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_fast.llm import Engine
+from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
 from gpt_fast.serve.response import (
     JSON,
@@ -24,14 +24,6 @@ from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 
 ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
-# The page is one file that talks to the server it came from, and to nobody else.
-PAGE_HEADERS = (
-    (
-        "Content-Security-Policy",
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:",
-    ),
-    ("X-Content-Type-Options", "nosniff"),
-)
 
 
 class Limits(NamedTuple):
@@ -52,12 +44,12 @@ class Admit:
         self.engine, self.in_flight, self.limits = engine, in_flight, limits
         self.model_name, self.drain_file = model_name, drain_file
         self.created = int(time.time())
-        self.page = (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
+        self.page = page_text()
 
     def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
         path = path.strip("/")
         if path == "chat":
-            return Reply(self.page, None, content_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+            return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
         try:
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)

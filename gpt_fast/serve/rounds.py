@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join within it
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
-REPORT_SECONDS = 0.2  # how often figures are exported
+REPORT_SECONDS = 0.1  # how often figures are exported
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # TorchServe plays rounds as long as anyone is in flight. None for this long while output waits: every client of the
 # last round is gone, and nobody will say so. First decoding pauses, which costs nothing if the silence was a stall.
-SILENCE_SECONDS = 0.5
+SILENCE_SECONDS = 0.3
 LOST_SECONDS = 5.0  # then the requests are dropped
 
 

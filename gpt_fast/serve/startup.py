@@ -31,8 +31,8 @@ class ServeConfig:
     """What the HTTP side of `handler:` may set; the rest of its keys are EngineConfig's.
 
     max_new_tokens, stream: for a native request that does not say. max_waiting: sequences that may wait for a slot
-    before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any request may take. hung_seconds: a step that takes
-    longer ends the worker, for TorchServe to restart.
+    before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any
+    request may take. hung_seconds: a step that takes longer ends the worker, for TorchServe to restart.
     """
 
     max_new_tokens: int = 50
