@@ -52,7 +52,7 @@ def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, i
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 70), groups=st.integers(1, 9), tail=st.integers(0, 31), x_rows=st.integers(1, 20),
        seed=st.integers(0, 99))
 def test_product_equals_twin(isa: str, weights: str, rows: int, groups: int, tail: int, x_rows: int, seed: int) -> None:
@@ -109,7 +109,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", sorted({ISAS[0], ISAS[-1]}))
 @pytest.mark.parametrize("weights", decoder.WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
@@ -128,7 +128,7 @@ def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
     assert torch.isnan(cache.k_LNHTD[:, :3]).all() and torch.isnan(cache.v_LNHTD[:, 3, :, 150:]).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", sorted({ISAS[0], ISAS[-1]}))
 @pytest.mark.parametrize("cache_type", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
 def test_narrow_caches_equal_twin(head_dim: int, cache_type: torch.dtype, isa: str) -> None:
@@ -230,6 +230,14 @@ def test_quantized_modules_keep_their_codes(mode: str, tied: bool) -> None:
     assert relative_error(got, run_chunks(quantized, tokens, new_cache(model), [40])) < 0.03  # activations in int8
 
 
+def test_bfloat16_is_not_mixed_with_quantized_modules() -> None:
+    model = quantized_model(small_model(), mode="int8", groupsize=64, embedding="keep")
+    model.output = torch.nn.Linear(model.config.dim, model.config.vocab_size, bias=False)
+    model.setup_rope(MAX_SEQ_LEN, torch.device("cpu"))
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        CpuDecoder(model, weights="bfloat16", threads=1)
+
+
 @pytest.mark.parametrize(("token", "position", "slot", "select", "message"), [
     (301, 0, 0, 0, "tokens_BS"), (-1, 0, 0, 0, "tokens_BS"), (0, 8, 0, 0, "positions_BS"),
     (0, -1, 0, 0, "positions_BS"), (0, 0, 4, 0, "slots_B"), (0, 0, -1, 0, "slots_B"), (0, 0, 0, 1, "select_B"),
@@ -281,6 +289,13 @@ def test_a_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(build.BuildError, match="error: no luck"):
         build.load_library()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_unusable_cache_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPT_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(build.BuildError, match="set GPT_FAST_CACHE"):
+        build.load_library()
 
 
 def test_processor_choice() -> None:

@@ -74,9 +74,12 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     isa = isa or best_isa(cpu_flags())
     assert isa is not None
     path = cache_dir() / f"decoder-{isa}-{source_key(isa)}.so"
-    if not path.exists():
-        build(path, isa)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            build(path, isa)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot use the cache {path.parent} (set GPT_FAST_CACHE): {error}") from error
 
 
 def source_key(isa: str) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gpt_fast.cache import KVCache
     from gpt_fast.model import Transformer
 
-WEIGHTS = ("bfloat16", "int8", "int4")
+WEIGHTS = ("bfloat16", "int8", "int8_groups", "int4")
 EMBEDDING_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 SPINS = 2000  # pauses before a waiting thread sleeps: some 50 microseconds, then the core is another's
 
@@ -57,10 +57,13 @@ class Pool:
 class CpuDecoder:
     """`forward` of a packed copy of `model`'s weights.
 
-    weights: "bfloat16"; "int8" (a scale a row); "int4" (scale and minimum per `group` inputs, head in int8 with a
-    scale per 32). Activations are int8 per 32 inputs beside int8 and int4 weights, else bfloat16; sums, residual and
-    attention are float32. threads: of the forward, the caller's included. pool: another decoder's, to share its
-    threads. isa: one of build.ISAS, for tests.
+    weights: how float matrices are stored: "bfloat16"; "int8" (a scale a row); "int8_groups" (a scale per 32 inputs,
+    GGUF's Q8_0); "int4" (scale and minimum per `group` inputs, with 32 GGUF's Q4_1; the head in int8_groups). Modules
+    of gpt_fast.quantize, not yet packed, keep their own codes. Activations are int8 per 32 inputs beside integer
+    weights, else bfloat16; sums, residual and attention are float32.
+    threads: of the forward, the caller's included. pool: another decoder's, to share its threads. isa: one of
+    build.ISAS, for tests. One forward at a time. The model's own weights are not needed afterwards, but for the
+    embedding table, which is kept.
     Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses.
     """
 
@@ -83,7 +86,8 @@ class CpuDecoder:
         self.pool = pool or Pool(self.library, threads)
         self.kept: list[Tensor | Structure | ctypes.Array] = []  # what the C++ side points to
         self.arena = Arena()
-        self.weight_bytes = 0
+        self.weight_bytes = 0  # what a step of one token reads
+        self.formats: set[int] = set()
         description = self.describe_model(model, Packer(weights, group))
         self.handle = self.library.gf_decoder_create(byref(description), self.pool.handle)
 
@@ -146,6 +150,10 @@ class CpuDecoder:
         out.window = attention.window or 0
 
     def describe(self, packed: Packed) -> Linear:
+        self.formats.add(packed.format)
+        if pack.BF16 in self.formats and len(self.formats) > 1:
+            raise ValueError("weights: bfloat16 cannot be mixed with quantized modules (allowed int8, int8_groups, "
+                             "int4)")
         q, scale = self.keep(self.arena.put(packed.q)), packed.scale
         self.weight_bytes += packed.nbytes
         return Linear(
