@@ -440,6 +440,21 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     assert str(tmp_path) not in run.stdout
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_bench_that_is_told_to_stop_leaves_no_process(tiny_checkpoint):
+    arguments = ["--checkpoint_path", str(tiny_checkpoint), "--engine", "--threads", "1", "--repeat", "100000"]
+    bench = subprocess.Popen([sys.executable, "-m", "gpt_fast.bench", *arguments], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(tree := machine.process_tree(bench.pid)) < 3:
+        assert time.monotonic() < deadline and bench.poll() is None
+        time.sleep(0.05)
+    bench.terminate()
+    assert bench.wait(timeout=60) == 143
+    while any(Path(f"/proc/{pid}").exists() for pid in tree):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_busy_neighbour_is_ended_and_is_no_strangers_load(tiny_checkpoint):
     options = {"checkpoint_path": str(tiny_checkpoint), "max_seq_len": 64, "threads": 1}
     target = EngineTarget(**options)

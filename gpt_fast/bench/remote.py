@@ -31,7 +31,7 @@ class Remote:
         try:
             self._receive()
         except BaseException:
-            self.process.join(timeout=10)
+            self.close()
             raise
         self.start_seconds = time.perf_counter() - started
 
