@@ -59,6 +59,7 @@ def load_parts(config: EngineConfig) -> Parts:
         speculator=build_speculator(config, cache, path, threads),
     )
     runner.warm_up()
+    torch.set_num_threads(path.torch_threads)
     return Parts(
         EngineCore(runner),
         tokenizer,
@@ -70,6 +71,7 @@ def load_parts(config: EngineConfig) -> Parts:
             "path": path.name,
             "device": str(device),
             "threads": threads,
+            "torch_threads": path.torch_threads,
             "dtype": str(compute_dtype).removeprefix("torch."),
             "kv_cache": str(cache.k_LNHTD.dtype).removeprefix("torch."),
             "kv_cache_gib": round(cache.nbytes / 2**30, 3),
@@ -184,11 +186,16 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class ModelPath(NamedTuple):
-    """How the model is run: its decode and prefill forwards, and their name for the log."""
+    """How the model is run: its decode and prefill forwards, and their name for the log.
+
+    torch_threads: for PyTorch's own operators beside it. Fused kernels have threads of their own, and PyTorch's
+    would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
+    """
 
     name: str
     decode: Forward
     prefill: Forward
+    torch_threads: int
 
 
 def choose_path(
@@ -197,29 +204,42 @@ def choose_path(
     """The fastest path that computes what was asked for; its name says why where it is the plain one.
 
     A draft runs `beside` its target, on the same threads.
-
-    float32 stays plain: it is the reference, and the fused kernels round activations.
     """
     model = loaded.model
     if config.compile or config.compile_prefill:
-        return compiled_path(config, model)
-    if config.kernels == "plain":
-        return ModelPath("plain (kernels: plain)", model, model)
-    if loaded.quantization is None and model.norm.weight.dtype != torch.bfloat16:
-        return ModelPath("plain (float32 and float16 have no fused path)", model, model)
-    from gpt_fast.ops.cpu.decoder import CpuDecoder, unsupported
+        return compiled_path(config, model, threads)
+    path = fused_path(config, loaded, threads, beside=beside)
+    if isinstance(path, ModelPath):
+        return path
+    prepare_modules(model)
+    return ModelPath(f"plain ({path})", model, model, threads)
 
-    reason = unsupported(model)
-    if reason is not None:
-        prepare_modules(model)
-        return ModelPath(f"plain ({reason})", model, model)
+
+def fused_path(
+    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None
+) -> ModelPath | str:
+    """The model on the fused CPU kernels, or why it stays on the plain path.
+
+    float32 stays plain: it is the reference, and the fused kernels round activations.
+    """
+    if config.kernels == "plain":
+        return "kernels: plain"
+    if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:
+        return "float32 and float16 have no fused path"
+    from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
+
+    if reason := unsupported(loaded.model):
+        return reason
     weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
     pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
-    fused = CpuDecoder(model, weights=weights, threads=threads, pool=pool)
-    return ModelPath("fused CPU decoder", fused, fused)
+    try:
+        fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
+    except BuildError as error:
+        return str(error)
+    return ModelPath("fused CPU decoder", fused, fused, torch_threads=1)
 
 
-def compiled_path(config: EngineConfig, model: Transformer) -> ModelPath:
+def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
     if model.config.n_expert:
         raise ConfigError("compile", "a mixture of experts is not compiled: which experts run depends on the token")
     prepare_modules(model)
@@ -230,6 +250,7 @@ def compiled_path(config: EngineConfig, model: Transformer) -> ModelPath:
         "compiled decode" + (" and prefill" if config.compile_prefill else ""),
         compiled if config.compile else model,
         compiled if config.compile_prefill else model,
+        threads,
     )
 
 

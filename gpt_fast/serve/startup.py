@@ -94,7 +94,7 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine_config = dataclasses.replace(engine_config, threads=serving_threads())
     engine = Engine.load(**dataclasses.asdict(engine_config))
     logger.info("gpt-fast serves %s", json.dumps(engine.description))
-    service = Service(engine, threads=engine_config.threads, hung_after=serve_config.hung_seconds)
+    service = Service(engine, threads=engine.description["torch_threads"], hung_after=serve_config.hung_seconds)
     service.start()
     drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
     limits = Limits(
