@@ -35,6 +35,7 @@ class Mailbox:
     prompt_tokens: int
     events: list[TextEvent] = field(default_factory=list)
     done: bool = False
+    taken: bool = False  # the first token has left
     arrival: float = field(default_factory=time.monotonic)
     sequence: Sequence | None = None
     first_token: float | None = None
@@ -57,10 +58,15 @@ class Mailbox:
 class Service:
     """Thread-safe front of an Engine. `start` it once; every other method may be called from any thread."""
 
-    def __init__(self, engine: Engine, *, threads: int = 0, hung_after: float = 60.0) -> None:
+    def __init__(
+        self, engine: Engine, *, threads: int = 0, hung_after: float = 60.0, interval: float = 0.0
+    ) -> None:
         self.engine = engine
         self.fatal: BaseException | None = None
         self._threads = threads
+        self._interval = interval  # seconds
+        self._returned = 0.0
+        self._awaited = self._news
         self._hung_after = hung_after  # seconds
         self._stepping_since: float | None = None
         self._changed = threading.Condition()
@@ -119,13 +125,27 @@ class Service:
             return sum(not box.done for box in self._mail.values())
 
     def wait(self, *, timeout: float) -> None:
-        """Return as soon as any request has something to take or `wake` was called, or after `timeout` seconds."""
+        """Return when there is something to take or `wake` was called, or after `timeout` seconds.
+
+        First tokens and ends are worth a round at once; the tokens between wait until `interval` has passed since the
+        last round, so that a fast engine's rounds do not take the processor from it.
+        """
         with self._changed:
             self._last_round = time.monotonic()
             self._changed.notify_all()
-            self._changed.wait_for(self._news, timeout)
-            self._last_round = time.monotonic()
+            pause = min(max(self._returned + self._interval - self._last_round, 0), timeout)
+            if not self._wait_for(self._urgent, pause):
+                self._wait_for(self._news, timeout - pause)
+            self._last_round = self._returned = time.monotonic()
             self._woken = False
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        self._awaited = condition  # the engine's thread looks, and does not wake us for less
+        return self._changed.wait_for(condition, timeout)
+
+    def _urgent(self) -> bool:
+        fresh = any(m.events and (m.done or not m.taken) for m in self._mail.values())
+        return fresh or self._woken or self.fatal is not None
 
     def _news(self) -> bool:
         return self._woken or self.fatal is not None or any(m.events for m in self._mail.values())
@@ -135,6 +155,7 @@ class Service:
         with self._changed:
             box = self._mail[request_id]
             events, box.events = box.events, []
+            box.taken = box.taken or bool(events)
             if box.done:
                 del self._mail[request_id]
             return events
@@ -227,7 +248,8 @@ class Service:
                 box = self._mail.get(event.request_id)
                 if box is not None and not box.done:  # else cancelled or cut short while this step ran
                     self._hand_over(box, event)
-            self._changed.notify_all()
+            if self._awaited():
+                self._changed.notify_all()
 
     def _add(self, box: Mailbox, request_id: str, prompt: list[int], params: SamplingParams, owner: str) -> None:
         try:

@@ -33,6 +33,8 @@ class ServeConfig:
     max_new_tokens, stream: for a native request that does not say. max_waiting: sequences that may wait for a slot
     before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any
     request may take. hung_seconds: a step that takes longer ends the worker, for TorchServe to restart.
+    stream_interval: seconds between two chunks of a stream, after the first token; what is decoded meanwhile leaves
+    together. 0 sends every token by itself.
     """
 
     max_new_tokens: int = 50
@@ -40,6 +42,7 @@ class ServeConfig:
     max_waiting: int | None = None
     request_seconds: float = 600.0
     hung_seconds: float = 60.0
+    stream_interval: float = 0.05
 
     def __post_init__(self) -> None:
         check_int("handler.max_new_tokens", self.max_new_tokens, 1, 1 << 22)
@@ -47,6 +50,7 @@ class ServeConfig:
             check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
         check_float("handler.request_seconds", self.request_seconds, 0.001, 86400.0)
         check_float("handler.hung_seconds", self.hung_seconds, 1.0, 86400.0)
+        check_float("handler.stream_interval", self.stream_interval, 0.0, 1.0)
         if not isinstance(self.stream, bool):
             raise ConfigError("handler.stream", "must be true or false", got=self.stream)
 
@@ -94,7 +98,12 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine_config = dataclasses.replace(engine_config, threads=serving_threads())
     engine = Engine.load(**dataclasses.asdict(engine_config))
     logger.info("gpt-fast serves %s", json.dumps(engine.description))
-    service = Service(engine, threads=engine.description["torch_threads"], hung_after=serve_config.hung_seconds)
+    service = Service(
+        engine,
+        threads=engine.description["torch_threads"],
+        hung_after=serve_config.hung_seconds,
+        interval=serve_config.stream_interval,
+    )
     service.start()
     drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
     limits = Limits(
