@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from gpt_fast.tokenizer import tokenizer_json_from_gguf
-
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import DTYPES, convert
+from gpt_fast.tokenizer import tokenizer_json_from_gguf
 
 
 def main() -> None:
