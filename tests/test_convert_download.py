@@ -80,7 +80,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {
-        **os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",  # another test's switch must not reach these
         "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "PYTHON": sys.executable,
     }  # fmt: skip
     yield handler, env
