@@ -59,7 +59,12 @@ class Pool {
   static bool is_idle(uint64_t ticket) { return chunks_of(ticket) == 0; }
 
   void work(int thread) {
-    while (!stopping_.load()) take_chunk_or_wait(thread, ticket_.load(std::memory_order_acquire));
+    for (;;) {
+      // The ticket first: whoever sees the destructor's ticket sees stopping_ too, and does not sleep on it for ever.
+      const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      if (stopping_.load()) return;
+      take_chunk_or_wait(thread, ticket);
+    }
   }
 
   // `ticket`: the one the caller looked at. A newer one may be idle, and run() would sleep on it for ever.
