@@ -58,7 +58,8 @@ def load_parts(config: EngineConfig) -> Parts:
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
         speculator=build_speculator(config, cache, path, threads),
     )
-    runner.warm_up()
+    if path.warm_up:
+        runner.warm_up()
     torch.set_num_threads(path.torch_threads)
     return Parts(
         EngineCore(runner),
@@ -113,7 +114,8 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
         decode=path.decode, prefill=path.prefill, cache=draft_cache, eos_ids=loaded.config.eos_ids,
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
     )  # fmt: skip
-    runner.warm_up()
+    if path.warm_up:
+        runner.warm_up()
     return runner
 
 
@@ -190,12 +192,15 @@ class ModelPath(NamedTuple):
 
     torch_threads: for PyTorch's own operators beside it. Fused kernels have threads of their own, and PyTorch's
     would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
+    warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
+    every shape would only take minutes.
     """
 
     name: str
     decode: Forward
     prefill: Forward
     torch_threads: int
+    warm_up: bool = True
 
 
 def choose_path(
@@ -212,7 +217,7 @@ def choose_path(
     if isinstance(path, ModelPath):
         return path
     prepare_modules(model)
-    return ModelPath(f"plain ({path})", model, model, threads)
+    return ModelPath(f"plain ({path})", model, model, threads, warm_up=False)
 
 
 def fused_path(

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny tensors gain nothing from threads
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -60,3 +62,11 @@ def make_core():
         return EngineCore(runner, reuse_prefix=reuse_prefix)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def default_checkpoint():
+    """The default model's directory; `make model` puts it there."""
+    directory = Path(__file__).parents[1] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    assert (directory / "model.safetensors").is_file(), "run `make model` first"
+    return directory
