@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+SPECULATION_GAUGES = ("spec_decode_draft_acceptance_rate", "spec_decode_mean_accepted_length")
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", *SPECULATION_GAUGES)
 COUNTERS = (
     "prompt_tokens_total",
     "generation_tokens_total",
@@ -20,6 +21,10 @@ COUNTERS = (
     "requests_cancelled_total",
     "requests_refused_total",
     "recompiles_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_requests_total",
 )
 HISTOGRAMS = (
     "time_to_first_token_seconds",
@@ -29,7 +34,7 @@ HISTOGRAMS = (
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
 )
-LABELS = {"request_success_total": "finished_reason"}
+LABELS = {"request_success_total": "finished_reason", "spec_decode_requests_total": "speculation"}
 
 Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
 
@@ -47,6 +52,13 @@ class RequestRecord:
     started: float | None
     first_token: float | None
     ended: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def speculation(self) -> str:
+        """Whether any of the sequence's tokens were proposed rather than decoded one by one: "on" or "off"."""
+        return "on" if self.drafted_tokens else "off"
 
     def durations(self) -> dict[str, float]:
         """The histograms' values, by name; those that never happened are left out."""
@@ -79,8 +91,45 @@ def log_fields(request_id: str, records: Sequence[RequestRecord]) -> dict[str, A
         "prompt_tokens": sum(record.prompt_tokens for record in records),
         "reused_tokens": sum(record.reused_tokens for record in records),
         "generation_tokens": sum(record.generation_tokens for record in records),
+        **speculation_fields(records),
         **{name.removesuffix("_seconds") + "_s": round(value, 4) for name, value in durations.items()},
     }
+
+
+def speculation_fields(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """Of a request's log line; the rate is there only where something was drafted."""
+    drafted, accepted = (sum(getattr(r, name) for r in records) for name in ("drafted_tokens", "accepted_tokens"))
+    fields: dict[str, Any] = {"speculation": "on" if drafted else "off"}
+    if drafted:
+        fields |= {"drafted_tokens": drafted, "accepted_tokens": accepted}
+        fields["acceptance_rate"] = round(accepted / drafted, 4)
+    return fields
+
+
+class SpeculationTotals(Protocol):
+    """What speculator.Totals counts since the start: blocks verified, proposals in them, and those that stood."""
+
+    steps: int
+    drafted: int
+    accepted: int
+
+
+def speculation_totals(totals: SpeculationTotals) -> dict[str, float]:
+    """As the counters that `Reporter.state` takes."""
+    return {
+        "spec_decode_num_drafts_total": totals.steps,
+        "spec_decode_num_draft_tokens_total": totals.drafted,
+        "spec_decode_num_accepted_tokens_total": totals.accepted,
+    }
+
+
+def speculation_gauges(totals: Mapping[str, float]) -> dict[str, float]:
+    """Over all blocks so far: the share of proposals that stood, and how many stood a block; 0 before the first."""
+    drafts, drafted, accepted = (
+        totals.get(f"spec_decode_num_{name}_total", 0) for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    values = (accepted / drafted if drafted else 0, accepted / drafts if drafts else 0)
+    return {name: round(value, 4) for name, value in zip(SPECULATION_GAUGES, values, strict=True)}
 
 
 class Reporter:
@@ -104,15 +153,17 @@ class Reporter:
             self.emit("counter", "requests_cancelled_total", 1, "")
         else:
             self.emit("counter", "request_success_total", 1, record.finish_reason)
+            self.emit("counter", "spec_decode_requests_total", 1, record.speculation)
             for name, value in record.durations().items():
                 self.emit("histogram", name, value, "")
 
     def state(self, gauges: Mapping[str, float], totals: Mapping[str, float]) -> None:
-        """Gauges that have changed, and running totals as their increase."""
+        """Gauges that have changed, those of speculation among them, and running totals as their increase."""
+        gauges = {**gauges, **speculation_gauges(totals)}
         for name, value in gauges.items():
             if self.gauges.get(name) != value:
                 self.emit("gauge", name, value, "")
         for name, value in totals.items():
             if name not in self.totals or value > self.totals[name]:
                 self.emit("counter", name, value - self.totals.get(name, 0.0), "")
-        self.gauges, self.totals = dict(gauges), dict(totals)
+        self.gauges, self.totals = gauges, dict(totals)
