@@ -16,11 +16,14 @@ from gpt_fast.config import ModelConfig
 class KVCache(nn.Module):
     """k_LNHTD and v_LNHTD, plus the reads and writes that attention needs.
 
-    `dtype` is the element type of the cache; `max_seq_len` the usable positions of a slot.
+    `dtype` is the element type of the cache; `max_seq_len` the usable positions of a slot. An int8 cache has a float32
+    scale for each (position, head) beside it, k_scale_LNHT and v_scale_LNHT; attention sees floats either way.
     """
 
     k_LNHTD: Tensor
     v_LNHTD: Tensor
+    k_scale_LNHT: Tensor | None
+    v_scale_LNHT: Tensor | None
 
     def __init__(
         self, config: ModelConfig, *, slots: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
@@ -30,8 +33,11 @@ class KVCache(nn.Module):
         self.config = config
         self.max_seq_len = max_seq_len
         self.slots = slots
-        self.register_buffer("k_LNHTD", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v_LNHTD", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        for name in ("k", "v"):
+            elements = torch.zeros(shape, dtype=dtype, device=device)
+            scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+            self.register_buffer(f"{name}_LNHTD", elements, persistent=False)
+            self.register_buffer(f"{name}_scale_LNHT", scales, persistent=False)
 
     @property
     def scratch(self) -> int:
@@ -40,31 +46,48 @@ class KVCache(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.k_LNHTD.numel() * self.k_LNHTD.element_size()
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def write(self, layer: int, slots_B: Tensor, positions_BS: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
         """Store this step's keys and values at (slot, position) of each token."""
-        rows_B1 = slots_B[:, None]
         # Advanced indices around the head slice put [B, S] first: the target view is [B, S, H, D].
-        self.k_LNHTD[layer][rows_B1, :, positions_BS] = k_BSHD.to(self.k_LNHTD.dtype)
-        self.v_LNHTD[layer][rows_B1, :, positions_BS] = v_BSHD.to(self.v_LNHTD.dtype)
+        at = (slots_B[:, None], slice(None), positions_BS)
+        for x_BSHD, stored_LNHTD, scale_LNHT in (
+            (k_BSHD, self.k_LNHTD, self.k_scale_LNHT),
+            (v_BSHD, self.v_LNHTD, self.v_scale_LNHT),
+        ):
+            if scale_LNHT is not None:
+                x_BSHD, scale_LNHT[layer][at] = quantize_heads(x_BSHD)
+            stored_LNHTD[layer][at] = x_BSHD.to(stored_LNHTD.dtype)
 
     def read(self, layer: int, slots_B: Tensor | None, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` positions of each row's slot: two [B, H, length, D].
 
         slots_B None means rows are slots 0..rows-1, which costs no copy.
         """
-        k_NHTD, v_NHTD = self.k_LNHTD[layer, :, :, :length], self.v_LNHTD[layer, :, :, :length]
-        if slots_B is None:
-            return k_NHTD[:rows], v_NHTD[:rows]
-        return k_NHTD[slots_B], v_NHTD[slots_B]
+        chosen = slice(rows) if slots_B is None else slots_B
+        k_BHTD, v_BHTD = (x_LNHTD[layer, :, :, :length][chosen] for x_LNHTD in (self.k_LNHTD, self.v_LNHTD))
+        if self.k_scale_LNHT is None or self.v_scale_LNHT is None:
+            return k_BHTD, v_BHTD
+        k_scale_BHT, v_scale_BHT = (s[layer, :, :, :length][chosen] for s in (self.k_scale_LNHT, self.v_scale_LNHT))
+        return k_BHTD * k_scale_BHT[..., None], v_BHTD * v_scale_BHT[..., None]
 
     def clear(self, slot: int) -> None:
         """Zero a slot; what ended in NaN must not reach its next sequence."""
-        self.k_LNHTD[:, slot] = 0
-        self.v_LNHTD[:, slot] = 0
+        for buffer in self.buffers():
+            buffer[:, slot] = 0
 
     def copy_prefix(self, *, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source` (a shared prompt prefix)."""
-        self.k_LNHTD[:, target, :, :length] = self.k_LNHTD[:, source, :, :length]
-        self.v_LNHTD[:, target, :, :length] = self.v_LNHTD[:, source, :, :length]
+        for buffer in self.buffers():
+            buffer[:, target, :, :length] = buffer[:, source, :, :length]
+
+
+def quantize_heads(x_BSHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers in -127..127, still as floats, and the scale_BSH to multiply them by: a head's largest |x| / 127.
+
+    The scale of a head with NaN or infinity is NaN or infinity, so that it reads back as NaN.
+    """
+    x_BSHD = x_BSHD.float()
+    scale_BSH = (x_BSHD.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # zeros stay zeros
+    return (x_BSHD / scale_BSH[..., None]).round(), scale_BSH

@@ -113,7 +113,8 @@ class EngineConfig:
     """How an engine runs one model: what `handler:` in model_config.yaml holds, and the CLI's flags.
 
     checkpoint_path: a converted directory, or one weights file in it, which decides the quantization.
-    dtype: what to compute in; "auto" is the checkpoint's own. kv_cache: element type of the cache; "auto" is dtype.
+    dtype: what to compute in; "auto" is the checkpoint's own. kv_cache: element type of the cache; "auto" is dtype,
+        "int8" about half of bfloat16's bytes.
     kernels: "auto" takes the fused path where device and model have one, "plain" stays with PyTorch's operators.
     max_seq_len: positions a slot can hold, prompt and answer together; 0 means the model's own limit,
         at most 8192. max_num_seqs: slots, i.e. requests decoded together.
@@ -142,7 +143,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, self.DTYPES)
-        check_choice("kv_cache", self.kv_cache, self.DTYPES)
+        check_choice("kv_cache", self.kv_cache, (*self.DTYPES, "int8"))
         check_choice("kernels", self.kernels, ("auto", "plain"))
         check_int("max_seq_len", self.max_seq_len, 0, 1 << 22)
         check_int("max_num_seqs", self.max_num_seqs, 1, 256)

@@ -40,13 +40,13 @@ def load_parts(config: EngineConfig) -> Parts:
     device = choose_device(config.device)
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=float_dtype(config.dtype))
+    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=torch_dtype(config.dtype))
     model = loaded.model
     tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer.vocab_size, loaded.config)
     max_seq_len = choose_max_seq_len(config, loaded.config)
     compute_dtype = model.norm.weight.dtype
-    cache = build_cache(config, loaded.config, max_seq_len, float_dtype(config.kv_cache) or compute_dtype, device)
+    cache = build_cache(config, loaded.config, max_seq_len, torch_dtype(config.kv_cache) or compute_dtype, device)
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads)
@@ -100,13 +100,13 @@ def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, th
 def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads: int) -> Runner:
     """The draft model, warm, with a cache of the target's slots."""
     device = cache.k_LNHTD.device
-    loaded = load_checkpoint(Path(str(config.draft_checkpoint_path)), device=device, dtype=float_dtype(config.dtype))
+    loaded = load_checkpoint(Path(str(config.draft_checkpoint_path)), device=device, dtype=torch_dtype(config.dtype))
     vocabulary = cache.config.vocab_size
     if loaded.config.vocab_size != vocabulary:
         raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
                           got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
     max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
-    dtype = float_dtype(config.kv_cache) or loaded.model.norm.weight.dtype
+    dtype = torch_dtype(config.kv_cache) or loaded.model.norm.weight.dtype
     draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
@@ -119,7 +119,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     return runner
 
 
-def float_dtype(name: str) -> torch.dtype | None:
+def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a configured name; None for "auto"."""
     return None if name == "auto" else getattr(torch, name)
 
@@ -156,7 +156,8 @@ def build_cache(
     config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
     """Allocate the KV cache, after checking that the machine has room for it."""
-    need = model.kv_bytes_per_token(dtype.itemsize) * (max_seq_len + 1) * config.max_num_seqs
+    sizes: dict[str, Any] = {"slots": config.max_num_seqs, "max_seq_len": max_seq_len, "dtype": dtype}
+    need = KVCache(model, **sizes, device=torch.device("meta")).nbytes
     free = free_memory(device)
     if free is not None and need > free:
         raise ConfigError(
@@ -164,7 +165,7 @@ def build_cache(
             f"{config.max_num_seqs} slots of {max_seq_len} positions need {need / 2**30:.2f} GiB of KV cache",
             allowed=f"{free / 2**30:.2f} GiB free on {device}; lower max_num_seqs or max_seq_len",
         )
-    return KVCache(model, slots=config.max_num_seqs, max_seq_len=max_seq_len, dtype=dtype, device=device)
+    return KVCache(model, **sizes, device=device)
 
 
 def weight_bytes_per_step(model: Transformer) -> int:
@@ -231,6 +232,8 @@ def fused_path(
         return "kernels: plain"
     if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:
         return "float32 and float16 have no fused path"
+    if (torch_dtype(config.kv_cache) or loaded.model.norm.weight.dtype) == torch.float16:
+        return "a float16 KV cache has no fused path"
     from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
 
     if reason := unsupported(loaded.model):

@@ -29,33 +29,11 @@ def small_model(seed: int = 0, **changes: Any) -> Transformer:
     return model
 
 
-class Int8Cache(KVCache):
-    """A cache of int8 elements with a float32 scale a (position, head): max|x| / 127."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.k_scale_LNHT = torch.full(self.k_LNHTD.shape[:-1], torch.nan)
-        self.v_scale_LNHT = self.k_scale_LNHT.clone()
-
-    def write(self, layer: int, slots_B: Tensor, positions_BS: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
-        rows_B1 = slots_B[:, None]
-        for x, codes, scales in ((k_BSHD, self.k_LNHTD, self.k_scale_LNHT), (v_BSHD, self.v_LNHTD, self.v_scale_LNHT)):
-            scale_BSH1 = x.abs().amax(-1, keepdim=True) / 127
-            codes[layer][rows_B1, :, positions_BS] = (x / scale_BSH1).round().to(torch.int8)
-            scales[layer][rows_B1, :, positions_BS] = scale_BSH1[..., 0]
-
-    def read(self, layer: int, slots_B: Tensor | None, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        assert slots_B is not None
-        k, v = super().read(layer, slots_B, rows, length)
-        k_scale, v_scale = (s[layer][slots_B, :, :length, None] for s in (self.k_scale_LNHT, self.v_scale_LNHT))
-        return k * k_scale, v * v_scale
-
-
 def new_cache(model: Transformer, *, slots: int = 4, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> KVCache:
-    kind = Int8Cache if dtype == torch.int8 else KVCache
-    cache = kind(model.config, slots=slots, max_seq_len=MAX_SEQ_LEN, dtype=dtype, device=CPU)
-    cache.k_LNHTD.fill_(0 if dtype == torch.int8 else fill)
-    cache.v_LNHTD.fill_(0 if dtype == torch.int8 else fill)
+    cache = KVCache(model.config, slots=slots, max_seq_len=MAX_SEQ_LEN, dtype=dtype, device=CPU)
+    for buffer in cache.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(fill)
     return cache
 
 

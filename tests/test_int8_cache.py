@@ -1,0 +1,194 @@
+"""The int8 KV cache: what it stores, what it takes, and that every path computes with it."""
+
+import random
+
+import pytest
+import torch
+from _cpu_models import MAX_SEQ_LEN, new_cache, random_tokens, relative_error, run_chunks, small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_fast.cache import KVCache, quantize_heads
+from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
+from gpt_fast.controller import Choice, Fixed
+from gpt_fast.engine import EngineCore, Runner
+from gpt_fast.load import build_cache
+from gpt_fast.ops.cpu import CpuDecoder, build, reference
+from gpt_fast.proposers import DraftProposer, NGramProposer
+from gpt_fast.speculator import Speculator
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
+
+
+def cache_of(model, dtype=torch.int8, *, slots=3, max_seq_len=128):
+    return KVCache(model.config, slots=slots, max_seq_len=max_seq_len, dtype=dtype, device=CPU)
+
+
+# ------------------------------------------------------------------------------------------ elements
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(1e-30, 1e30))
+def test_an_element_is_off_by_half_a_step_at_most(seed, size):
+    x_BSHD = torch.randn(2, 3, 2, 16, generator=torch.Generator().manual_seed(seed)) * size
+    codes, scale_BSH = quantize_heads(x_BSHD)
+    assert codes.abs().amax(-1).eq(127).all()  # the whole range is used
+    assert torch.equal(scale_BSH, x_BSHD.abs().amax(-1) / 127)
+    assert ((codes * scale_BSH[..., None] - x_BSHD).abs() <= scale_BSH[..., None] * 0.50001).all()
+
+
+def test_heads_of_zeros_denormals_and_not_a_number():
+    x_HD = torch.stack([torch.zeros(8), torch.full((8,), 1e-41), torch.ones(8), torch.ones(8)])
+    x_HD[2, 3], x_HD[3, 3] = torch.nan, torch.inf
+    codes, scale_H = quantize_heads(x_HD)
+    back_HD = codes[:2] * scale_H[:2, None]
+    assert not back_HD[0].any() and (back_HD[1] - x_HD[1]).abs().max() <= 1e-41
+    assert not scale_H[2:].isfinite().any()  # the step that reads them is known to be ill
+
+
+def test_reads_give_back_what_rows_out_of_order_wrote(tiny_model):
+    cache = cache_of(tiny_model(), max_seq_len=8)
+    k_BSHD, v_BSHD = torch.randn(2, 2, 2, 8), torch.randn(2, 2, 2, 8)
+    slots_B, positions_BS = torch.tensor([2, 0]), torch.tensor([[3, 4], [0, 1]])
+    cache.write(1, slots_B, positions_BS, k_BSHD, v_BSHD)
+    for x_BSHD, read_BHTD in zip((k_BSHD, v_BSHD), cache.read(1, slots_B, 2, 5), strict=True):
+        expected_BHTD = torch.zeros(2, 2, 5, 8)
+        expected_BHTD[0, :, 3:5], expected_BHTD[1, :, 0:2] = x_BSHD[0].transpose(0, 1), x_BSHD[1].transpose(0, 1)
+        torch.testing.assert_close(read_BHTD, expected_BHTD, atol=x_BSHD.abs().max().item() / 250, rtol=0)
+    in_order = cache.read(1, None, 3, 5)
+    for all_BHTD, read_BHTD in zip(in_order, cache.read(1, slots_B, 2, 5), strict=True):
+        assert torch.equal(all_BHTD[[2, 0]], read_BHTD) and not all_BHTD[1].any()
+    assert not cache.k_LNHTD[0].any() and not cache.v_scale_LNHT[0].any()  # another layer
+
+
+def test_copy_and_clear_take_the_scales_along(tiny_model):
+    cache = cache_of(tiny_model(), max_seq_len=8)
+    cache.write(0, torch.tensor([0, 1]), torch.arange(6).expand(2, 6), *torch.randn(2, 2, 6, 2, 8))
+    before = cache.read(0, None, 3, 6)
+    cache.copy_prefix(source=0, target=2, length=5)
+    cache.clear(1)
+    for old_BHTD, new_BHTD in zip(before, cache.read(0, None, 3, 6), strict=True):
+        assert torch.equal(new_BHTD[2, :, :5], old_BHTD[0, :, :5]) and not new_BHTD[2, :, 5:].any()
+        assert torch.equal(new_BHTD[0], old_BHTD[0]) and not new_BHTD[1].any()
+    assert not cache.k_scale_LNHT[:, 1].any() and not cache.v_scale_LNHT[:, 1].any()
+
+
+@pytest.mark.parametrize(("head_dim", "share"), [(64, 0.53125), (128, 0.515625)])
+def test_bytes_are_half_of_bfloat16_and_the_scales(tiny_model, head_dim, share):
+    model = tiny_model(head_dim=head_dim)
+    int8, bf16 = (cache_of(model, dtype) for dtype in (torch.int8, torch.bfloat16))
+    assert int8.nbytes == 2 * 2 * 3 * 2 * 129 * (head_dim + 4)  # k and v, layers, slots, heads, positions, bytes
+    assert int8.nbytes / bf16.nbytes == share
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+
+def test_the_choice_is_named_and_sized_scales_included(tiny_model, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^kv_cache: unknown value \(got 'int4', allowed auto, .*, int8\)$"):
+        EngineConfig(checkpoint_path="x", kv_cache="int4")
+    with pytest.raises(ConfigError, match=r"^dtype: unknown value \(got 'int8'"):
+        EngineConfig(checkpoint_path="x", dtype="int8")
+    config = EngineConfig(checkpoint_path="x", kv_cache="int8", max_num_seqs=3)
+    model = tiny_model().config
+    need = cache_of(tiny_model()).nbytes
+    monkeypatch.setattr("gpt_fast.load.free_memory", lambda device: need)
+    assert build_cache(config, model, 128, torch.int8, CPU).nbytes == need
+    monkeypatch.setattr("gpt_fast.load.free_memory", lambda device: need - 1)
+    with pytest.raises(ConfigError, match=r"^max_num_seqs: 3 slots of 128 positions need"):
+        build_cache(config, model, 128, torch.int8, CPU)
+
+
+# --------------------------------------------------------------------------------------------- paths
+
+
+def test_logits_are_near_those_of_a_float_cache():
+    model = small_model()
+    tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
+    got, expected = (run_chunks(model, tokens, new_cache(model, dtype=t), sizes) for t in (torch.int8, torch.float32))
+    assert 0 < relative_error(got, expected) < 0.01
+
+
+@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+def test_fused_rows_out_of_order_equal_plain_ones():
+    model = small_model()
+    fused, plain = CpuDecoder(model, weights="int8", threads=2).forward, reference.twin(model, weights="int8")
+    tokens, slots_B = random_tokens(model, 2, 41), torch.tensor([3, 1])
+    got, expected = (new_cache(model, dtype=torch.int8) for _ in range(2))
+    logits = []
+    for forward, cache in ((fused, got), (plain, expected)):
+        forward(tokens[:, :40], torch.arange(40).expand(2, 40), cache, length=40, slots_B=slots_B)
+        at = torch.full((2, 1), 40)
+        logits.append(forward(tokens[:, 40:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B))
+    assert relative_error(*logits) < 6e-3
+    for slot in (1, 3):
+        assert relative_error(got.v_scale_LNHT[:, slot], expected.v_scale_LNHT[:, slot]) < 3e-3
+
+
+def runner_of(model, forward=None, **options):
+    forward = model if forward is None else forward
+    return Runner(decode=forward, prefill=forward, cache=cache_of(model), eos_ids=(1,), prefill_chunk=16, **options)
+
+
+def answers(core, prompts):
+    """The greedy tokens of each prompt; all run at once, each in a slot as one is free."""
+    for i, prompt in enumerate(prompts):
+        core.add(str(i), prompt, GREEDY)
+    tokens = {str(i): [] for i in range(len(prompts))}
+    while not core.idle:
+        for event in core.step():
+            tokens[event.request_id].append(event.token)
+    return list(tokens.values())
+
+
+def some_prompts(count, *, shared=40):
+    rng = random.Random(0)
+    prefix = [rng.randrange(2, 97) for _ in range(shared)]
+    return [prefix + [rng.randrange(2, 97) for _ in range(rng.randrange(1, 30))] for _ in range(count)]
+
+
+def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
+    model, prompts = tiny_model(), some_prompts(7)
+    core = EngineCore(runner_of(model))
+    copied = []
+    core.runner.cache.copy_prefix = lambda **of: copied.append(of) or KVCache.copy_prefix(core.runner.cache, **of)
+    assert answers(core, prompts) == [answers(EngineCore(runner_of(model)), [p])[0] for p in prompts]
+    assert copied
+
+
+@pytest.mark.parametrize("proposer", ["ngram", "draft"])
+def test_speculation_changes_no_token(tiny_model, proposer):
+    model, prompts = tiny_model(), some_prompts(5)
+    proposes = NGramProposer(CPU) if proposer == "ngram" else DraftProposer(runner_of(tiny_model(seed=3)))
+    speculator = Speculator({proposer: proposes}, Fixed(Choice(proposer, 3), [3]), max_seq_len=128)
+    core = EngineCore(runner_of(model, speculator=speculator))
+    assert answers(core, prompts) == answers(EngineCore(runner_of(model)), prompts)
+
+
+def test_nothing_compiles_after_warm_up(tiny_model):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model(n_layer=1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # dynamo's guards are what is tested
+    runner = runner_of(model, compiled)
+    runner.warm_up()
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert answers(EngineCore(runner), some_prompts(7)) == answers(EngineCore(runner_of(model)), some_prompts(7))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compiled_code_equals_plain(tiny_model):
+    model = tiny_model(n_layer=1)
+    tokens, positions = torch.randint(0, 97, (3, 9)), torch.arange(9).expand(3, 9)
+    caches = [cache_of(model) for _ in range(2)]
+    with torch.inference_mode():
+        got, expected = (
+            forward(tokens, positions, cache, length=128, slots_B=torch.tensor([2, 0, 1]))
+            for forward, cache in zip((torch.compile(model, fullgraph=True), model), caches, strict=True)
+        )
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=0)
+    assert (caches[0].k_LNHTD.int() - caches[1].k_LNHTD.int()).abs().max() <= 1  # a tie may round the other way
+    torch.testing.assert_close(caches[0].k_scale_LNHT, caches[1].k_scale_LNHT)
