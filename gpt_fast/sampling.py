@@ -19,24 +19,41 @@ CANDIDATES = (128, 2048)  # sorted candidates looked at before a full sort; near
 
 
 class SamplingTensors(NamedTuple):
-    """Per-row sampling parameters on the device; the meaning of each is SamplingParams's."""
+    """Per-row sampling parameters on the device; the meaning of each is SamplingParams's.
+
+    most_k, by_p: what the host must know to choose shapes without asking the device: the largest top_k, and whether
+    some row has top_p without top_k. The defaults are always right, and sort everything.
+    """
 
     temperature_B: Tensor  # float32
     top_k_B: Tensor  # int64, 0: all
     top_p_B: Tensor  # float32
     min_p_B: Tensor  # float32
+    most_k: int = 0
+    by_p: bool = True
+
+    def repeat(self, count: int) -> SamplingTensors:
+        """Each row `count` times."""
+        temperature_N, top_k_N, top_p_N, min_p_N = (column.repeat_interleave(count) for column in self[:4])
+        return SamplingTensors(temperature_N, top_k_N, top_p_N, min_p_N, self.most_k, self.by_p)
 
 
 def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors | None:
     """Stack the rows' parameters; None when every row is greedy, so that the step is one argmax."""
     if all(p.temperature == 0 for p in params):
         return None
+    rows = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]
+    temperature_B, top_k_B, top_p_B, min_p_B = on_device(rows, device, torch.float64).unbind(-1)
     return SamplingTensors(
-        torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-    )
+        temperature_B.float(), top_k_B.long(), top_p_B.float(), min_p_B.float(),
+        most_k=max(p.top_k for p in params), by_p=any(p.top_p < 1 and not p.top_k for p in params),
+    )  # fmt: skip
+
+
+def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor on the device; to a GPU through pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor | None) -> Tensor:
@@ -48,19 +65,31 @@ def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor 
         logits_BV: float32.
         uniform_B: float64 in [0, 1), one a row; see `uniform`. Not looked at where params is None.
     """
-    token_B = logits_BV.argmax(-1)
-    if params is not None and uniform_B is not None:
-        sampled_B = invert_cdf(weights(logits_BV, params), uniform_B)
-        token_B = torch.where(params.temperature_B == 0, token_B, sampled_B)
-    return torch.where(logits_BV.amax(-1).isfinite(), token_B, NO_TOKEN)
+    weight_BV = None if params is None else weights(logits_BV, params)
+    return choose(logits_BV, weight_BV, params, uniform_B)
+
+
+def choose(
+    logits_BV: Tensor, weight_BV: Tensor | None, params: SamplingTensors | None, uniform_B: Tensor | None
+) -> Tensor:
+    """`sample`, with the `weights` at hand."""
+    best_B = logits_BV.argmax(-1)  # a NaN's place, if there is one
+    token_B = best_B
+    if weight_BV is not None and params is not None and uniform_B is not None:
+        token_B = torch.where(params.temperature_B == 0, best_B, invert_cdf(weight_BV, uniform_B))
+    finite_B = logits_BV.gather(-1, best_B[:, None])[:, 0].isfinite()
+    return torch.where(finite_B, token_B, NO_TOKEN)
 
 
 def probabilities(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     """The distribution a row samples from, float32 [B, V]; one-hot at the argmax where temperature is 0."""
-    weight_BV = weights(logits_BV, params)
-    probs_BV = weight_BV / weight_BV.sum(-1, keepdim=True, dtype=torch.float64).float()
+    probs_BV = normalized(weights(logits_BV, params))
     one_hot_BV = torch.zeros_like(probs_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
     return torch.where((params.temperature_B == 0)[:, None], one_hot_BV, probs_BV)
+
+
+def normalized(weight_BV: Tensor) -> Tensor:
+    return weight_BV / weight_BV.sum(-1, keepdim=True, dtype=torch.float64).float()
 
 
 def weights(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
@@ -73,7 +102,7 @@ def weights(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
     weight_BV = scaled_BV.exp()
     keep_BV = weight_BV >= params.min_p_B[:, None]
-    if bool(((params.top_k_B > 0) | (params.top_p_B < 1)).any()):
+    if params.most_k or params.by_p:
         keep_BV = keep_BV & nucleus(scaled_BV, weight_BV, params)
     return weight_BV * keep_BV
 
@@ -81,17 +110,16 @@ def weights(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
 def nucleus(scaled_BV: Tensor, weight_BV: Tensor, params: SamplingTensors) -> Tensor:
     """Which tokens top_k, then top_p (Holtzman et al., arXiv:1904.09751) keep: bool [B, V]; ties by lowest id.
 
-    Both rules keep a prefix of the row sorted by probability, so each row reduces to a count. Few candidates nearly
-    always hold the nucleus and cost little to find; more are sorted only for a row that needs them.
+    Both rules keep a prefix of the row sorted by probability, so each row reduces to a count.
     """
     vocab = scaled_BV.shape[-1]
     k_B = torch.where(params.top_k_B > 0, params.top_k_B, vocab).clamp(max=vocab)
     mass_B1 = weight_BV.sum(-1, keepdim=True, dtype=torch.float64)
-    most_k = int(torch.where(k_B < vocab, k_B, 0).amax())
-    for count in (*(max(c, most_k) for c in CANDIDATES if c < vocab and most_k < vocab), vocab):
+    sizes = candidate_counts(params, vocab, on_cpu=scaled_BV.device.type == "cpu")
+    for count in sizes:
         sorted_BC = scaled_BV.topk(count).values
-        keep_B, complete = nucleus_size(sorted_BC, k_B, mass_B1, params.top_p_B, vocab)
-        if complete:
+        keep_B, undecided_B = nucleus_size(sorted_BC, k_B, mass_B1, params.top_p_B, vocab)
+        if count == sizes[-1] or not bool(undecided_B.any()):
             break
     threshold_B1 = sorted_BC.gather(1, (keep_B - 1).clamp(max=sorted_BC.shape[1] - 1)[:, None])
     above_BV = scaled_BV > threshold_B1
@@ -101,8 +129,20 @@ def nucleus(scaled_BV: Tensor, weight_BV: Tensor, params: SamplingTensors) -> Te
     return chosen_BV | (keep_B >= vocab)[:, None]
 
 
-def nucleus_size(sorted_BC: Tensor, k_B: Tensor, mass_B1: Tensor, top_p_B: Tensor, vocab: int) -> tuple[Tensor, bool]:
-    """How many of the best tokens each row keeps, and whether the candidates were enough to tell.
+def candidate_counts(params: SamplingTensors, vocab: int, *, on_cpu: bool) -> list[int]:
+    """How many of the best tokens to sort, in the order to try; the last is always enough.
+
+    Few nearly always hold the nucleus and cost little to find. Whether they did is a look at the device, which only
+    the CPU gives without waiting; elsewhere there is one attempt.
+    """
+    most_k = min(params.most_k, vocab)
+    if not params.by_p:
+        return [most_k]
+    return [*(max(c, most_k) for c in CANDIDATES if on_cpu and c < vocab and most_k < vocab), vocab]
+
+
+def nucleus_size(sorted_BC: Tensor, k_B: Tensor, mass_B1: Tensor, top_p_B: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """How many of the best tokens each row keeps, and which rows had too few candidates to tell.
 
     Sums are float64 prefix sums: a row's answer must not depend on how many candidates its neighbours asked for.
     """
@@ -115,8 +155,8 @@ def nucleus_size(sorted_BC: Tensor, k_B: Tensor, mass_B1: Tensor, top_p_B: Tenso
     in_p_BC = mass_BC - weight_BC < top_p_B.double()[:, None] * total_B1
     by_p_B = (in_p_BC & (rank_C < k_B[:, None])).sum(-1).clamp(min=1)
     keep_B = torch.where(top_p_B < 1, by_p_B, k_B)
-    undecided_B = (top_p_B < 1) & (by_p_B == count) & (k_B > count)
-    return keep_B, count == vocab or not bool(undecided_B.any())
+    undecided_B = (k_B > count) & torch.where(top_p_B < 1, by_p_B == count, k_B < vocab)
+    return keep_B, undecided_B
 
 
 def invert_cdf(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -157,7 +197,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def edit_logits(
     logits_V: Tensor, params: SamplingParams, *, prompt: Sequence[int], output: Sequence[int], eos_ids: Sequence[int]
 ) -> Tensor:
-    """Penalties, bias and min_tokens on one row. Formulas: CTRL (arXiv:1909.05858) for repetition, OpenAI's
+    """Penalties, bias, min_tokens and the guide on one row. Formulas: CTRL (arXiv:1909.05858) for repetition, OpenAI's
     for presence and frequency (over the output only)."""
     logits_V = logits_V.clone()
     if params.repetition_penalty != 1.0 and (prompt or output):
@@ -169,12 +209,16 @@ def edit_logits(
         logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias.items():
         logits_V[token] += bias
-    if len(output) < params.min_tokens and eos_ids:
-        logits_V[list(eos_ids)] = float("-inf")
+    if len(output) < params.min_tokens and (eos_ids or params.stop_token_ids):
+        logits_V[[*eos_ids, *params.stop_token_ids]] = float("-inf")
+    if params.guide is not None:
+        allowed_V = torch.frombuffer(bytearray(params.guide.allowed(output)), dtype=torch.uint8)
+        logits_V = logits_V.masked_fill(allowed_V.to(logits_V.device) == 0, float("-inf"))
     return logits_V
 
 
 def needs_edit(params: SamplingParams, output_length: int) -> bool:
     """Whether `edit_logits` would change anything for this row now."""
     penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return bool(penalized or params.logit_bias or output_length < params.min_tokens)
+    edited = penalized or params.logit_bias or params.guide is not None
+    return bool(edited or output_length < params.min_tokens)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_fast.sampling import SamplingTensors, invert_cdf, probabilities, sample, uniform
+from gpt_fast.sampling import SamplingTensors, choose, invert_cdf, normalized, on_device, uniform, weights
 from gpt_fast.scheduler import NO_TOKEN, Sequence
 
 # Streams of `uniform`: what a position's draws are for. Plain decode, a matched token and the bonus token all use
@@ -116,23 +116,18 @@ def judge(
 ) -> Verdict:
     """The verdict on a step's block; params as `sampling_tensors` gives them for the B rows. K = 0 is plain decode."""
     B, S, V = logits_BSV.shape
-    flat = None if params is None else SamplingTensors(*(column.repeat_interleave(S) for column in params))
+    flat = None if params is None else params.repeat(S)
     count_B = on_device(proposal.counts, logits_BSV.device)
     logits_NV = logits_BSV.reshape(B * S, V)
+    weight_NV = None if flat is None else weights(logits_NV, flat)
     uniform_N = None if flat is None else draws.uniform(SAMPLE, S).flatten()
-    target_BS = sample(logits_NV, flat, uniform_N).view(B, S)
+    target_BS = choose(logits_NV, weight_NV, flat, uniform_N).view(B, S)
     matched = match(target_BS, proposal.draft_BK, count_B)
-    if proposal.q_BKV is None or proposal.matched_B is None or flat is None:
+    if proposal.q_BKV is None or proposal.matched_B is None or weight_NV is None:
         return matched
-    p_BSV = probabilities(logits_NV, flat).view(B, S, V)
+    p_BSV = normalized(weight_NV).view(B, S, V)
     accepted_B, next_B = verify(p_BSV, proposal.q_BKV, proposal.draft_BK, count_B, draws)
     ill_B = target_BS.gather(1, accepted_B[:, None])[:, 0] == NO_TOKEN
     next_B = torch.where(ill_B, NO_TOKEN, next_B)
-    exact_B = proposal.matched_B
+    exact_B = proposal.matched_B  # greedy rows among them: their p_BSV is that of temperature 1
     return Verdict(torch.where(exact_B, matched.accepted_B, accepted_B), torch.where(exact_B, matched.next_B, next_B))
-
-
-def on_device(values: list, device: torch.device) -> Tensor:
-    """int64 on the device; to a GPU through pinned memory, so that the host does not wait."""
-    tensor = torch.tensor(values, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

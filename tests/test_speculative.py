@@ -181,8 +181,7 @@ def test_judge_is_exact_at_every_kind_of_sampling(params):
     draws = Draws(torch.arange(N), torch.full((N,), 9))
     draft_BK = invert_cdf(q_V.expand(N, -1), draws.uniform(3, 1)[:, 0])[:, None]
     proposal = Proposal(draft_BK, [1] * N, q_V.expand(N, 1, -1), torch.zeros(N, dtype=torch.bool))
-    flat = sampling_tensors([params], torch.device("cpu"))
-    flat = type(flat)(*(column.expand(N) for column in flat))
+    flat = sampling_tensors([params], torch.device("cpu")).repeat(N)
     accepted_B, next_B = judge(logits_V.expand(N, 2, -1), flat, proposal, draws)
     first_B = torch.where(accepted_B > 0, draft_BK[:, 0], next_B)
     assert chi_square(torch.bincount(first_B, minlength=12), N * p_V).p_value > language.ALPHA
@@ -198,7 +197,7 @@ def test_a_seeded_row_is_matched_beside_rows_that_are_not():
     plain = judge(logits_BSV, params, Proposal(draft_BK, [4, 4, 4]), draws)
     assert mixed.next_B[:2].tolist() == plain.next_B[:2].tolist()
     assert mixed.accepted_B[:2].tolist() == plain.accepted_B[:2].tolist()
-    p_BSV = probabilities(logits_BSV[2], type(params)(*(c[2:].expand(5) for c in params)))[None]
+    p_BSV = probabilities(logits_BSV[2], sampling_tensors(rows[2:], torch.device("cpu")).repeat(5))[None]
     alone = verify(p_BSV, q_BKV[2:], draft_BK[2:], torch.tensor([4]), Draws(draws.seed_B[2:], draws.position_B[2:]))
     assert (int(mixed.accepted_B[2]), int(mixed.next_B[2])) == (int(alone.accepted_B), int(alone.next_B))
 
