@@ -7,9 +7,9 @@ Errors are ConfigError, one line of the form `key: problem (got X, allowed Y)`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 NOT_GIVEN = object()  # None is a value that may be wrong
 
@@ -122,6 +122,7 @@ class EngineConfig:
     speculate: who proposes: "draft", "ngram" (what followed last time), "auto" (both, by measurement) or "none";
         None is "draft" where a draft is named, else "none". speculate_k: proposals of one step at most; the engine
         takes fewer, or none, where that is faster.
+    quality: thresholds that the checkpoint's recorded quality report must meet (quantize.gate); empty asks for none.
     """
 
     checkpoint_path: str
@@ -138,6 +139,7 @@ class EngineConfig:
     draft_checkpoint_path: str | None = None
     speculate: str | None = None
     speculate_k: int = 4
+    quality: Mapping[str, float] = field(default_factory=dict)
 
     DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -160,6 +162,8 @@ class EngineConfig:
                 raise ConfigError(name, "must be true or false", got=getattr(self, name))
         if not isinstance(self.checkpoint_path, str) or not self.checkpoint_path:
             raise ConfigError("checkpoint_path", "must be a path", got=self.checkpoint_path)
+        if not isinstance(self.quality, Mapping):
+            raise ConfigError("quality", "must map thresholds to numbers", got=self.quality)
         if not isinstance(self.device, str) or not self.device:
             raise ConfigError("device", "must be a torch device", got=self.device, allowed="auto, cpu, cuda, mps")
 
@@ -184,12 +188,20 @@ class EngineConfig:
 # ------------------------------------------------------------------------------------- the request
 
 
+class Guide(Protocol):
+    """Says which tokens may come next. A guide follows one sequence: it may keep state between calls."""
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        """One byte a logit, 0 for the tokens that may not follow these. `output` only grows from call to call."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What one request asks of the sampler. Neutral values leave the distribution as the model gave it.
 
     Order of application (as in vLLM and Hugging Face): penalties and bias, temperature, top_k, top_p, min_p.
     temperature 0 is argmax. top_k 0, top_p 1 and min_p 0 keep everything. seed None draws a fresh one.
+    stop_token_ids end the answer as EOS does, and are no more part of its text, ignore_eos or not.
     """
 
     max_new_tokens: int = 256
@@ -199,6 +211,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     repetition_penalty: float = 1.0
@@ -206,9 +219,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+    guide: Guide | None = field(default=None, compare=False)
 
     MAX_STOP = 16
     MAX_STOP_CHARS = 256
+    MAX_STOP_TOKENS = 64
     MAX_LOGPROBS = 20
 
     def __post_init__(self) -> None:
@@ -241,6 +256,11 @@ class SamplingParams:
             check_float(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
     def _check_stop(self) -> None:
+        if not isinstance(self.stop_token_ids, tuple | list) or len(self.stop_token_ids) > self.MAX_STOP_TOKENS:
+            raise ConfigError("stop_token_ids", "must be a list of token ids", got=self.stop_token_ids,
+                              allowed=f"at most {self.MAX_STOP_TOKENS}")
+        for token in self.stop_token_ids:
+            check_int("stop_token_ids", token, 0, (1 << 31) - 1)
         if not isinstance(self.stop, tuple | list):
             raise ConfigError("stop", "must be a list of strings", got=self.stop)
         if len(self.stop) > self.MAX_STOP:

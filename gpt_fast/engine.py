@@ -9,8 +9,8 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ class Forward(Protocol):
         slots_B: Tensor | None = None,
         select_B: Tensor | None = None,
     ) -> Tensor: ...
+
+
+class Pending(Protocol):
+    """A forward under way: begun by a model's `start`, which takes a Forward's arguments and does not wait."""
+
+    def result(self) -> Tensor: ...
+
+
+class Ahead(NamedTuple):
+    """A decode begun before it was planned: which sequences, each at which position, and the step itself."""
+
+    rows: list[tuple[Sequence, int]]
+    step: Pending
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -69,10 +82,14 @@ class Runner:
         self.chunks = buckets(prefill_chunk, 16)
         self.lengths = buckets(cache.max_seq_len, 128)
         self.speculator = speculator
+        self.start: Callable[..., Pending] | None = getattr(decode, "start", None)
+        self.ahead: Ahead | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
         """Do what the plan says; the sampled tokens by request id."""
+        if self.ahead and (plan.clears or plan.copies):
+            self.ahead.step.result()  # what runs ahead writes to the cache
         for slot in plan.clears:
             self.cache.clear(slot)
         for copy in plan.copies:
@@ -117,13 +134,12 @@ class Runner:
         """One token for each sequence, and before it the proposals that stood."""
         started = time.perf_counter()
         proposal = self.speculator.propose(sequences) if self.speculator else None
-        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
-        last = [[s.output[-1]] for s in sequences]
         if self.speculator is None or proposal is None:
-            sampled = self._sample(sequences, self.forward(self.decode, last, starts, slots, size=1))
+            sampled = self._sample(sequences, self._decoded(sequences))
         else:
             size = 1 + bucket_of([0, *self.speculator.controller.counts], proposal.draft_BK.shape[1])
-            tokens = [row + [0] * count for row, count in zip(last, proposal.counts, strict=True)]
+            tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
+            starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
             fed_BK = proposal.draft_BK
             logits = self.forward(self.decode, tokens, starts, slots, size=size, fed_BK=fed_BK, every=True)
             sampled = self._verify(sequences, logits[:, : fed_BK.shape[1] + 1], proposal, self.speculator)
@@ -131,6 +147,32 @@ class Runner:
             accepted = [len(sampled[s.id]) - 1 for s in sequences]
             self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
         return sampled
+
+    @torch.inference_mode()
+    def run_ahead(self, sequences: list[Sequence]) -> None:
+        """Begin the next decode of these sequences, if the model can work on its own while the caller goes on.
+
+        Each row is independent, so its logits hold whatever the next plan adds or drops.
+        """
+        if self.start is None or self.speculator or not sequences:
+            return
+        rows = [(s, s.computed) for s in sequences]
+        self.ahead = Ahead(rows, self._step(self.start, sequences))
+
+    def _decoded(self, sequences: list[Sequence]) -> Tensor:
+        """The logits after each sequence's last token [B, V]: of the step that ran ahead, where it has them all."""
+        ahead, self.ahead = self.ahead, None
+        if ahead:
+            logits_BV = ahead.step.result()
+            index = [ahead.rows.index(row) for s in sequences if (row := (s, s.computed)) in ahead.rows]
+            if len(index) == len(sequences):
+                return logits_BV[: len(index)] if index == list(range(len(index))) else logits_BV[index]
+        return self._step(self.decode, sequences)[: len(sequences)]
+
+    def _step(self, forward: Callable[..., Any], sequences: list[Sequence]) -> Any:
+        """One token of each sequence, padded; what `forward` returns."""
+        last = [[s.output[-1]] for s in sequences]
+        return forward(**self._inputs(last, [s.computed for s in sequences], [s.slot for s in sequences], size=1))
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -144,6 +186,14 @@ class Runner:
         Returns:
             logits of each row's last token [B, V], or with `every` of all [B, S, V].
         """
+        inputs = self._inputs(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
+        return forward(**inputs)[: len(tokens)]
+
+    def _inputs(
+        self, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Arguments of a Forward, padded to one shape; see `forward`."""
         scratch, real = self.cache.scratch, len(tokens)
         pad = bucket_of(self.rows, real) - real
         if length is None:
@@ -160,15 +210,14 @@ class Runner:
         slots_B = slots + [slots[0]] * pad
         in_order = slots == list(range(real))
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
-        logits = forward(
-            tokens_BS,
-            self._tensor(positions_BS),
-            self.cache,
-            length=length,
-            slots_B=None if in_order else self._tensor(slots_B),
-            select_B=select_B,
-        )
-        return logits[:real]
+        return {
+            "tokens_BS": tokens_BS,
+            "positions_BS": self._tensor(positions_BS),
+            "cache": self.cache,
+            "length": length,
+            "slots_B": None if in_order else self._tensor(slots_B),
+            "select_B": select_B,
+        }
 
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)
@@ -266,7 +315,8 @@ class EngineCore:
         ValueError when the prompt does not fit a slot, a token is not in the vocabulary or the id is in use.
         """
         vocabulary = range(self.runner.cache.config.vocab_size)
-        for key, tokens in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+        named = {"prompt": prompt, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for key, tokens in named.items():
             if (outside := next((t for t in tokens if t not in vocabulary), None)) is not None:
                 raise ValueError(f"{key}: no such token (got {outside}, allowed 0..{vocabulary[-1]})")
         seed = random.getrandbits(63) if params.seed is None else params.seed
@@ -286,7 +336,9 @@ class EngineCore:
         started = time.perf_counter()
         sampled = self.runner.run(plan)
         self._measure(plan, time.perf_counter() - started)
-        return self.scheduler.commit(plan, sampled)
+        events = self.scheduler.commit(plan, sampled)
+        self.runner.run_ahead(self.scheduler.decoding)
+        return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         """Size the chunk that runs beside decodes so that it costs about as much as the decodes themselves."""

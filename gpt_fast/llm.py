@@ -149,10 +149,11 @@ class _RequestText:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.detokenizer = tokenizer.detokenizer()
         self.stream = TextStream(params.stop)
+        self.silent = {NO_TOKEN, *params.stop_token_ids}  # tokens that are no part of the text
 
     def push(self, event: TokenEvent) -> tuple[str, bool]:
         """The text that may leave now, and whether a stop string was met."""
-        text = "" if event.token == NO_TOKEN else self.stream.push(self.detokenizer.push(event.token))
+        text = "" if event.token in self.silent else self.stream.push(self.detokenizer.push(event.token))
         if event.finish_reason is not None and not self.stream.stopped:
             text += self.stream.finish()
         return text, self.stream.stopped

@@ -151,12 +151,17 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The sequences that the next step decodes, unless one is aborted before."""
+        return [s for s in self.running.values() if s.output]
+
     # ------------------------------------------------------------------------------- one step
 
     def schedule(self, *, chunk: int, chunk_beside_decode: int) -> StepPlan:
         """The next step. A prompt advances by at most `chunk` tokens, by `chunk_beside_decode` when others decode."""
         clears = self._admit()
-        decodes = tuple(s for s in self.running.values() if s.output)
+        decodes = tuple(self.decoding)
         copies, chunks = self._prefill(chunk_beside_decode if decodes else chunk)
         return StepPlan(copies, chunks, decodes, clears)
 
@@ -291,9 +296,10 @@ class Scheduler:
         return events
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        if token in self.eos_ids and not sequence.params.ignore_eos:
+        params = sequence.params
+        if (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
             return "stop"
-        full = sequence.length >= self.max_seq_len or len(sequence.output) >= sequence.params.max_new_tokens
+        full = sequence.length >= self.max_seq_len or len(sequence.output) >= params.max_new_tokens
         return "length" if full else None
 
     def _release(self, sequence: Sequence) -> None:
