@@ -2,6 +2,7 @@
 
     python -m gpt_fast.bench --engine --checkpoint_path DIR
     python -m gpt_fast.bench --engine --http http://127.0.0.1:8080/predictions/gpt-fast --checkpoint_path DIR
+    python -m gpt_fast.bench --gpu --help
     python -m gpt_fast.bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
         --prompt_len 32 512 --batch_size 1 4 --peer ik_llama.cpp=FOLDER --out benchmarks/NAME.json
 
@@ -35,6 +36,11 @@ VERIFY_SIZES = range(1, 9)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--gpu" in given:
+        from gpt_fast.bench.gpu.cli import main as gpu_main
+
+        return gpu_main([argument for argument in given if argument != "--gpu"])
     args = parse_args(argv)
     if not (args.engine or args.http or args.peer):
         sys.exit("error: nothing to measure: give --engine, --http URL, --peer NAME, or several")

@@ -1,0 +1,153 @@
+"""Other engines on the same shapes and device, in this process: random weights, batch 1, one row a context.
+
+Each gives the median seconds of a token; its compiler has seen the shapes before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt_fast.bench.gpu.models import GROUP
+from gpt_fast.bench.gpu.rows import TEMPERATURE, TOP_K, Effort, Figures
+from gpt_fast.bench.gpu.timing import Timing, timed
+from gpt_fast.config import ModelConfig
+
+# Beside upstream's own settings, what is known to help it on a Hopper GPU; it runs both ways, the better one counts.
+UPSTREAM_FLAGS: dict[str, dict[str, Any]] = {
+    "its own": {},
+    "tuned": {"realize_opcount_threshold": 8, "combo_kernels": True},
+}
+
+
+def figures(timing: Timing, **facts: Any) -> Figures:
+    return {"us_per_step": timing.median * 1e6, "tokens_per_s": 1 / timing.median} | facts
+
+
+# --------------------------------------------------------------------------------------- transformers
+
+
+@torch.inference_mode()
+def hf_transformers(
+    config: ModelConfig, contexts: list[int], effort: Effort, device: torch.device, *, compiled: bool
+) -> Iterator[tuple[int, Figures]]:
+    """Static cache, forward compiled with CUDA graphs, argmax; bfloat16."""
+    import transformers
+
+    c = config
+    llama = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+        max_position_embeddings=c.max_position, tie_word_embeddings=c.tie_embeddings,
+    )  # fmt: skip
+    with torch.device(device):
+        model: Any = transformers.LlamaForCausalLM(llama)
+    model = model.to(torch.bfloat16).eval().requires_grad_(False)
+    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+    for context in contexts:
+        cache = static_cache(transformers, model, context + effort.new_tokens + 1, device)
+        yield context, figures(timed_decode(forward, cache, context, effort, device), compiled=compiled)
+
+
+def static_cache(transformers: Any, model: Any, positions: int, device: torch.device) -> Any:
+    """transformers.StaticCache, whose arguments differ from release to release."""
+    known = inspect.signature(transformers.StaticCache.__init__).parameters
+    wanted = {"config": model.config, "max_cache_len": positions, "max_batch_size": 1, "batch_size": 1,
+              "device": device, "dtype": torch.bfloat16}  # fmt: skip
+    return transformers.StaticCache(**{name: value for name, value in wanted.items() if name in known})
+
+
+def timed_decode(forward: Callable[..., Any], cache: Any, context: int, effort: Effort, device: torch.device) -> Timing:
+    """Seconds of one token; every try writes the same positions again."""
+    places = [torch.tensor([context + i], device=device) for i in range(effort.new_tokens)]
+    first = torch.ones(1, 1, dtype=torch.int64, device=device)
+
+    def run() -> None:
+        token = first
+        for place in places:
+            out = forward(input_ids=token, position_ids=place[None], cache_position=place, past_key_values=cache,
+                          use_cache=True)  # fmt: skip
+            token = out.logits[:, -1:].argmax(-1).clone()
+
+    timing = timed(run, device, repeat=effort.repeat)
+    return Timing(*(seconds / effort.new_tokens for seconds in timing))
+
+
+# ------------------------------------------------------------------------------------------- upstream
+
+
+@torch.inference_mode()
+def upstream(
+    config: ModelConfig, contexts: list[int], effort: Effort, device: torch.device, *, compiled: bool, form: str,
+    checkout: Path,
+) -> Iterator[tuple[int, Figures]]:  # fmt: skip
+    """meta-pytorch/gpt-fast from a checkout: its decode loop and sampler, compiled as its generate.py does."""
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    generate: Any = importlib.import_module("generate")
+    its_model: Any = importlib.import_module("model")
+    plain = generate.decode_one_token
+    try:
+        for context in contexts:
+            tries = {}
+            for name, flags in (UPSTREAM_FLAGS if compiled else {"its own": {}}).items():
+                with torch._inductor.config.patch(flags):
+                    torch._dynamo.reset()
+                    if compiled:
+                        generate.decode_one_token = torch.compile(plain, mode="reduce-overhead", fullgraph=True)
+                    model = upstream_model(its_model, config, form, device)
+                    tries[name] = timed_upstream(generate, model, context, effort, device)
+            best = min(tries, key=lambda name: tries[name].median)
+            us = {name: timing.median * 1e6 for name, timing in tries.items()}
+            yield context, figures(tries[best], compiled=compiled, flags=best, us_by_flags=us)
+    finally:
+        generate.decode_one_token = plain
+
+
+def timed_upstream(generate: Any, model: Any, context: int, effort: Effort, device: torch.device) -> Timing:
+    with torch.device(device):
+        model.setup_caches(max_batch_size=1, max_seq_length=context + effort.new_tokens + 1)
+    token = torch.ones(1, 1, dtype=torch.int, device=device)
+
+    def run() -> None:
+        place = torch.tensor([context], dtype=torch.int, device=device)
+        generate.decode_n_tokens(model, token, place, effort.new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
+
+    timing = timed(run, device, repeat=effort.repeat)
+    return Timing(*(seconds / effort.new_tokens for seconds in timing))
+
+
+def upstream_model(its_model: Any, config: ModelConfig, form: str, device: torch.device) -> Any:
+    """Its Transformer of our shape, quantized by its own modules, with random numbers."""
+    c = config
+    args = its_model.ModelArgs(
+        block_size=c.max_position, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.dim,
+        intermediate_size=c.intermediate_size, n_local_heads=c.n_kv_head, rope_base=c.rope_base, norm_eps=c.norm_eps,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = its_model.Transformer(args)
+    if form != "bf16":
+        quantize = importlib.import_module("quantize")
+        handlers = {"int8": lambda: quantize.WeightOnlyInt8QuantHandler(model),
+                    "int4": lambda: quantize.WeightOnlyInt4QuantHandler(model, groupsize=GROUP)}  # fmt: skip
+        with torch.device("meta"):
+            model = handlers[form]().convert_for_runtime()
+    model = model.to(torch.bfloat16).to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        randomize(tensor)
+    return model.eval().requires_grad_(False)
+
+
+def randomize(tensor: Tensor) -> None:
+    """Small numbers, any codes."""
+    if tensor.is_floating_point():
+        tensor.normal_(0, 0.02)
+    elif tensor.dtype != torch.bool:
+        tensor.random_()
