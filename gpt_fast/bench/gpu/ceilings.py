@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def ceilings(device: torch.device, nbytes: int, repeat: int) -> dict[str, Any]:
     source = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     one = torch.zeros(1, device=device)
-    readers = {name: timed(lambda read=read: read(source), device, repeat=repeat) for name, read in READERS.items()}
+    readers = {name: timed(partial(read, source), device, repeat=repeat) for name, read in READERS.items()}
     copy = timed(lambda: target.copy_(source), device, repeat=repeat)
     node = timed_graph(lambda: one.add_(1), device, repeat=repeat, inner=NODES)
     rates = {name: nbytes / reader.least for name, reader in readers.items()}

@@ -29,7 +29,8 @@ def main(name: str, form: str, device_name: str) -> None:
 
     from gpt_fast.bench.gpu.models import SHAPES, TINY, random_model
     from gpt_fast.bench.gpu.rows import Subject
-    from gpt_fast.ops.gpu.graph import DecodeLoop, Row
+    from gpt_fast.ops.gpu.graph import DecodeLoop
+    from gpt_fast.ops.gpu.state import Row
 
     stamps = {"imports": time.time()}
     device = torch.device(device_name)

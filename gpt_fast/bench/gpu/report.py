@@ -82,11 +82,12 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     measured = [row for row in result["rows"] if "gb_per_step" in row]
     for index, form in enumerate(dict.fromkeys(row["format"] for row in measured)):
         points = [(row["gb_per_step"], row["us_per_step"]) for row in measured if row["format"] == form]
-        axis.scatter(*zip(*points, strict=True), s=18, color=f"C{index}", label=form)
+        sizes, times = zip(*points, strict=True)
+        axis.scatter(sizes, times, s=18, color=f"C{index}", label=form)
     ceiling = (result.get("ceilings") or {}).get("read_gb_s")
-    sizes = sorted(row["gb_per_step"] for row in measured)
-    if ceiling and sizes:
-        axis.plot(sizes, [size / ceiling * 1e6 for size in sizes], color="black", label=f"read {ceiling:.0f} GB/s")
+    every = sorted(row["gb_per_step"] for row in measured)
+    if ceiling and every:
+        axis.plot(every, [size / ceiling * 1e6 for size in every], color="black", label=f"read {ceiling:.0f} GB/s")
     axis.set(xscale="log", yscale="log", xlabel="GB a step must read", ylabel="microseconds a step",
              title=result["device"])  # fmt: skip
     axis.legend()

@@ -16,7 +16,8 @@ from gpt_fast.bench.gpu.timing import Timing, synchronize, timed, timed_graph
 from gpt_fast.cache import KVCache
 from gpt_fast.model import Transformer
 from gpt_fast.ops.gpu.decoder import GpuDecoder, weight_bytes
-from gpt_fast.ops.gpu.graph import DecodeLoop, Row
+from gpt_fast.ops.gpu.graph import DecodeLoop
+from gpt_fast.ops.gpu.state import Row
 from gpt_fast.quantize.linear import pack
 
 Figures = dict[str, Any]
@@ -162,7 +163,8 @@ def sampler(device: torch.device, vocabulary: int, rows: int, effort: Effort) ->
 
     logits_BV = torch.randn(rows, vocabulary, device=device) * 4
     ones_B = torch.ones(rows, device=device)
-    params = sampling.SamplingTensors(ones_B * TEMPERATURE, (ones_B * TOP_K).long(), ones_B, ones_B * 0)
+    columns = (ones_B * TEMPERATURE, (ones_B * TOP_K).long(), ones_B, ones_B * 0)
+    params = sampling.SamplingTensors(*columns, most_k=TOP_K, by_p=False)
     uniform_B = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
     out_B = torch.empty(rows, dtype=torch.int64, device=device)
     workspace, ops = sampler_workspace(rows, vocabulary, device), ops_for(device)

@@ -4,8 +4,8 @@ Shapes: B rows, S tokens of a row, M = B * S tokens, D model dim, H query heads,
 V vocabulary, R tokens whose logits are wanted; caches [layers, slots, KV heads, positions, head_dim].
 
 A layer is five operations: norm + QKV + RoPE + cache write; attention over what is cached; output projection and
-residual; norm + gate/up + SiLU; down projection + residual. On a GPU a step is one CUDA graph per shape. Elsewhere the same code
-runs the kernels' plain PyTorch twins, which is how it is tested.
+residual; norm + gate/up + SiLU; down projection + residual. On a GPU a step is one CUDA graph per shape. Elsewhere the
+same code runs the kernels' plain PyTorch twins, which is how it is tested.
 """
 
 from __future__ import annotations
@@ -105,6 +105,15 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor[:count] for tensor in self))
 
 
+class Started(NamedTuple):
+    """An engine's Pending."""
+
+    logits: Tensor
+
+    def result(self) -> Tensor:
+        return self.logits
+
+
 class Scratch(NamedTuple):
     """What the kernels pass to each other, for MAX_TOKENS tokens; a step uses the first M rows."""
 
@@ -171,6 +180,10 @@ class GpuDecoder:
 
     __call__ = forward
 
+    def start(self, *inputs: Any, **options: Any) -> Started:
+        """As forward, whose kernels are only queued: the host goes on, and waits when it looks at the result."""
+        return Started(self.forward(*inputs, **options))
+
     def fill(self, tokens_BS: Tensor, positions_BS: Tensor, slots_B: Tensor | None, scratch: int) -> None:
         """Put a step where its graph reads it."""
         B, S = tokens_BS.shape
@@ -195,7 +208,7 @@ class GpuDecoder:
     # ---- the step itself: what graphs capture
 
     def step(self, inputs: Inputs, cache: KVCache, *, reach: int, select_B: Tensor | None = None) -> Tensor:
-        """Run M tokens: float32 logits [R, V] of all, or of token select_B[b] of each row b; the next step writes there.
+        """Run M tokens: float32 logits [R, V] of all, or of token select_B[b] of each row b. The next step reuses them.
 
         reach: see there. More than MAX_TOKENS must be one of each slot from slot 0 on, and take the path for many.
         No host synchronization.

@@ -1,6 +1,6 @@
 """Whole decode steps without the host: tokens, positions and stop checks stay on the device, several steps a replay.
 
-Shapes: B rows, N steps of a replay, E end-of-sequence ids.
+Shapes: B rows, N steps of a replay, E end-of-sequence ids. State and stop checks: state.py; readback: ring.py.
 
 The host only launches replays and reads, one replay late, what they wrote: no step waits for it. After Hugging Face's
 asynchronous batching (transformers #43960) and vLLM's asynchronous scheduling (#32951): run on, drop what was too much.
@@ -9,156 +9,20 @@ asynchronous batching (transformers #43960) and vLLM's asynchronous scheduling (
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from gpt_fast.ops.gpu.capture import Captured
-from gpt_fast.ops.gpu.decoder import GpuDecoder, Inputs
+from gpt_fast.ops.gpu.decoder import GpuDecoder
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
+from gpt_fast.ops.gpu.ring import Ring
+from gpt_fast.ops.gpu.state import ENDED, Row, State, advance
 from gpt_fast.sampling import uniform
-from gpt_fast.scheduler import NO_TOKEN
 
 if TYPE_CHECKING:
     from gpt_fast.cache import KVCache
-
-ENDED = -2  # in the output: the row had ended before this step
-UNWRITTEN = -3  # in the ring: the device has not been here
-
-Wait = Callable[[], object]
-
-
-class Row(NamedTuple):
-    """One sequence to go on with: `token` stands at `position` and is not computed yet.
-
-    limit: prompt and answer together, in tokens. eos: whether end-of-sequence ids end it. seed and position decide
-    the draws, as in gpt_fast.sampling.
-    """
-
-    slot: int
-    token: int
-    position: int
-    limit: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    eos: bool = True
-
-    @property
-    def room(self) -> int:
-        """Tokens until the limit."""
-        return self.limit - self.position - 1
-
-
-class State(NamedTuple):
-    """What a step reads and leaves for the next. A row that has ended stands at `scratch`, where it harms nobody."""
-
-    inputs: Inputs
-    limit_B: Tensor  # int64
-    eos_B: Tensor  # bool
-    temperature_B: Tensor  # float32
-    top_k_B: Tensor  # int64
-    top_p_B: Tensor  # float32
-    seed_B: Tensor  # int64
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> State:
-        types = (torch.int64, torch.bool, torch.float32, torch.int64, torch.float32, torch.int64)
-        return cls(Inputs.empty(rows, device), *(torch.zeros(rows, dtype=t, device=device) for t in types))
-
-    def load(self, rows: Sequence[Row], scratch: int) -> None:
-        """Put rows in place; those that are missing have ended."""
-        ended = Row(slot=0, token=0, position=scratch, limit=0)
-        filled = [*rows, *[ended] * (len(self.limit_B) - len(rows))]
-        lengths = [1 if row.position == scratch else row.position + 1 for row in filled]
-        columns = {
-            self.inputs.tokens_M: [row.token for row in filled],
-            self.inputs.positions_M: [row.position for row in filled],
-            self.inputs.slots_M: [row.slot for row in filled],
-            self.inputs.lengths_M: lengths,
-            self.limit_B: [row.limit for row in filled],
-            self.eos_B: [row.eos for row in filled],
-            self.temperature_B: [row.temperature for row in filled],
-            self.top_k_B: [row.top_k for row in filled],
-            self.top_p_B: [row.top_p for row in filled],
-            self.seed_B: [row.seed for row in filled],
-        }
-        for tensor, values in columns.items():
-            host = torch.tensor(values, dtype=tensor.dtype)
-            tensor.copy_(host.pin_memory() if tensor.is_cuda else host, non_blocking=True)
-
-
-def advance_reference(sampled_B: Tensor, state: State, eos_E: Tensor, out_B: Tensor, *, scratch: int) -> None:
-    """Note what was sampled, and set every row to its next token or, where it has ended, to `scratch`."""
-    tokens_B, positions_B, _, lengths_B = state.inputs
-    live_B = positions_B != scratch
-    hit_B = (sampled_B[:, None] == eos_E).any(1) & state.eos_B
-    ended_B = hit_B | (sampled_B == NO_TOKEN) | (positions_B + 2 >= state.limit_B)
-    goes_on_B = live_B & ~ended_B
-    out_B.copy_(torch.where(live_B, sampled_B, ENDED))
-    tokens_B.copy_(torch.where(goes_on_B, sampled_B, 0))
-    positions_B.copy_(torch.where(goes_on_B, positions_B + 1, scratch))
-    lengths_B.copy_(torch.where(goes_on_B, positions_B + 1, 1))
-
-
-# -------------------------------------------------------------------------------------------- readback
-
-
-def start_copy(target: Tensor, source: Tensor) -> Wait:
-    """Begin to copy; the function that waits until it has ended."""
-    target.copy_(source, non_blocking=True)
-    if not source.is_cuda:
-        return lambda: None
-    event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps: its core belongs to the service
-    event.record()
-    return event.synchronize
-
-
-class Ring:
-    """Results on their way from the device to the host: `depth` buffers in pinned memory, first in, first out.
-
-    A buffer is read only after its copy has ended, and written only after it was read: RuntimeError otherwise.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], *, pinned: bool, depth: int = 3,
-        copy: Callable[[Tensor, Tensor], Wait] = start_copy,
-    ) -> None:  # fmt: skip
-        self.free = deque(torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(depth))
-        self.busy: deque[tuple[Tensor, Wait]] = deque()
-        self.copy = copy
-
-    @property
-    def pending(self) -> int:
-        return len(self.busy)
-
-    def publish(self, source: Tensor) -> None:
-        """Begin to bring `source` over; the device may change it in its next kernel."""
-        if not self.free:
-            raise RuntimeError("ring: every buffer waits to be read")
-        target = self.free.popleft().fill_(UNWRITTEN)
-        self.busy.append((target, self.copy(target, source)))
-
-    def wait(self) -> None:
-        """Until the oldest result is here."""
-        self.busy[0][1]()
-
-    def take(self) -> list[list[int]]:
-        """The oldest result."""
-        self.wait()
-        target, _ = self.busy.popleft()
-        values = target.tolist()
-        self.free.append(target)
-        if any(UNWRITTEN in row for row in values):
-            raise RuntimeError("ring: read before it was written")
-        return values
-
-
-# -------------------------------------------------------------------------------------------- the loop
 
 
 class DecodeLoop:
@@ -257,4 +121,4 @@ class DecodeLoop:
             self.decoder.ops.sample(
                 logits_BV, state.temperature_B, state.top_k_B, state.top_p_B, uniform_B, self.workspace, self.sampled_B
             )
-            advance_reference(self.sampled_B, state, self.eos_E, out_B, scratch=self.cache.scratch)
+            advance(self.sampled_B, state, self.eos_E, out_B, scratch=self.cache.scratch)
