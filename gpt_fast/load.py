@@ -224,7 +224,7 @@ def choose_path(
 def fused_path(
     config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None
 ) -> ModelPath | str:
-    """The model on the fused CPU kernels, or why it stays on the plain path.
+    """The model on its device's fused kernels, or why it stays on the plain path.
 
     float32 stays plain: it is the reference, and the fused kernels round activations.
     """
@@ -234,6 +234,8 @@ def fused_path(
         return "float32 and float16 have no fused path"
     if (torch_dtype(config.kv_cache) or loaded.model.norm.weight.dtype) == torch.float16:
         return "a float16 KV cache has no fused path"
+    if loaded.model.norm.weight.device.type != "cpu":
+        return gpu_path(config, loaded.model, threads)
     from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
 
     if reason := unsupported(loaded.model):
@@ -245,6 +247,22 @@ def fused_path(
     except BuildError as error:
         return str(error)
     return ModelPath("fused CPU decoder", fused, fused, torch_threads=1)
+
+
+def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
+    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators; or why not."""
+    from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
+
+    if reason := unavailable(model.norm.weight.device) or unsupported(model):
+        return reason
+    if torch_dtype(config.kv_cache) not in (None, model.norm.weight.dtype):
+        return f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type"
+    try:
+        fused = GpuDecoder(model)
+    except ValueError as error:
+        return str(error)
+    prepare_modules(model)
+    return ModelPath("fused GPU decoder", fused, fused, threads)
 
 
 def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
