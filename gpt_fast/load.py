@@ -11,12 +11,13 @@ import torch
 
 from gpt_fast.cache import KVCache
 from gpt_fast.chat import ChatTemplate, load_chat_template
-from gpt_fast.checkpoint import Loaded, load_checkpoint
+from gpt_fast.checkpoint import Loaded, find_weights, load_checkpoint
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
 from gpt_fast.controller import Controller
 from gpt_fast.engine import EngineCore, Forward, Runner, buckets
 from gpt_fast.model import Transformer
 from gpt_fast.proposers import DraftProposer, NGramProposer
+from gpt_fast.quantize.gate import check_quality
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.speculator import Proposer, Speculator
 from gpt_fast.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +38,8 @@ class Parts(NamedTuple):
 def load_parts(config: EngineConfig) -> Parts:
     """Build everything once; when this returns, no request compiles or allocates."""
     started = time.perf_counter()
+    if config.quality:
+        check_quality(find_weights(Path(config.checkpoint_path)), config.quality, kv_cache=config.kv_cache)
     device = choose_device(config.device)
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from _quantized import CPU, logits_of, quantized_model, random_model, small_config, write_checkpoint
 
-from gpt_fast.config import ConfigError
+from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.eval.__main__ import main
 from gpt_fast.eval.quality import Side, common_prefix, compare
 from gpt_fast.eval.report import plot, table
 from gpt_fast.eval.score import TOKENS_PER_FORWARD, Scorer
+from gpt_fast.llm import Engine
 from gpt_fast.quantize.convert import quantize_checkpoint
 from gpt_fast.quantize.gate import check_quality, report_path, write_report
 
@@ -148,6 +149,7 @@ def test_the_command_shows_records_and_prints_json_last(checkpoints, capsys, tmp
     report = json.loads(lines[-1])
     assert lines[0] == "model_int8.safetensors against model.safetensors, 254 tokens of pydoc_data.topics"
     assert report["windows"] == 2 and report["length"] == 128 and report["dtype"] == "float32"
+    assert (report["kv_cache"], report["path"], report["against_path"]) == ("auto", *["plain (kernels: plain)"] * 2)
     assert report["bytes"] == int8.stat().st_size < report["against_bytes"]
     assert json.loads(report_path(int8).read_text()) == report
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -178,6 +180,44 @@ def test_the_gate(checkpoints):
         assert "\n" not in str(caught.value)
 
 
+def test_a_cache_of_int8_has_a_report_and_a_gate_of_its_own(checkpoints, capsys):
+    int8, _ = checkpoints
+    source = int8.with_name("model.safetensors")
+    main(["--quality", str(source), "--kv_cache", "int8", *FLAGS])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["kv_cache"] == "int8" and report["against_kv_cache"] == "auto"
+    assert 0 < report["mean_kl"] < 1e-3 and report["perplexity_ratio"] == pytest.approx(1, abs=2e-3)
+    assert json.loads(source.with_name("model.kv_int8.quality.json").read_text()) == report
+    check_quality(source, {"max_mean_kl": 1e-3}, kv_cache="int8")
+    with pytest.raises(ConfigError, match=r"no model\.quality\.json: make it with .* --quality \S+`$"):
+        check_quality(source, {"max_mean_kl": 1e-3})
+    with pytest.raises(ConfigError, match=r"no model_int8\.kv_int8\.quality\.json: make it .* --kv_cache int8`$"):
+        check_quality(int8, {"max_mean_kl": 1e-3}, kv_cache="int8")
+
+
+def test_a_format_is_judged_as_served_against_float32(checkpoints, capsys):
+    int8, _ = checkpoints
+    main(["--quality", str(int8), "--dtype", "bfloat16", "--against_dtype", "float32", "--kernels", "auto", *FLAGS])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["dtype"], report["against_dtype"]) == ("bfloat16", "float32")
+    assert report["path"] == "fused CPU decoder" or report["path"].startswith("plain (")
+    assert 0 < report["mean_kl"] < 0.01 and report["layers"][0]["hidden_sqnr_db"] > 20
+
+
+def test_an_engine_loads_only_what_its_gate_lets_through(checkpoints):
+    int8, _ = checkpoints
+    main(["--quality", str(int8), *FLAGS])
+    sizes = {"max_seq_len": 64, "max_num_seqs": 1, "device": "cpu"}
+    engine = Engine.load(str(int8), quality={"min_top1_agreement": 0.2}, **sizes)
+    assert len(engine.generate(["a"], [SamplingParams(max_new_tokens=3, ignore_eos=True)])[0].tokens) == 3
+    with pytest.raises(ConfigError, match=r"quality\.max_mean_kl: model_int8\.quality\.json: mean_kl is worse"):
+        Engine.load(str(int8), quality={"max_mean_kl": 0.0}, **sizes)
+    with pytest.raises(ConfigError, match=r"quality: no model_int8\.kv_int8\.quality\.json"):
+        Engine.load(str(int8), quality={"max_mean_kl": 1.0}, kv_cache="int8", **sizes)
+    with pytest.raises(ConfigError, match=r"^quality: must map thresholds to numbers \(got 0\.1\)$"):
+        Engine.load(str(int8), quality=0.1, **sizes)
+
+
 def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
     int8, int4 = checkpoints
     with pytest.raises(ConfigError, match=r"quality\.max_loss: unknown key \(allowed max_perplexity_ratio, "):
@@ -189,13 +229,13 @@ def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
         check_quality(int4, {"max_mean_kl": 1.0})
     main(["--quality", str(int8), *FLAGS])
     report = json.loads(report_path(int8).read_text())
-    write_report(int4, report)
+    write_report(report_path(int4), report)
     with pytest.raises(
         ConfigError, match=r"model_int4\.g128\.quality\.json reports on other weights than model_int4\.g128"
     ):
         check_quality(int4, {"max_mean_kl": 1.0})
     del report["mean_kl"]
-    write_report(int8, report)
+    write_report(report_path(int8), report)
     with pytest.raises(ConfigError, match=r"has no mean_kl"):
         check_quality(int8, {"max_mean_kl": 1.0})
     report_path(int8).write_text("{")
@@ -206,7 +246,10 @@ def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "int8"], "error: dtype: unknown value (got 'int8', allowed float32, bfloat16, float16)"),
+        (["--dtype", "int8"], "error: dtype: unknown value (got 'int8', allowed auto, float32, bfloat16, float16)"),
+        (["--kv_cache", "int4"], "error: kv_cache: unknown value (got 'int4', allowed auto, "),
+        (["--kernels", "fast"], "error: kernels: unknown value (got 'fast', allowed auto, plain)"),
+        (["--against_dtype", "half"], "error: dtype: unknown value (got 'half'"),
         (["--windows", "0"], "error: windows: must be a whole number in range (got 0, allowed 1.."),
         (["--text", "/nowhere"], "error: /nowhere: cannot be read as UTF-8 text"),
         (["--against", "/nowhere"], "error: /nowhere"),

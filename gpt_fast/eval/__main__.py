@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt_fast.checkpoint import WEIGHTS
-from gpt_fast.config import ConfigError, check_int
-from gpt_fast.eval.report import Settings, make_report, plot, table
+from gpt_fast.config import EngineConfig, check_int
+from gpt_fast.eval.report import Passage, make_report, plot, table
 from gpt_fast.quantize.gate import report_path, write_report
 from gpt_fast.quantize.text import default_text, file_text, held_out_part
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16; --quality: float32 unless said")
+    add("--kv_cache", default="auto", help="auto (dtype), float32, bfloat16, float16, int8")
     tasks = flags.add_argument_group("task scores, through lm-evaluation-harness")
     add = tasks.add_argument
     add("--checkpoint_path", help="a converted checkpoint's directory, or a weights file in it")
@@ -50,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add = quality.add_argument
     add("--quality", type=Path, metavar="A", help="the quantized weights file")
     add("--against", type=Path, metavar="B", help=f"its source; {WEIGHTS} beside it unless said")
+    add("--against_dtype", default="auto", help="what the source computes in; auto: dtype")
+    add("--kernels", default="plain", help="plain judges the weights; auto is as served, fused where there is a way")
     add("--text", type=Path, help="a UTF-8 file; the held-out part of this Python's help texts unless said")
     add("--windows", type=int, default=8, help="pieces of the text")
     add("--seq_length", type=int, default=512, help="tokens of a piece")
@@ -61,22 +60,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_quality(args: argparse.Namespace) -> dict[str, Any]:
-    from gpt_fast.load import choose_device
-
     check_int("windows", args.windows, 1, 1 << 20)
     check_int("seq_length", args.seq_length, 128, 1 << 17)
-    dtype = "float32" if args.dtype == "auto" else args.dtype
-    if dtype not in DTYPES:
-        raise ConfigError("dtype", "unknown value", got=args.dtype, allowed=", ".join(DTYPES))
     text = held_out_part(default_text()) if args.text is None else file_text(args.text)
-    settings = Settings(text, args.windows, args.seq_length, DTYPES[dtype], choose_device(args.device))
-    against = args.against or args.quality.with_name(WEIGHTS)
-    weights, report, tokens = make_report(args.quality, against, settings)
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    ours = EngineConfig(
+        checkpoint_path=str(args.quality), device=args.device, dtype=dtype, kv_cache=args.kv_cache, kernels=args.kernels
+    )
+    against = EngineConfig(
+        checkpoint_path=str(args.against or args.quality.with_name(WEIGHTS)),
+        device=args.device,
+        dtype=dtype if args.against_dtype == "auto" else args.against_dtype,
+        kernels="plain",
+    )
+    weights, report, tokens = make_report(ours, against, Passage(text, args.windows, args.seq_length))
     print(table(report))
     if args.plot is not None:
         plot(report, tokens, args.plot)
-    write_report(weights, report)
-    print(f"recorded in {report_path(weights)}")
+    path = report_path(weights, kv_cache=args.kv_cache)
+    write_report(path, report)
+    print(f"recorded in {path}")
     return report
 
 
@@ -99,6 +102,7 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         max_seq_len=args.max_seq_length,
         max_num_seqs=args.batch_size,
+        kv_cache=args.kv_cache,
         compile=args.compile,
         compile_prefill=args.compile,
     )

@@ -5,6 +5,7 @@ Shapes: C tokens of a chunk, V vocabulary, S tokens of a window, D model dim.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class TokenFigures(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the two models, ready to score."""
+    """One of the two models: its scorer on the path it is served by, and the modules, whose layers can be watched."""
 
     model: Transformer
     scorer: Scorer
@@ -121,13 +122,15 @@ def dense(module: nn.Module) -> Tensor:
 
 
 def hidden_states(side: Side, window: list[int]) -> list[Tensor]:
-    """The output of every layer on one window, float32 [S, D]."""
+    """The output of every layer on one window, float32 [S, D], on the plain path."""
+    scorer = copy.copy(side.scorer)
+    scorer.forward = side.model
     outputs: list[list[Tensor]] = [[] for _ in side.model.layers]
     hooks = [
         layer.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output[0].float().cpu()))
         for layer, kept in zip(side.model.layers, outputs, strict=True)
     ]
-    for _ in side.scorer.logits([window]):
+    for _ in scorer.logits([window]):
         pass
     for hook in hooks:
         hook.remove()

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gpt_fast.checkpoint import Loaded, load_checkpoint
-from gpt_fast.config import ConfigError
+from gpt_fast.config import ConfigError, EngineConfig
+from gpt_fast.engine import Forward
 from gpt_fast.eval.quality import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
+from gpt_fast.load import ModelPath, choose_device, fused_path, torch_dtype
 from gpt_fast.quantize.gate import weights_sha256
 from gpt_fast.quantize.text import Text, windows
 from gpt_fast.tokenizer import load_tokenizer
@@ -22,59 +24,82 @@ ROWS = 8  # prompts continued together
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to compare on: `count` windows of `length` tokens of the text, computed in `dtype` on `device`."""
+class Passage:
+    """What to compare on: `count` windows of `length` tokens of the text."""
 
     text: Text
     count: int
     length: int
-    dtype: torch.dtype
-    device: torch.device
 
 
-def make_report(path: Path, against: Path, settings: Settings) -> tuple[Path, dict[str, Any], TokenFigures]:
-    """(the weights file of `path`, the report, the figures of every token)."""
-    a, b = (load_checkpoint(p, device=settings.device, dtype=settings.dtype) for p in (path, against))
-    if a.config != b.config:
-        raise ConfigError("against", "is another model", got=str(against), allowed=f"the source of {path}")
-    tokenizer = load_tokenizer(a.directory)
+class Run(NamedTuple):
+    """A checkpoint on the fused path where its EngineConfig allows one, else on the plain one; its modules unpacked."""
+
+    config: EngineConfig
+    loaded: Loaded
+    forward: Forward
+    path: str
+
+
+def make_report(
+    ours: EngineConfig, against: EngineConfig, passage: Passage
+) -> tuple[Path, dict[str, Any], TokenFigures]:
+    """(the weights file of `ours`, the report, the figures of every token)."""
+    a, b = load_run(ours, passage.length), load_run(against, passage.length)
+    if a.loaded.config != b.loaded.config:
+        problem, allowed = "is another model", f"the source of {ours.checkpoint_path}"
+        raise ConfigError("against", problem, got=against.checkpoint_path, allowed=allowed)
+    tokenizer = load_tokenizer(a.loaded.directory)
     chosen = windows(
-        tokenizer.encode(settings.text.content, add_bos=False),
-        length=settings.length,
-        limit=settings.count,
+        tokenizer.encode(passage.text.content, add_bos=False),
+        length=passage.length,
+        limit=passage.count,
         prefix=tokenizer.encode("", add_bos=True),
     )
-    figures, tokens = compare(side(a, settings), side(b, settings), chosen)
-    return a.weights_file, describe(a, b, settings, len(chosen)) | figures, tokens
+    figures, tokens = compare(side(a, passage.length), side(b, passage.length), chosen)
+    return a.loaded.weights_file, describe(a, b, passage, len(chosen)) | figures, tokens
 
 
-def side(loaded: Loaded, settings: Settings) -> Side:
-    loaded.model.setup_rope(settings.length, settings.device)
-    scorer = Scorer(
-        loaded.model,
-        loaded.config,
-        rows=ROWS,
-        max_seq_len=settings.length,
-        dtype=settings.dtype,
-        device=settings.device,
-    )
-    return Side(loaded.model, scorer)
+def load_run(config: EngineConfig, length: int) -> Run:
+    device = choose_device(config.device)
+    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=torch_dtype(config.dtype))
+    loaded.model.setup_rope(length, device)
+    fused = fused_path(config, loaded, torch.get_num_threads(), beside=None)
+    if isinstance(fused, ModelPath):
+        return Run(config, loaded, fused.prefill, fused.name)
+    return Run(config, loaded, loaded.model, f"plain ({fused})")
 
 
-def describe(a: Loaded, b: Loaded, settings: Settings, count: int) -> dict[str, Any]:
+def side(run: Run, length: int) -> Side:
+    weight = run.loaded.model.norm.weight
+    dtype = torch_dtype(run.config.kv_cache) or weight.dtype
+    scorer = Scorer(run.forward, run.loaded.config, rows=ROWS, max_seq_len=length, dtype=dtype, device=weight.device)
+    return Side(run.loaded.model, scorer)
+
+
+def describe(a: Run, b: Run, passage: Passage, count: int) -> dict[str, Any]:
+    reference = describe_run(b)
     return {
         "version": 1,
-        "checkpoint": a.weights_file.name,
-        "sha256": weights_sha256(a.weights_file),
-        "bytes": weights_bytes(a.weights_file),
-        "against": b.weights_file.name,
-        "against_sha256": weights_sha256(b.weights_file),
-        "against_bytes": weights_bytes(b.weights_file),
-        "text": settings.text.source,
-        "text_sha256": settings.text.sha256,
+        **describe_run(a),
+        "against": reference.pop("checkpoint"),
+        **{f"against_{key}": value for key, value in reference.items()},
+        "text": passage.text.source,
+        "text_sha256": passage.text.sha256,
         "windows": count,
-        "length": settings.length,
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "length": passage.length,
+    }
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    weights = run.loaded.weights_file
+    return {
+        "checkpoint": weights.name,
+        "sha256": weights_sha256(weights),
+        "bytes": weights_bytes(weights),
+        "dtype": str(run.loaded.model.norm.weight.dtype).removeprefix("torch."),
+        "kv_cache": run.config.kv_cache,
+        "path": run.path,
     }
 
 

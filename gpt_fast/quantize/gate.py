@@ -1,6 +1,7 @@
 """A quality report beside a checkpoint, and the gate that refuses to serve a checkpoint whose report is too bad.
 
-`python -m gpt_fast.eval --quality` writes DIR/model_int4.g64.quality.json for DIR/model_int4.g64.safetensors.
+`python -m gpt_fast.eval --quality` writes DIR/model_int4.g64.quality.json for DIR/model_int4.g64.safetensors, and
+with `--kv_cache int8` DIR/model_int4.g64.kv_int8.quality.json: an int8 cache is a loss of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ THRESHOLDS = {
 }
 
 
-def report_path(weights: Path) -> Path:
-    return weights.with_name(f"{weights.stem}.quality.json")
+def report_path(weights: Path, *, kv_cache: str = "auto") -> Path:
+    """Where the report on `weights` with this cache (EngineConfig.kv_cache) is; float caches share one."""
+    cache = ".kv_int8" if kv_cache == "int8" else ""
+    return weights.with_name(f"{weights.stem}{cache}.quality.json")
 
 
 def weights_sha256(weights: Path) -> str:
@@ -36,26 +39,25 @@ def weights_sha256(weights: Path) -> str:
     return records[name].sha256
 
 
-def write_report(weights: Path, report: Mapping[str, Any]) -> Path:
-    path = report_path(weights)
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return path
 
 
-def check_quality(weights: Path, thresholds: Mapping[str, float]) -> None:
-    """Hold the report recorded for `weights` to the thresholds (keys of THRESHOLDS).
+def check_quality(weights: Path, thresholds: Mapping[str, float], *, kv_cache: str = "auto") -> None:
+    """Hold the report recorded for `weights`, served with this cache, to the thresholds (keys of THRESHOLDS).
 
     Raises:
         ConfigError: an unknown threshold, no report, a report of other weights, or a figure that is worse: one line.
     """
     check_thresholds(thresholds)
-    path = report_path(weights)
+    path = report_path(weights, kv_cache=kv_cache)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problem = f"no {path.name}: make it with `python -m gpt_fast.eval --quality {weights}`"
+        flags = f"--quality {weights}" + (" --kv_cache int8" if kv_cache == "int8" else "")
+        problem = f"no {path.name}: make it with `python -m gpt_fast.eval {flags}`"
         raise ConfigError("quality", problem) from None
     except (OSError, ValueError) as error:
         raise ConfigError("quality", f"{path} is not readable JSON: {error}") from None
