@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt_fast.tokenizer import Span, Tokenizer, control_pattern, read_json_object, read_special_tokens
 
@@ -27,11 +27,31 @@ class ChatTemplateError(ValueError):
     """A template that cannot be read or will not render these messages, in one line."""
 
 
+class ToolFormat(NamedTuple):
+    """How a model writes a call: `before`, {"name": ..., arguments_key: {...}}, `after`, white space apart."""
+
+    before: str
+    arguments_key: str
+    after: str
+
+
+HERMES = ToolFormat("<tool_call>", "arguments", "</tool_call>")  # NousResearch's Hermes 2 Pro, Qwen 2.5 and 3, ...
+LLAMA = ToolFormat("", "parameters", "")  # Meta's Llama 3.1: the call is the whole answer
+
+
+def read_tool_format(source: str) -> ToolFormat | None:
+    """The format that a template tells its model to use; None for one without tools, or with an unknown format."""
+    if re.search(r"<tool_call>(\\n|\s)*\{[^}]*\\?\"arguments\\?\"", source):
+        return HERMES
+    return LLAMA if re.search(r"\{\\?\"name\\?\": function name, \\?\"parameters\\?\":", source) else None
+
+
 class ChatTemplate:
     """One checkpoint's chat template.
 
     source: the Jinja text; tool_source: the one for requests with tools, where a checkpoint has its own for them.
     special_tokens: the variables bos_token, eos_token, ... A rendering longer than max_chars is refused.
+    tool_format: how the model writes calls; None where the template takes no tools.
     """
 
     def __init__(
@@ -44,6 +64,7 @@ class ChatTemplate:
     ) -> None:
         self._template = compile_template(source)
         self._tool_template = compile_template(tool_source) if tool_source is not None else self._template
+        self.tool_format = read_tool_format(tool_source or source)
         self._special_tokens = dict(special_tokens or {})
         self._max_chars = max_chars
 

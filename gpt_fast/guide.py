@@ -14,12 +14,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gpt_fast.chat import ToolFormat
 from gpt_fast.guide_check import check
 from gpt_fast.tokenizer import Tokenizer
 
 MAX_GRAMMAR = 65_536  # bytes of what is compiled: schemas and what stands around them
 KEPT = 32  # compiled grammars
-NEEDS = "the server needs `pip install gpt-fast[structured]`"
 # Unbounded white space is what a weak model says when it knows nothing else; unknown keywords are refused, not ignored.
 JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,16})", "lenient": False}
 
@@ -58,20 +58,23 @@ class Maker:
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
         self.vocab_size = vocab_size
-        self._tokenizer = build_tokenizer(tokenizer, vocab_size, sorted(eos_ids)) if available() else None
+        eos_ids = sorted(eos_ids)
+        self._tokenizer = build_tokenizer(tokenizer, vocab_size, eos_ids) if eos_ids and available() else None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def json_grammar(self, schema: str) -> str:
-        """The grammar of a JSON schema's values. GuideError for what is no schema, or not a supported one."""
-        if self._tokenizer is None:
-            raise GuideError(NEEDS)
-        from llguidance import LLMatcher
+    def json_guide(self, schema: str) -> Guide:
+        """A guide to the values of a JSON schema. GuideError for what is none, or too large, or not supported."""
+        try:
+            return self._guide(matcher_class().grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
+        except ValueError as error:
+            raise GuideError(" ".join(str(error).split())) from None
 
-        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    def calls_guide(self, tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> Guide:
+        """A guide to one call of one of the tools, which are OpenAI's objects. GuideError as above."""
+        return self._guide(matcher_class().grammar_from_lark(calls_grammar(tools, form)))
 
-    def guide(self, grammar: str) -> Guide:
-        """A fresh guide. grammar: json_grammar's, or one in llguidance's Lark. GuideError when it does not compile."""
+    def _guide(self, grammar: str) -> Guide:
         with self._lock:
             matcher = self._compiled.get(grammar)
         if matcher is None:
@@ -86,30 +89,29 @@ class Maker:
     def _compile(self, grammar: str) -> Any:
         """First in a process that can be stopped, then here."""
         if self._tokenizer is None:
-            raise GuideError(NEEDS)
-        from llguidance import LLMatcher
-
+            raise GuideError("this checkpoint has no end-of-sequence token")
         size = len(grammar.encode())
         if size > MAX_GRAMMAR:
             raise GuideError(f"{size} bytes in all (allowed {MAX_GRAMMAR})")
         if problem := check(grammar):
             raise GuideError(problem)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = matcher_class()(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise GuideError(" ".join(matcher.get_error().split()))
         return matcher
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], *, before: str, arguments_key: str, after: str) -> str:
-    """Lark for one call of one of the tools: `before`, an object with the name and the arguments, `after`.
+def calls_grammar(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+    """llguidance's Lark for one call of one of the tools.
 
     Every tool's parameters are a schema document of their own, so their "$ref"s mean what they meant.
     """
+    before, after = (f"{form.before}\n", f"\n{form.after}") if form.before else ("", "")
     rules = [f"start: {' | '.join(f'call{index}' for index in range(len(tools)))}"]
     for index, tool in enumerate(tools):
         function = tool["function"]
         schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": JSON_OPTIONS}
-        head = f'{before}{{"name": {json.dumps(function["name"])}, "{arguments_key}": '
+        head = f'{before}{{"name": {json.dumps(function["name"])}, "{form.arguments_key}": '
         rules.append(f"call{index}: {json.dumps(head)} arguments{index} {json.dumps('}' + after)}")
         rules.append(f"arguments{index}: %json {json.dumps(schema)}")
     return "\n".join(rules)
@@ -119,11 +121,19 @@ def available() -> bool:
     return importlib.util.find_spec("llguidance") is not None
 
 
+def matcher_class() -> Any:
+    if not available():
+        raise GuideError("the server needs `pip install gpt-fast[structured]`")
+    from llguidance import LLMatcher
+
+    return LLMatcher
+
+
 def build_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> Any:
     """llguidance's tokenizer of our token bytes."""
     from llguidance import LLTokenizer
 
-    vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
+    vocabulary: Any = Vocabulary(tokenizer, vocab_size, eos_ids)
     return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=eos_ids, slices=LLTokenizer.json_slices())
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from gpt_fast.chat import ToolFormat
+from gpt_fast.guide import Guide, GuideError, Maker
 from gpt_fast.llm import Engine
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
@@ -21,6 +24,7 @@ from gpt_fast.serve.response import (
     model_list,
 )
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
+from gpt_fast.serve.tool_calls import call_parser
 
 ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
@@ -45,6 +49,11 @@ class Admit:
         self.model_name, self.drain_file = model_name, drain_file
         self.created = int(time.time())
         self.page = page_text()
+        self.tool_format = tool_format(engine)
+        self.offers = frozenset({"schema", "tools"} if self.tool_format else {"schema"})
+        self.guides = Maker(
+            engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.core.runner.eos_ids
+        )
 
     def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
         path = path.strip("/")
@@ -79,6 +88,7 @@ class Admit:
             model_name=self.model_name,
             max_new_tokens=self.limits.max_new_tokens,
             stream=self.limits.stream,
+            offers=self.offers,
         )
         prompts = self.prompts(request)
         self.check_room(len(prompts))
@@ -97,7 +107,7 @@ class Admit:
 
     def chat_tokens(self, request: Request) -> list[int]:
         try:
-            return self.engine.encode_chat(request.messages)
+            return self.engine.encode_chat(request.messages, request.tools or None)
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
             raise RequestError(f"messages: {error}", param="messages") from None
 
@@ -113,6 +123,16 @@ class Admit:
             raise RequestError(message, param="prompt")
         return list(prompt)
 
+    def guide(self, request: Request) -> Guide | None:
+        """A guide of its own for each sequence. What it costs to compile one is bounded; see guide_check."""
+        try:
+            if request.must_call and self.tool_format:
+                return self.guides.calls_guide(request.tools, self.tool_format)
+            return None if request.schema is None else self.guides.json_guide(request.schema)
+        except GuideError as error:
+            where = "tools" if request.must_call else "response_format"
+            raise RequestError(f"{where}: {error}", param=where) from None
+
     def prompt(self, tokens: list[int], request: Request, choice: int) -> Prompt:
         params, room = request.params, self.engine.core.max_seq_len - len(tokens)
         if not tokens:
@@ -121,13 +141,16 @@ class Admit:
             wanted = f" and {params.max_new_tokens} new ones" if request.limited else ""
             message = f"prompt: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
             raise RequestError(message, param="prompt", code="context_length_exceeded")
-        outside = [token for token in params.logit_bias if token >= self.engine.model_config.vocab_size]
-        if outside:
-            raise RequestError(f"logit_bias: {outside[0]} is outside the vocabulary", param="logit_bias")
+        for name, ids in {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}.items():
+            outside = [token for token in ids if token >= self.engine.model_config.vocab_size]
+            if outside:
+                raise RequestError(f"{name}: {outside[0]} is outside the vocabulary", param=name)
         if choice and params.seed is not None:
             params = dataclasses.replace(params, seed=params.seed + choice)
         limit = min(params.max_new_tokens, room)
-        params = dataclasses.replace(params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        params = dataclasses.replace(
+            params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit), guide=self.guide(request)
+        )
         return Prompt(tokens, params)
 
     def check_room(self, sequences: int) -> None:
@@ -145,20 +168,31 @@ class Admit:
     def answer(self, request: Request, prompts: list[Prompt]) -> Answer:
         if request.kind == "native":
             return PlainAnswer(stream=request.stream)
-        shape = ChatAnswer if request.kind == "chat" else CompletionAnswer
-        return shape(
-            model=self.model_name,
-            stream=request.stream,
-            prompt_tokens=sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
-            choices=[
+        options: dict[str, Any] = {
+            "model": self.model_name,
+            "stream": request.stream,
+            "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
+            "choices": [
                 self.echo(prompt) if request.echo else ""
                 for prompt in request.prompts or ("",)
                 for _ in range(request.n)
             ],
-            include_usage=request.include_usage,
-            wants_logprobs=request.params.logprobs is not None,
-            token_bytes=self.engine.tokenizer.token_bytes,
-        )
+            "include_usage": request.include_usage,
+            "wants_logprobs": request.params.logprobs is not None,
+            "token_bytes": self.engine.tokenizer.token_bytes,
+        }
+        if request.kind == "completion":
+            return CompletionAnswer(**options)
+        if not request.tools or self.tool_format is None:
+            return ChatAnswer(**options)
+        names = [tool["function"]["name"] for tool in request.tools]
+        return ChatAnswer(**options, new_parser=partial(call_parser, self.tool_format, names))
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)
+
+
+def tool_format(engine: Engine) -> ToolFormat | None:
+    """How the model writes tool calls; None where its template takes no tools, or its marks are no text."""
+    form = engine.chat_template.tool_format if engine.chat_template else None
+    return None if form is None or {form.before, form.after} & {*engine.tokenizer.control_tokens} else form

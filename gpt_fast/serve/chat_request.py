@@ -14,7 +14,8 @@ from gpt_fast.serve.body import RequestError, check_values, decode_json, expect,
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 64
-MAX_SCHEMA = 32_768  # characters
+MAX_SCHEMA = 32_768  # bytes of JSON in ASCII
+ANY_OBJECT = '{"type": "object"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -109,7 +110,11 @@ def parse_tools(tools: object, choice: object) -> tuple[tuple[Object, ...], bool
     for index, row in enumerate(rows):
         function = parse_function(row, f"tools[{index}]", (), allowed)
         expect(function.get("description") or "", f"tools[{index}].function.description", str, "a string")
-        expect(function.get("parameters") or {}, f"tools[{index}].function.parameters", dict, "a JSON schema")
+        parameters = function.get("parameters") or {}
+        expect(parameters, f"tools[{index}].function.parameters", dict, "a JSON schema")
+        if parameters.get("type", "object") != "object":
+            got = short(parameters["type"])
+            raise refuse(f"tools[{index}].function.parameters.type", f"arguments are an object (got {got})")
         expect(function.get("strict") or False, f"tools[{index}].function.strict", bool, "true or false")
         if function["name"] in by_name:
             raise refuse(f"tools[{index}].function.name", f"{short(function['name'])} is there twice")
@@ -155,7 +160,7 @@ def parse_response_format(value: object) -> str | None:
         raise refuse("response_format.type", f"unknown (got {short(kind)}, allowed text, json_object, json_schema)")
     check_names(fields, "response_format", ("type", "json_schema") if kind == "json_schema" else ("type",))
     if kind != "json_schema":
-        return None if kind == "text" else '{"type": "object"}'
+        return None if kind == "text" else ANY_OBJECT
     named = fields.get("json_schema")
     expect(named, "response_format.json_schema", dict, "an object with name and schema")
     check_names(named, "response_format.json_schema", ("name", "schema", "description", "strict"))
@@ -163,7 +168,7 @@ def parse_response_format(value: object) -> str | None:
     expect(schema, "response_format.json_schema.schema", dict, "a JSON schema")
     text = json.dumps(schema)
     if len(text) > MAX_SCHEMA:
-        raise refuse("response_format.json_schema.schema", f"{len(text)} characters (allowed {MAX_SCHEMA})")
+        raise refuse("response_format.json_schema.schema", f"{len(text)} bytes (allowed {MAX_SCHEMA})")
     return text
 
 

@@ -51,8 +51,8 @@ class Request:
 Fields = dict[str, Any]
 
 SAMPLING = {
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "ignore_eos", "min_tokens",
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens",
 }  # fmt: skip
 COMMON = SAMPLING | {"stream", "timeout", "user"}
 OPENAI = COMMON | {"model", "max_tokens", "n", "stream_options", "logprobs"}
@@ -64,7 +64,7 @@ KNOWN = {
 # What a server may be able to do: these fields are known only where it is offered.
 OFFERS = {
     "tools": {"chat": {"tools", "tool_choice", "parallel_tool_calls"}},
-    "schema": {"chat": {"response_format"}, "completion": {"response_format"}},
+    "schema": {kind: {"response_format"} for kind in KNOWN},
 }
 # Known to OpenAI's and vLLM's clients, not offered here: only these values, which ask for nothing, pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -97,7 +97,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "structured_outputs": (),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
 }
 BOOLEANS = {"stream", "echo", "ignore_eos"}
@@ -153,7 +152,7 @@ def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offer
     n, params = choices(fields), sampling_params(kind, fields, limit, limit_name)
     if params.seed is not None:
         check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
-    return Request(
+    request = Request(
         kind=kind,
         params=params,
         stream=streamed,
@@ -169,6 +168,19 @@ def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offer
         timeout=timeout(fields),
         user=short_text(fields["user"], "user") if fields.get("user") else "",
     )
+    check_together(request)
+    return request
+
+
+def check_together(request: Request) -> None:
+    """Refuse fields that do not go together."""
+    if request.echo and request.params.logprobs is not None:
+        raise RequestError("echo: not supported together with logprobs (got true)", param="echo")
+    if request.schema is not None and request.tools:
+        raise RequestError("response_format: not supported together with tools", param="response_format")
+    if (request.schema is not None or request.must_call) and request.params.min_tokens:
+        message = "not supported together with response_format or a required tool"
+        raise RequestError(f"min_tokens: {message} (got {request.params.min_tokens})", param="min_tokens")
 
 
 def token_limit(kind: str, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gpt_fast.scheduler import Logprobs
+from gpt_fast.serve.tool_calls import CallParser, Piece, ToolCall
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
@@ -72,6 +73,8 @@ class Choice:
     finish_reason: str | None = None
     logprobs: list[tuple[Event, int]] = field(default_factory=list)  # with the offset of the event's text
     begun: bool = False
+    parser: CallParser | None = None
+    calls: int = 0
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -192,29 +195,45 @@ class CompletionAnswer(OpenAIAnswer):
 
 
 class ChatAnswer(OpenAIAnswer):
+    """new_parser: makes what finds an answer's tool calls; None where the request has no tools."""
+
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, *, new_parser: Callable[[], CallParser] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        for choice in self.choices:
+            choice.parser = new_parser() if new_parser else None
+
     def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
-        """OpenAI's order: the role first, then content, then an empty delta with the finish reason."""
+        """OpenAI's order: the role first, then content and whole tool calls, then the finish reason."""
         chunks = []
         if not choice.begun:
             choice.begun = True
             chunks.append(self.delta(index, {"role": "assistant", "content": ""}))
-        if text or logprobs:
-            chunks.append(self.delta(index, {"content": text}, logprobs=self.logprobs(logprobs)))
+        content, calls = split(parse(choice, text))
+        if content or logprobs:
+            chunks.append(self.delta(index, {"content": content}, logprobs=self.logprobs(logprobs)))
+        for call in calls:
+            chunks.append(self.delta(index, {"tool_calls": [{"index": choice.calls, **call_body(call)}]}))
+            choice.calls += 1
         if choice.finish_reason is not None:
-            chunks.append(self.delta(index, {}, finish_reason=choice.finish_reason))
+            chunks.append(self.delta(index, {}, finish_reason=finish_reason(choice)))
         return chunks
 
     def delta(self, index: int, delta: dict[str, Any], **extra: Any) -> dict[str, Any]:
         return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **extra}])
 
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        content, calls = split(parse(choice, choice.text))
+        choice.calls = len(calls)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": [call_body(call) for call in calls]}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self.logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": finish_reason(choice),
         }
 
     def logprobs(self, events: list[tuple[Event, int]]) -> dict[str, Any] | None:
@@ -228,6 +247,28 @@ class ChatAnswer(OpenAIAnswer):
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.token_text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
+
+
+def parse(choice: Choice, text: str) -> list[Piece]:
+    """What new text brings, at the end of the answer all of it."""
+    if choice.parser is None:
+        return [text]
+    return choice.parser.push(text) + (choice.parser.finish() if choice.finish_reason is not None else [])
+
+
+def split(pieces: list[Piece]) -> tuple[str, list[ToolCall]]:
+    """The content and the calls, each in their order; OpenAI's messages have no other."""
+    content = "".join(piece for piece in pieces if isinstance(piece, str))
+    return content, [piece for piece in pieces if isinstance(piece, ToolCall)]
+
+
+def call_body(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def finish_reason(choice: Choice) -> str | None:
+    return "tool_calls" if choice.calls and choice.finish_reason == "stop" else choice.finish_reason
 
 
 def model_list(model: str, *, created: int, max_seq_len: int) -> str:

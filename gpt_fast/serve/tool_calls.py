@@ -1,0 +1,132 @@
+"""An answer's text to content and tool calls, however it is cut into chunks. No torch here.
+
+A call counts only when it is complete, strict JSON and names a tool of the request; everything else is content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpt_fast.chat import ToolFormat
+from gpt_fast.serve.body import RequestError, check_values, decode_json
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+Piece = str | ToolCall  # content, or a call
+
+
+class CallParser(Protocol):
+    """One answer's way to content and calls. The joined pieces are the same for every cutting of the text."""
+
+    def push(self, text: str) -> list[Piece]:
+        """Take text; what is certain now."""
+
+    def finish(self) -> list[Piece]:
+        """The rest, at the end of the answer."""
+
+
+def call_parser(form: ToolFormat, names: Iterable[str]) -> CallParser:
+    """names: the tools of the request."""
+    return MarkedCalls(form, frozenset(names)) if form.before else BareCalls(form, frozenset(names))
+
+
+class MarkedCalls:
+    """Calls between marks, anywhere in the text. White space before and after a call is no content."""
+
+    def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
+        self.form, self.names = form, names
+        self._held = ""  # white space, and behind it what may become a call
+        self._called = False
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while (start := self._held.find(self.form.before)) >= 0:
+            begin = start + len(self.form.before)
+            end = self._held.find(self.form.after, begin)
+            if end < 0:
+                break
+            call = read_call(self._held[begin:end], self.form, self.names)
+            if call:
+                pieces += [self._held[:start].rstrip(), call]
+                begin, self._called = end + len(self.form.after), True
+            else:  # the mark is text, and what follows it may still hold a call
+                pieces.append(self._held[:begin])
+            self._held = self._held[begin:]
+        sure = start if start >= 0 else len(self._held) - overlap(self._held, self.form.before)
+        sure = len(self._held[:sure].rstrip())
+        pieces.append(self._held[:sure])
+        self._held = self._held[sure:]
+        return [piece for piece in pieces if piece]
+
+    def finish(self) -> list[Piece]:
+        """A last call may lack its end mark: some models stop instead."""
+        held, self._held = self._held, ""
+        _, mark, body = held.partition(self.form.before)
+        if mark and (call := read_call(body, self.form, self.names)):
+            return [call]
+        return [] if not held or (self._called and held.isspace()) else [held]
+
+
+class BareCalls:
+    """Calls that are the whole answer: one object, or several with semicolons between. Other answers are content."""
+
+    def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
+        self.form, self.names = form, names
+        self._held = ""
+        self._is_text = False
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        self._is_text = self._is_text or self._held.lstrip()[:1] not in ("", "{")
+        return self._release() if self._is_text else []
+
+    def finish(self) -> list[Piece]:
+        calls = [read_call(part, self.form, self.names) for part in objects(self._held)]
+        found: list[Piece] = [call for call in calls if call]
+        return found if found and len(found) == len(calls) else self._release()
+
+    def _release(self) -> list[Piece]:
+        text, self._held = self._held, ""
+        return [text] if text else []
+
+
+def read_call(text: str, form: ToolFormat, names: frozenset[str]) -> ToolCall | None:
+    """The call that a text spells; None where it is none."""
+    try:
+        value: Any = decode_json(text)
+        check_values({"call": value})
+    except RequestError:
+        return None
+    arguments = value.get(form.arguments_key) if isinstance(value, dict) else None
+    if not isinstance(arguments, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+        return None
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def objects(text: str) -> list[str]:
+    """The JSON values that a text is made of, as text; a rest that is none comes last."""
+    parts = []
+    while text := text.lstrip(" \t\r\n;"):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            end = len(text)
+        parts.append(text[:end])
+        text = text[end:]
+    return parts
+
+
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of the text the mark may begin with."""
+    return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-size:])), 0)
