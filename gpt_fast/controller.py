@@ -74,20 +74,21 @@ class Costs:
         known[rows] = before + (min(seconds, 2 * before) - before) / 4  # one hiccup must not decide
 
     def plain(self, rows: int) -> float | None:
-        return self._nearest(PLAIN, rows)
+        known = self.seconds.get(PLAIN)
+        return known[nearest(known, rows)] if known else None
 
     def relative(self, choice: Choice, rows: int) -> float | None:
         """k c + v + o: the choice's step in plain steps."""
         known = self.seconds.get(choice)
         if not known:
             return None
-        base = rows if rows in known else min(known, key=lambda r: abs(r - rows))
-        plain = self._nearest(PLAIN, base)
+        base = nearest(known, rows)
+        plain = self.plain(base)
         return None if plain is None else known[base] / plain
 
-    def _nearest(self, choice: Choice, rows: int) -> float | None:
-        known = self.seconds.get(choice)
-        return known[min(known, key=lambda r: abs(r - rows))] if known else None
+
+def nearest(known: Mapping[int, float], rows: int) -> int:
+    return rows if rows in known else min(known, key=lambda r: abs(r - rows))
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Controller:
     """
 
     counts: list[int]
-    allowance: float = 0.02
+    allowance: float = 0.015
     margin: float = 1.02
     overdraft: float = 6.0  # plain steps; also what gains can save up
     prefill_seconds: dict[str, float] = field(default_factory=dict)  # a caught-up token, by arm
@@ -120,10 +121,11 @@ class Controller:
             return None
         best, best_speedup = None, self.margin
         probe, probe_loss = None, self.balance / plain
-        for choice in (Choice(arm, count) for arm in offers for count in self.counts):
+        able = [arm for arm in offers if any(c.limit for c in offers[arm])]
+        for choice in (Choice(arm, count) for arm in able for count in self.counts):
             candidates = offers[choice.arm]
             cost = self.costs.relative(choice, rows)
-            if cost is None or not any(c.limit for c in candidates):
+            if cost is None:
                 continue
             tau = sum(expected_tokens(c.rate, min(choice.k, c.limit)) for c in candidates) / rows
             lag = self.prefill_seconds.get(choice.arm, 0.0) * sum(c.lag for c in candidates) / plain

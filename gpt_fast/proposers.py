@@ -20,34 +20,48 @@ from gpt_fast.speculator import Offer
 
 
 class NGramIndex:
-    """A sequence's tokens and where each pair of neighbours ended; grows with the sequence, O(1) a token."""
+    """A sequence's tokens and where each token and each pair of neighbours ended; grows in O(1) a token.
 
-    LOOKED_AT = 8  # candidates, most recent first
+    pairs[pair] is the newest end of a pair and before[end] the one before it (0: none): plain integers, which give
+    the garbage collector nothing to look through.
+    """
+
+    LOOKED_AT = 16  # candidates, most recent first
     LONGEST = 32  # a longer match says no more
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.ends: dict[tuple[int, int], list[int]] = {}
+        self.pairs: dict[int, int] = {}
+        self.before: list[int] = [0, 0]
+        self.singles: dict[int, int] = {}
+        self.single = 0  # where the last token ended the time before; 0: it is new
 
     def extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
-            if self.tokens:
-                self.ends.setdefault((self.tokens[-1], token), []).append(len(self.tokens) + 1)
             self.tokens.append(token)
+            end = len(self.tokens)
+            self.single = self.singles.get(token, 0)
+            self.singles[token] = end
+            if end > 1:
+                pair = self.tokens[-2] << 32 | token
+                self.before.append(self.pairs.get(pair, 0))
+                self.pairs[pair] = end
 
     def propose(self, count: int) -> tuple[list[int], int]:
         """What followed the most recent of the longest matches of the end of the sequence, and the match's length.
 
-        A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last pair is new.
+        A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last token is new.
         """
-        if len(self.tokens) < 3:
-            return [], 0
-        candidates = self.ends[self.tokens[-2], self.tokens[-1]][-1 - self.LOOKED_AT : -1]
-        if not candidates:
-            return [], 0
-        end = max(candidates, key=lambda candidate: (self._matched(candidate), candidate))
-        period = len(self.tokens) - end
-        return [self.tokens[end + i % period] for i in range(count)], self._matched(end)
+        best, length = self.single, int(self.single > 0)
+        end = self.before[len(self.tokens)] if best else 0
+        for _ in range(self.LOOKED_AT):
+            if not end or length == self.LONGEST:
+                break
+            if (matched := self._matched(end)) > length:
+                best, length = end, matched
+            end = self.before[end]
+        period = len(self.tokens) - best
+        return [self.tokens[best + i % period] for i in range(count)] if best else [], length
 
     def _matched(self, end: int) -> int:
         length = 2
@@ -73,7 +87,7 @@ class NGramProposer:
             index.extend(sequence.tokens(len(index.tokens), sequence.length))
             tokens, length = index.propose(limit)
             self.found.append(tokens)
-            offers.append(Offer(len(tokens), kind=length.bit_length()))  # lengths 2-3, 4-7, 8-15, ...
+            offers.append(Offer(len(tokens), kind=length.bit_length()))  # lengths 1, 2-3, 4-7, 8-15, ...
         return offers
 
     def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
@@ -88,10 +102,14 @@ class NGramProposer:
 
 @dataclass
 class Held:
-    """What a draft slot holds: the first `count` tokens of `sequence`, whether or not it still runs."""
+    """What a draft slot holds: the first `count` tokens of `sequence`, whether or not it still runs.
+
+    Positions below `written` were written since the slot was last finite throughout.
+    """
 
     sequence: Sequence
     count: int
+    written: int = 0
 
 
 class DraftRunner(Protocol):
@@ -133,25 +151,36 @@ class DraftProposer:
     def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
         for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):
             if count:  # called before the accepted tokens join the sequence
-                self.held[sequence.slot] = Held(sequence, sequence.length + min(stood, count - 1))
+                self._hold(sequence, sequence.length + min(stood, count - 1), sequence.length + count - 1)
 
     def copied(self, copy: PrefixCopy) -> None:
         held = self.held.get(copy.source)
         if held is not None:
             self.runner.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
-            self.held[copy.target] = Held(held.sequence, min(held.count, copy.length))
+            before = self.held.get(copy.target)
+            written = max(copy.length, before.written if before else 0)
+            self.held[copy.target] = Held(held.sequence, min(held.count, copy.length), written)
 
     def _known(self, sequence: Sequence) -> int:
         """How many of the sequence's first tokens the draft's slot already holds."""
         held = self.held.get(sequence.slot)
-        if held is None or held.sequence.owner != sequence.owner:
+        if held is None:
             return 0
         if held.sequence is not sequence:
-            mine, theirs = sequence.tokens(0, held.count), held.sequence.tokens(0, held.count)
-            pairs = enumerate(zip(mine, theirs, strict=False))
-            same = next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
-            self.held[sequence.slot] = held = Held(sequence, same)
+            self._mend(sequence.slot, held.written)
+            self.held[sequence.slot] = held = Held(sequence, shared(sequence, held))
         return held.count
+
+    def _hold(self, sequence: Sequence, count: int, written: int) -> None:
+        before = self.held.get(sequence.slot)
+        self.held[sequence.slot] = Held(sequence, count, max(written, before.written if before else 0))
+
+    def _mend(self, slot: int, written: int) -> None:
+        """Whether target or draft overflowed here: NaN would spread to the next sequence even from positions that a
+        mask hides (0 * NaN)."""
+        for buffer in self.runner.cache.buffers():
+            if buffer.is_floating_point():
+                buffer[:, slot, :, :written].nan_to_num_(0.0, 0.0, 0.0)
 
     def _catch_up(self, sequences: Seq[Sequence], counts: Seq[int]) -> tuple[list[int], int]:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
@@ -165,7 +194,7 @@ class DraftProposer:
                 tokens = sequence.tokens(known, known + fed)
                 self.runner.forward(self.runner.prefill, [tokens], [known], [sequence.slot], size=size)
                 known += fed
-                self.held[sequence.slot] = Held(sequence, known)
+                self._hold(sequence, known, known)
             ready.append(count if known >= wanted else 0)
         return ready, self.runner.chunks[-1] - budget
 
@@ -194,3 +223,12 @@ class DraftProposer:
                 dists.append(probabilities(logits_BV, params))  # type: ignore[arg-type]
         draft_BK = torch.stack(drafts, 1) if drafts else uniform_BK.long()
         return Proposal(draft_BK, counts, torch.stack(dists, 1) if dists else None, matched_B, caught_up)
+
+
+def shared(sequence: Sequence, held: Held) -> int:
+    """How many of what the slot holds are the first tokens of a sequence that may read them."""
+    if held.sequence.owner != sequence.owner:
+        return 0
+    mine, theirs = sequence.tokens(0, held.count), held.sequence.tokens(0, held.count)
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))

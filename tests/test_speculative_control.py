@@ -159,12 +159,12 @@ def test_totals_count_each_position_once():
 
 def slow_lookup(tokens, count):
     """Every earlier end, longest match with the end of the tokens first, then the most recent."""
-    best, best_length = None, 1
-    for end in range(2, len(tokens)):
+    best, best_length = None, 0
+    for end in range(1, len(tokens)):
         length = 0
         while length < min(end, NGramIndex.LONGEST) and tokens[end - 1 - length] == tokens[-1 - length]:
             length += 1
-        if length > 1 and length >= best_length:
+        if length and length >= best_length:
             best, best_length = end, length
     if best is None:
         return [], 0
@@ -193,6 +193,14 @@ def test_lookup_proposes_only_what_followed_its_match(tokens, count):
         text = [*tokens, *proposal]
         found = [e for e in range(length, len(tokens)) if tokens[e - length : e] == tokens[-length:]]
         assert any(text[e : e + count] == proposal for e in found)
+
+
+def test_one_token_is_a_match_where_there_is_no_longer_one():
+    index = NGramIndex()
+    index.extend([5, 1, 2, 3, 9, 1])
+    assert index.propose(3) == ([2, 3, 9], 1)
+    index.extend([2])
+    assert index.propose(2) == ([3, 9], 2)
 
 
 def test_a_loop_goes_on_periodically():

@@ -248,3 +248,27 @@ def test_the_controller_in_the_engine_keeps_texts_and_learns_costs(target, draft
     assert core.runner.speculator.totals.drafted == 0
     spoken = finish(core, requests)
     assert {key: out[0] for key, out in spoken.items()} == {key: out[0] for key, out in plain.items()}
+
+
+@pytest.mark.parametrize("owner", ["", "another"])
+def test_a_slot_that_overflowed_serves_the_next_sequence(target, owner):
+    """Target and draft end in NaN in one slot: the next sequence there has its text, and a draft that is right again."""
+    core = speculating(target, target, 4, slots=1)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    prompt = prompts(1, seed=3)[0]
+    first = core.add("first", prompt, params)
+    while len(first.output) < 20:
+        core.step()
+    for cache in (core.runner.cache, core.runner.speculator.proposers["draft"].runner.cache):
+        for buffer in cache.buffers():
+            buffer[:, 0, :, len(prompt) : first.computed] = float("nan")
+    while not core.idle:
+        assert core.step()[-1].finish_reason in (None, "error")
+    before = core.runner.speculator.totals.accepted
+    core.add("second", prompt, params, owner=owner)
+    events = []
+    while not core.idle:
+        events += core.step()
+    plain = finish(EngineCore(runner_of(target)), {"r": (prompt, params)})["r"][0]
+    assert [e.token for e in events] == plain
+    assert core.runner.speculator.totals.accepted - before > 25

@@ -14,7 +14,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.controller import Choice, Fixed
 from gpt_fast.engine import EngineCore, Runner
 from gpt_fast.proposers import DraftProposer, NGramProposer
-from gpt_fast.sampling import probabilities, sample, sampling_tensors, uniform
+from gpt_fast.sampling import best_token, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import Sequence
 from gpt_fast.speculative import Proposal, draws_of, is_matched, judge, on_device
 from gpt_fast.speculator import Speculator
@@ -137,6 +137,16 @@ def test_an_engine_step_reads_once(tiny_model, arm, params):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("vocab", [256, 1024, 1000])
+def test_the_best_token_is_the_argmax(vocab):
+    logits_BV = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab)).round(decimals=1)  # with ties
+    logits_BV[1, 700 % vocab] = float("nan")
+    logits_BV[2, 300 % vocab] = float("inf")
+    logits_BV[3] = float("-inf")
+    assert torch.equal(best_token(logits_BV), logits_BV.argmax(-1))
+    assert best_token(logits_BV[:0]).shape == (0,)
 
 
 def test_values_reach_a_device_as_they_are():
