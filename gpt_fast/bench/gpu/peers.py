@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,15 @@ def hf_transformers(
     with torch.device(device):
         model: Any = transformers.LlamaForCausalLM(llama)
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+    forward = model.forward
+    if compiled:
+        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     for context in contexts:
         cache = static_cache(transformers, model, context + effort.new_tokens + 1, device)
-        yield context, figures(timed_decode(forward, cache, context, effort, device), compiled=compiled)
+        hf_tokens(model.forward, cache, context, 1, device)  # it allocates, which must not happen in a CUDA graph
+        timing = timed(partial(hf_tokens, forward, cache, context, effort.new_tokens, device), device,
+                       repeat=effort.repeat, inner=1)  # fmt: skip
+        yield context, figures(timing.by(effort.new_tokens), compiled=compiled)
 
 
 def static_cache(transformers: Any, model: Any, positions: int, device: torch.device) -> Any:
@@ -64,20 +70,14 @@ def static_cache(transformers: Any, model: Any, positions: int, device: torch.de
     return transformers.StaticCache(**{name: value for name, value in wanted.items() if name in known})
 
 
-def timed_decode(forward: Callable[..., Any], cache: Any, context: int, effort: Effort, device: torch.device) -> Timing:
-    """Seconds of one token; every try writes the same positions again."""
-    places = [torch.tensor([context + i], device=device) for i in range(effort.new_tokens)]
-    first = torch.ones(1, 1, dtype=torch.int64, device=device)
-
-    def run() -> None:
-        token = first
-        for place in places:
-            out = forward(input_ids=token, position_ids=place[None], cache_position=place, past_key_values=cache,
-                          use_cache=True)  # fmt: skip
-            token = out.logits[:, -1:].argmax(-1).clone()
-
-    timing = timed(run, device, repeat=effort.repeat)
-    return Timing(*(seconds / effort.new_tokens for seconds in timing))
+def hf_tokens(forward: Callable[..., Any], cache: Any, context: int, count: int, device: torch.device) -> None:
+    """`count` tokens one after the other; the same positions every time."""
+    places_N1 = context + torch.arange(count, device=device)[:, None]
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    for place in places_N1.unbind():
+        out = forward(input_ids=token, position_ids=place[None], cache_position=place, past_key_values=cache,
+                      use_cache=True)  # fmt: skip
+        token = out.logits[:, -1:].argmax(-1).clone()
 
 
 # ------------------------------------------------------------------------------------------- upstream
@@ -120,8 +120,7 @@ def timed_upstream(generate: Any, model: Any, context: int, effort: Effort, devi
         place = torch.tensor([context], dtype=torch.int, device=device)
         generate.decode_n_tokens(model, token, place, effort.new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
 
-    timing = timed(run, device, repeat=effort.repeat)
-    return Timing(*(seconds / effort.new_tokens for seconds in timing))
+    return timed(run, device, repeat=effort.repeat).by(effort.new_tokens)
 
 
 def upstream_model(its_model: Any, config: ModelConfig, form: str, device: torch.device) -> Any:

@@ -23,6 +23,10 @@ class Timing(NamedTuple):
     def of(cls, seconds: list[float]) -> Timing:
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 
+    def by(self, count: int) -> Timing:
+        """Of one of `count` equal parts."""
+        return Timing(*(seconds / count for seconds in self))
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -45,4 +49,4 @@ def timed(run: Callable[[], object], device: torch.device, *, repeat: int, inner
 def timed_graph(run: Callable[[], object], device: torch.device, *, repeat: int, inner: int) -> Timing:
     """Of one of `inner` runs in one CUDA graph: what the device takes, without the host."""
     graph = Captured(lambda: [run() for _ in range(inner)] and None, device)
-    return Timing(*(seconds / inner for seconds in timed(graph.replay, device, repeat=repeat)))
+    return timed(graph.replay, device, repeat=repeat).by(inner)
