@@ -71,7 +71,11 @@ class Costs:
     def learn(self, choice: Choice, rows: int, seconds: float) -> None:
         known = self.seconds.setdefault(choice, {})
         before = known.get(rows, seconds)
-        known[rows] = before + (min(seconds, 2 * before) - before) / 4  # one hiccup must not decide
+        known[rows] = before + (self.believable(choice, rows, seconds) - before) / 4
+
+    def believable(self, choice: Choice, rows: int, seconds: float) -> float:
+        """At most twice what was measured before: one hiccup of the machine must not decide."""
+        return min(seconds, 2 * self.seconds.get(choice, {}).get(rows, seconds))
 
     def plain(self, rows: int) -> float | None:
         known = self.seconds.get(PLAIN)
@@ -112,6 +116,7 @@ class Controller:
     since_plain: int = 0
 
     LAG_STEPS = 16  # catching up is spread over the steps expected to follow
+    UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     PLAIN_EVERY = 64  # speculative steps between two plain ones, which keep the comparison honest
 
     def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
@@ -126,7 +131,7 @@ class Controller:
             candidates = offers[choice.arm]
             cost = self.costs.relative(choice, rows)
             if cost is None:
-                continue
+                cost = 1 + self.UNKNOWN * choice.k
             tau = sum(expected_tokens(c.rate, min(choice.k, c.limit)) for c in candidates) / rows
             lag = self.prefill_seconds.get(choice.arm, 0.0) * sum(c.lag for c in candidates) / plain
             if (speedup := tau / (cost + lag / self.LAG_STEPS)) > best_speedup:
@@ -138,11 +143,19 @@ class Controller:
     def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
         """What a step of `rows` rows brought and cost, `caught_up` tokens fed to a draft included."""
         if choice is not None and caught_up:
-            ready = (self.costs.relative(choice, rows) or 0.0) * (self.costs.plain(rows) or 0.0)
-            self.prefill_seconds[choice.arm] = max(seconds - ready, 0.0) / caught_up
+            seconds = self._learn_prefill(choice, rows, seconds, caught_up)
         else:
+            seconds = self.costs.believable(choice or PLAIN, rows, seconds)
             self.costs.learn(choice or PLAIN, rows, seconds)
         self.since_plain = 0 if choice is None else self.since_plain + 1
         plain = self.costs.plain(rows) or seconds
         earned = self.allowance * seconds if choice is None else plain * tokens / rows - seconds
         self.balance = min(self.balance + earned, self.overdraft * plain)
+
+    def _learn_prefill(self, choice: Choice, rows: int, seconds: float, caught_up: int) -> float:
+        """What feeding a draft costs a token; the step's believable seconds. A token costs a plain step at most."""
+        plain = self.costs.plain(rows) or seconds
+        ready = (self.costs.relative(choice, rows) or 0.0) * plain
+        most = min(plain, 2 * self.prefill_seconds.get(choice.arm, plain))
+        self.prefill_seconds[choice.arm] = min(max(seconds - ready, 0.0) / caught_up, most)
+        return min(seconds, ready + most * caught_up)

@@ -160,9 +160,9 @@ class Speculator:
         self.requests[sequence].setdefault(key, Acceptance()).learn(accepted, count, keep=self.REQUEST_KEEP)
 
 
-def made_up(rows: int, length: int) -> list[Sequence]:
+def made_up(rows: int, length: int, *, temperature: float = 0.0) -> list[Sequence]:
     """Sequences of `length` equal tokens in the slots from 0 on, to time steps with; a lookup finds matches in them."""
-    params = SamplingParams(max_new_tokens=1 << 20)
+    params = SamplingParams(max_new_tokens=1 << 20, temperature=temperature)
     return [
         Sequence(f"made-up-{slot}", [0] * (length - 1), params, 0, output=[0], slot=slot, computed=length - 1)
         for slot in range(rows)

@@ -108,6 +108,28 @@ def test_nothing_is_chosen_before_plain_decode_is_known():
     assert Controller([4]).choose(1, {"draft": [Candidate(4, 0.99)]}) is None
 
 
+@pytest.mark.parametrize(("c", "speculates"), [(0.1, True), (2.0, False)])
+def test_costs_that_nobody_measured_are_found_out(c, speculates):
+    """An engine without a warm-up: choices are tried, and those that do not pay are left alone."""
+    machine = Machine(c=c, v=0.05)
+    spent, plain, _, chosen = simulate(machine, lambda *_: 0.9, requests=5, tokens=200, known=False)
+    assert (sum(k > 0 for k in chosen[-100:]) > 50) == speculates
+    assert spent / plain < (0.6 if speculates else 1.06)
+
+
+@pytest.mark.parametrize(("choice", "caught_up"), [(None, 0), (Choice("draft", 4), 0), (Choice("draft", 4), 3)])
+def test_a_stall_of_the_machine_changes_nothing(choice, caught_up):
+    """A step that took a minute, whichever it was: a good draft is still used, a bad one still not."""
+    for rate, expected in ((0.9, Choice("draft", 4)), (0.0, None)):
+        controller = Controller([4])
+        controller.costs.learn(PLAIN, 1, 1.0)
+        controller.costs.learn(Choice("draft", 4), 1, 1.3)
+        controller.learn(choice, 1, 1, 60.0, caught_up=caught_up)
+        for _ in range(10):
+            controller.learn(None, 1, 1, 1.0)
+        assert controller.choose(1, {"draft": [Candidate(4, rate)]}) == expected
+
+
 def test_a_step_is_chosen_for_all_its_rows_together():
     """Seven useless rows beside one good one: worth it only while verification is nearly free."""
     rows = [Candidate(4, 0.95)] + [Candidate(4, 0.05)] * 7

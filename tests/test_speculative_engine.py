@@ -252,7 +252,7 @@ def test_the_controller_in_the_engine_keeps_texts_and_learns_costs(target, draft
 
 @pytest.mark.parametrize("owner", ["", "another"])
 def test_a_slot_that_overflowed_serves_the_next_sequence(target, owner):
-    """Target and draft end in NaN in one slot: the next sequence there has its text, and a draft that is right again."""
+    """Target and draft end in NaN in one slot: the next sequence there has its text, and a draft that is right."""
     core = speculating(target, target, 4, slots=1)
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
     prompt = prompts(1, seed=3)[0]

@@ -1,9 +1,12 @@
-"""python -m gpt_fast.draft: prove that speculation is lossless, and choose a draft model.
+"""python -m gpt_fast.draft: prove that speculation is lossless, choose a draft model, and see what it brings.
 
     python -m gpt_fast.draft verify --checkpoint_path TARGET --draft_checkpoint_path DRAFT
     python -m gpt_fast.draft report --checkpoint_path TARGET --draft_checkpoint_path DRAFT [DRAFT ...] --plot out.png
+    python -m gpt_fast.draft speed --checkpoint_path TARGET --speculate ngram auto --draft_checkpoint_path DRAFT
+    python -m gpt_fast.draft speed --checkpoint_path TARGET --useless_draft 2
+    python -m gpt_fast.draft random --like TARGET --layers 4 --out_dir DIR
 
-Without --draft_checkpoint_path both judge prompt lookup. The last line printed is JSON. docs/speculation.md states
+Without --draft_checkpoint_path they judge prompt lookup. The last line printed is JSON. docs/speculation.md states
 the formulas. verify exits with 1 when a check fails.
 """
 
@@ -12,15 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from gpt_fast.bench import machine
+from gpt_fast.bench.report import write_json
+from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.controller import Choice
 from gpt_fast.draft.prompts import SHIPPED, read_prompts
-from gpt_fast.draft.report import DraftReport, judge_draft, plot, print_report
+from gpt_fast.draft.random_model import write_random_model
+from gpt_fast.draft.report import DraftReport, judge_draft, plot, print_comparison, print_report
+from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
+from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.draft.verify import Check, check_greedy, check_sampled
 from gpt_fast.llm import Engine
+from gpt_fast.safetensors_file import CheckpointError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,8 +50,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_common(report, several_drafts=True)
     report.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     report.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    report.add_argument("--repeat", type=int, default=3, help="turns of plain decode and speculation")
+    forced = "for models of random weights: let proposals stand at this rate, at temperature 1"
+    report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
     report.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
-    return parser.parse_args(argv)
+    speed = commands.add_parser("speed", help="plain decode and speculation by turns")
+    add_common(speed, several_drafts=False)
+    add_speed(speed)
+    made = commands.add_parser("random", help="write a model of random weights")
+    made.add_argument("--like", type=Path, required=True, help="a converted checkpoint: sizes and tokenizer")
+    made.add_argument("--layers", type=int, required=True)
+    made.add_argument("--out_dir", type=Path, required=True)
+    made.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--speculate", nargs="+", default=["auto"], choices=["ngram", "draft", "auto"])
+    parser.add_argument("--useless_draft", type=int, default=0, metavar="LAYERS", help="a draft of random weights")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--repeat", type=int, default=5, help="rounds, after a discarded one")
+    parser.add_argument("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it: dropped")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
 
 
 def add_common(parser: argparse.ArgumentParser, *, several_drafts: bool) -> None:
@@ -59,17 +92,17 @@ def add_common(parser: argparse.ArgumentParser, *, several_drafts: bool) -> None
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        passed = verify(args) if args.command == "verify" else report(args)
-    except ConfigError as error:
+        passed = COMMANDS[args.command](args)
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if passed else 1)
 
 
-def load(args: argparse.Namespace, draft: str | None, *, slots: int) -> Engine:
+def load(args: argparse.Namespace, draft: str | None, *, slots: int, speculate: str = "") -> Engine:
     return Engine.load(
         args.checkpoint_path,
         draft_checkpoint_path=draft,
-        speculate="draft" if draft else "ngram",
+        speculate=speculate or ("draft" if draft else "ngram"),
         speculate_k=args.speculate_k,
         max_num_seqs=slots,
         max_seq_len=args.max_seq_len,
@@ -110,19 +143,63 @@ def report(args: argparse.Namespace) -> bool:
     reports: list[DraftReport] = []
     for draft in args.draft_checkpoint_path or [None]:
         engine = load(args, draft, slots=max(args.batch_sizes))
+        name, temperatures = draft or "ngram", args.temperatures
+        if args.synthetic_acceptance is not None:
+            force_acceptance(engine.core, args.synthetic_acceptance)
+            name, temperatures = f"{name} (synthetic acceptance {args.synthetic_acceptance:g})", [1.0]
         prompts = read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
         found = judge_draft(
-            engine.core, draft or "ngram", prompts, batch_sizes=args.batch_sizes, temperatures=args.temperatures,
-            max_new_tokens=args.max_new_tokens,
+            engine.core, name, prompts, batch_sizes=args.batch_sizes, temperatures=temperatures,
+            max_new_tokens=args.max_new_tokens, repeat=args.repeat,
         )  # fmt: skip
         print_report(found)
         reports.append(found)
         del engine
+    print_comparison(reports)
     if args.plot:
         plot(reports, args.plot)
     print(json.dumps({"target": args.checkpoint_path, "drafts": [r.json() for r in reports]}))
     return True
 
+
+def speed(args: argparse.Namespace) -> bool:
+    with draft_of(args) as draft:
+        engine = load(args, draft, slots=args.batch_size, speculate="auto" if draft else "ngram")
+    prompts = read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
+    rounds = take_turns(
+        engine.core, variants(engine.core, args.speculate), prompts, rows=args.batch_size,
+        temperatures=args.temperatures, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
+    )  # fmt: skip
+    ratios = compare(rounds, limit=args.foreign_limit)
+    if not ratios:
+        raise ConfigError("foreign_limit", "other programs were busy in every pair of turns", got=args.foreign_limit)
+    print_ratios(ratios)
+    told = machine.description("python -m gpt_fast.draft", args.arguments)
+    result = told | {"engine": engine.description, "draft": draft, "ratios": json_of(ratios)}
+    if args.out:
+        write_json(result, args.out)
+    print(json.dumps(result))
+    return True
+
+
+@contextmanager
+def draft_of(args: argparse.Namespace) -> Iterator[str | None]:
+    """The draft's checkpoint; one of random weights lasts as long as the context."""
+    if not args.useless_draft:
+        yield next(iter(args.draft_checkpoint_path), None)
+        return
+    target = Path(args.checkpoint_path)
+    with tempfile.TemporaryDirectory(prefix="gpt-fast-random-") as directory:
+        like = target if target.is_dir() else target.parent
+        yield str(write_random_model(like, Path(directory) / "draft", layers=args.useless_draft))
+
+
+def random_model(args: argparse.Namespace) -> bool:
+    print(write_random_model(args.like, args.out_dir, layers=args.layers, seed=args.seed))
+    return True
+
+
+COMMANDS = {"verify": verify, "report": report, "speed": speed, "random": random_model}
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,8 @@ from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.controller import Choice, Fixed
 from gpt_fast.engine import EngineCore, Runner, bucket_of
+from gpt_fast.proposers import DraftProposer
+from gpt_fast.scheduler import Slot
 from gpt_fast.speculator import Speculator, Totals
 
 
@@ -49,6 +51,14 @@ def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
         yield
     finally:
         core.runner.speculator, speculator.controller = speculator, controller
+
+
+def forget(core: EngineCore) -> None:
+    """Nothing in the slots, a draft's or the target's, serves the next request."""
+    core.scheduler.slots = [Slot(ill=slot.ill) for slot in core.scheduler.slots]
+    for proposer in core.runner.speculator.proposers.values() if core.runner.speculator else ():
+        if isinstance(proposer, DraftProposer):
+            proposer.held.clear()
 
 
 def run(

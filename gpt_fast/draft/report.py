@@ -112,9 +112,10 @@ class DraftReport:
 
 def judge_draft(
     core: EngineCore, name: str, prompts: Sequence[Prompt], *, batch_sizes: Sequence[int],
-    temperatures: Sequence[float], max_new_tokens: int,
+    temperatures: Sequence[float], max_new_tokens: int, repeat: int = 1,
 ) -> DraftReport:  # fmt: skip
-    """Measure everything about the proposer that `core` was loaded with."""
+    """Measure everything about the proposer that `core` was loaded with; speeds over `repeat` turns of plain decode
+    and speculation."""
     speculator = core.runner.speculator
     if speculator is None:
         raise ConfigError("speculate", "the engine has no proposer to judge")
@@ -129,15 +130,18 @@ def judge_draft(
                 runs.append(done)
                 report.overlap += read_overlap(core, category, tokens, done.answers)
     pooled = pool(runs)
+    context = min(round(statistics.fmean(len(p.tokens) for p in prompts)) + max_new_tokens // 2, core.max_seq_len // 2)
     for batch_size in batch_sizes:
-        cost = measure_cost(core, arm, batch_size, counts)
+        cost = measure_cost(core, arm, batch_size, counts, context=context, temperature=temperatures[0])
         report.costs.append(cost)
         k = best_k(pooled, cost)
-        plain, spoken = (
-            answer(core, choice, fill(prompts, batch_size), temperatures[0], max_new_tokens, together=batch_size)
-            for choice in (None, Choice(arm, k))
-        )
-        report.speeds.append(compare(pooled, cost, k, plain, spoken))
+        turns: list[list[Run]] = [[], []]
+        for _ in range(repeat):
+            for done_so_far, choice in zip(turns, (None, Choice(arm, k)), strict=True):
+                tokens = fill(prompts, batch_size)
+                done = answer(core, choice, tokens, temperatures[0], max_new_tokens, together=batch_size)
+                done_so_far.append(done)
+        report.speeds.append(compare(pooled, cost, k, *turns))
     return report
 
 
@@ -211,9 +215,11 @@ def read_overlap(
 
 
 @torch.inference_mode()
-def measure_cost(core: EngineCore, arm: str, batch_size: int, counts: Sequence[int]) -> Cost:
-    """Time every kind of step in turn, REPEATS times; medians."""
-    rows = made_up(batch_size, 64)
+def measure_cost(
+    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, temperature: float = 0.0
+) -> Cost:
+    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians."""
+    rows = made_up(batch_size, context, temperature=temperature)
     times: dict[str, list[float]] = {}
 
     def timed(key: str, work: Callable[[], object]) -> None:
@@ -230,7 +236,7 @@ def measure_cost(core: EngineCore, arm: str, batch_size: int, counts: Sequence[i
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
-                core.runner.advance(rows)  # lets a draft catch up
+                catch_up(core, rows)
                 timed(f"step {k}", lambda: core.runner.advance(rows))
     core.scheduler.slots = [Slot() for _ in core.scheduler.slots]  # the made-up rows wrote there
     seconds = {key: statistics.median(values[1:]) for key, values in times.items()}
@@ -239,6 +245,14 @@ def measure_cost(core: EngineCore, arm: str, batch_size: int, counts: Sequence[i
     o = {k: (seconds[f"step {k}"] - k * draft) / plain - v[k] for k in counts}
     rate = batch_size / draft if draft else 0.0
     return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate)
+
+
+def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
+    """Steps until a draft has seen all of the rows, and one more."""
+    lagging = True
+    while lagging:
+        core.runner.advance(list(rows))
+        lagging = any(offer.lag for offer in core.runner.speculator.offers) if core.runner.speculator else False
 
 
 def forward(runner: Runner, rows: Sequence[Row], size: int) -> list:
@@ -264,9 +278,12 @@ def break_even(k: int, relative_cost: float) -> float:
     return high
 
 
-def compare(pooled: Pooled, cost: Cost, k: int, plain: Run, spoken: Run) -> Speed:
+def compare(pooled: Pooled, cost: Cost, k: int, plain: Sequence[Run], spoken: Sequence[Run]) -> Speed:
+    """The fastest turn of each tells what a step costs: whatever else the machine did can only have added to it."""
     rows = cost.batch_size
-    tau, relative = spoken.tokens / spoken.steps / rows, spoken.seconds / spoken.steps / (plain.seconds / plain.steps)
+    tau = sum(run.tokens for run in spoken) / sum(run.steps for run in spoken) / rows
+    step, plain_step = (min(run.seconds / run.steps for run in runs) for runs in (spoken, plain))
+    relative = step / plain_step
     return Speed(
         batch_size=rows, k=k, predicted=pooled.tau(k) / pooled.cost(k, cost), measured=tau / relative,
         tau_predicted=pooled.tau(k), tau_measured=tau, cost_predicted=pooled.cost(k, cost), cost_measured=relative,
@@ -294,6 +311,26 @@ def print_report(report: DraftReport) -> None:
         print(
             f"{s.batch_size:6} {s.k:6} {s.predicted:10.2f} {s.measured:9.2f} {s.residual:+9.1%} {s.break_even:13.2f}"
             f"  {s.verdict}"
+        )
+
+
+def print_comparison(reports: Sequence[DraftReport]) -> None:
+    """All drafts in one table, the fastest first at each batch size."""
+    print(
+        f"\n{'batch':>6} {'draft':40} {'best k':>6} {'c':>6} {'accepted':>9} {'predicted':>10} {'measured':>9}"
+        "  verdict"
+    )
+    rows = [
+        (speed.batch_size, -speed.measured, report, cost, speed)
+        for report in reports
+        for cost, speed in zip(report.costs, report.speeds, strict=True)
+    ]
+    for batch_size, _, report, cost, speed in sorted(rows, key=lambda row: row[:2]):
+        accepted = sum(a.mean_accepted * a.steps for a in report.acceptance)
+        mean = accepted / max(sum(a.steps for a in report.acceptance), 1)
+        print(
+            f"{batch_size:6} {report.draft[-40:]:40} {speed.k:6} {cost.c:6.3f} {mean:9.2f} {speed.predicted:10.2f}"
+            f" {speed.measured:9.2f}  {speed.verdict}"
         )
 
 
