@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from _tiny_engine import tiny_engine
 
+from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.rounds import Incoming, Reply, Rounds
 from gpt_fast.serve.service import Service
@@ -19,8 +20,8 @@ LIMITS = Limits(max_new_tokens=20, stream=True, max_waiting=64, max_seconds=60.0
 class RoundServer:
     """`url` answers as the served model does. Use as a context manager."""
 
-    def __init__(self) -> None:
-        engine = tiny_engine(slots=4)
+    def __init__(self, engine: Engine | None = None) -> None:
+        engine = engine or tiny_engine(slots=4)
         service = Service(engine)
         service.start()
         admit = Admit(engine, in_flight=service.in_flight, limits=LIMITS, model_name="gpt-fast", drain_file=None)

@@ -7,12 +7,12 @@ import pytest
 from _tiny_engine import EOS, ByteTokenizer, tiny_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import MAKERS, NAMES
 
 from gpt_fast import guide_check
 from gpt_fast.chat import HERMES, LLAMA
 from gpt_fast.config import SamplingParams
-from gpt_fast.guide import MAX_GRAMMAR, Guide, GuideError, Maker
-from gpt_fast.tokenizer import load_tokenizer
+from gpt_fast.guide import MAX_GRAMMAR, Guide, GuideError, Maker, Vocabulary
 
 # Fifty regular expressions of which the compiler wants to know whether any text matches all.
 SLOW = json.dumps({"allOf": [{"type": "string", "pattern": f".*[ab].{{{n}}}c.*"} for n in range(10, 60)]})
@@ -64,7 +64,9 @@ def objects(draw, children):
 
 
 def containers(children):
-    arrays = st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, children, st.integers(0, 3))
+    arrays = st.builds(
+        lambda items, most: {"type": "array", "items": items, "maxItems": most}, children, st.integers(0, 3)
+    )
     return st.one_of(arrays, objects(children))
 
 
@@ -101,9 +103,7 @@ def test_matches_can_say_no():
 def test_every_finished_answer_matches_its_schema(engine, trusting, drawn):
     """Several in one batch, each with its own schema."""
     params = [
-        SamplingParams(
-            max_new_tokens=120, seed=seed, temperature=heat, guide=trusting.json_guide(json.dumps(schema))
-        )
+        SamplingParams(max_new_tokens=120, seed=seed, temperature=heat, guide=trusting.json_guide(json.dumps(schema)))
         for schema, seed, heat in drawn
     ]
     for (schema, *_), answer in zip(drawn, engine.generate(["say"] * len(drawn), params), strict=True):
@@ -144,9 +144,7 @@ def test_a_neighbour_without_a_guide_is_unaffected(engine, maker):
     alone = engine.generate(["neighbour one", "two"], plain)
     guided = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))
     again = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))
-    one, first, second, two = engine.generate(
-        ["neighbour one", "x", "x", "two"], [plain[0], guided, again, plain[1]]
-    )
+    one, first, second, two = engine.generate(["neighbour one", "x", "x", "two"], [plain[0], guided, again, plain[1]])
     assert [one, two] == alone and first == second
     assert engine.generate(["x"], [SamplingParams(max_new_tokens=60, seed=3, temperature=1.0,
                                                   guide=maker.json_guide(POINT))]) == [first]  # fmt: skip
@@ -231,10 +229,10 @@ def test_without_an_end_of_sequence_nothing_is_guided():
 TEXT = '{"x": -7, "unit": "in"}'
 
 
-def check_follows(tokenizer, *, extra=0):
+def check_follows(tokenizer, eos_ids, *, extra=0):
     """The guide accepts our own tokens of a matching text, and refuses those of another."""
-    vocab_size, eos = tokenizer.vocab_size + extra, min(tokenizer.eos_ids)
-    maker = Maker(tokenizer, vocab_size=vocab_size, eos_ids=tokenizer.eos_ids)
+    vocab_size, eos = tokenizer.vocab_size + extra, min(eos_ids)
+    maker = Maker(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
     guide, output, text = maker.json_guide(POINT), [], b""
     for token in greedy(tokenizer, TEXT.encode()):
         allowed = guide.allowed(output)
@@ -258,9 +256,21 @@ def greedy(tokenizer, text):
     return tokens
 
 
-@pytest.mark.model
-def test_a_byte_level_tokenizer_json(default_checkpoint):
-    check_follows(load_tokenizer(default_checkpoint), extra=64)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_tokenizer(name, tmp_path):
+    """tokenizer.json, SentencePiece, a GGUF's own and tiktoken; logits may be padded past the vocabulary."""
+    tokenizer = MAKERS[name](tmp_path).ours
+    eos_ids = tokenizer.eos_ids or {0}  # config.json may know what the tokenizer's files do not
+    check_follows(tokenizer, eos_ids)
+    check_follows(tokenizer, eos_ids, extra=64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_encoded_byte_for_byte(name, tmp_path):
+    tokenizer = MAKERS[name](tmp_path).ours
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, [0])
+    for text in ("", "{", ' "a": [', "\n  ", "Zürich\u0301 天気 ﬁ ½", "</s><|im_end|>", "\x7f\u2028"):
+        assert b"".join(tokenizer.token_bytes(token) for token in vocabulary(text)) == text.encode()
 
 
 # --------------------------------------------------------------------------------- calls of tools

@@ -46,7 +46,7 @@ class MarkedCalls:
     def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
         self.form, self.names = form, names
         self._held = ""  # white space, and behind it what may become a call
-        self._called = False
+        self._last: Piece = ""
 
     def push(self, text: str) -> list[Piece]:
         self._held += text
@@ -59,7 +59,7 @@ class MarkedCalls:
             call = read_call(self._held[begin:end], self.form, self.names)
             if call:
                 pieces += [self._held[:start].rstrip(), call]
-                begin, self._called = end + len(self.form.after), True
+                begin = end + len(self.form.after)
             else:  # the mark is text, and what follows it may still hold a call
                 pieces.append(self._held[:begin])
             self._held = self._held[begin:]
@@ -67,7 +67,9 @@ class MarkedCalls:
         sure = len(self._held[:sure].rstrip())
         pieces.append(self._held[:sure])
         self._held = self._held[sure:]
-        return [piece for piece in pieces if piece]
+        pieces = [piece for piece in pieces if piece]
+        self._last = pieces[-1] if pieces else self._last
+        return pieces
 
     def finish(self) -> list[Piece]:
         """A last call may lack its end mark: some models stop instead."""
@@ -75,7 +77,8 @@ class MarkedCalls:
         _, mark, body = held.partition(self.form.before)
         if mark and (call := read_call(body, self.form, self.names)):
             return [call]
-        return [] if not held or (self._called and held.isspace()) else [held]
+        nothing = held.isspace() and isinstance(self._last, ToolCall)
+        return [held] if held and not nothing else []
 
 
 class BareCalls:
