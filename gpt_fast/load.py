@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +55,7 @@ def load_parts(config: EngineConfig) -> Parts:
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads)
-    runner = Runner(
+    runner = (Runner if config.proposers else path.runner)(
         decode=path.decode,
         prefill=path.prefill,
         cache=cache,
@@ -198,6 +200,7 @@ class ModelPath(NamedTuple):
     would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
     warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
     every shape would only take minutes.
+    runner: makes the Runner of a model that decodes without proposals.
     """
 
     name: str
@@ -205,6 +208,7 @@ class ModelPath(NamedTuple):
     prefill: Forward
     torch_threads: int
     warm_up: bool = True
+    runner: Callable[..., Runner] = Runner
 
 
 def choose_path(
@@ -254,6 +258,7 @@ def fused_path(
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
     """Decode on the fused GPU kernels, longer prompts on PyTorch's operators; or why not."""
+    from gpt_fast.bursts import BurstRunner
     from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
 
     if reason := unavailable(model.norm.weight.device) or unsupported(model):
@@ -265,7 +270,7 @@ def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPat
     except ValueError as error:
         return str(error)
     prepare_modules(model)
-    return ModelPath("fused GPU decoder", fused, fused, threads)
+    return ModelPath("fused GPU decoder", fused, fused, threads, runner=partial(BurstRunner, decoder=fused))
 
 
 def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:

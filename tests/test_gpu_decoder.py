@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast import load
+from gpt_fast.bursts import BurstRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.config import EngineConfig, SamplingParams
 from gpt_fast.engine import EngineCore, Runner
@@ -196,6 +197,10 @@ def test_path_choice_says_why_not(model):
     config = EngineConfig(checkpoint_path="x")
     path = load.gpu_path(config, small_model().requires_grad_(False).bfloat16(), 1)
     assert path.name == "fused GPU decoder" and isinstance(path.decode, GpuDecoder)
+    bfloat16 = {"slots": 2, "max_seq_len": 40, "dtype": torch.bfloat16, "device": CPU}
+    runner = path.runner(decode=path.decode, prefill=path.prefill, cache=KVCache(model.config, **bfloat16),
+                         eos_ids=(EOS,), prefill_chunk=16, speculator=None)  # fmt: skip
+    assert isinstance(runner, BurstRunner)
     assert "n_expert" in load.gpu_path(config, small_model(n_expert=4, n_expert_per_token=2), 1)
     narrow = EngineConfig(checkpoint_path="x", kv_cache="bfloat16")
     assert "kv_cache=bfloat16" in load.gpu_path(narrow, model, 1)
@@ -275,7 +280,7 @@ def test_loop_says_what_the_engine_says(model, decoder, steps):
 @settings(max_examples=15, deadline=None)
 def test_loop_stops_exactly(model, decoder, steps, lengths, seed):
     """At an end-of-sequence id, at max_new_tokens or at the end of the slot, whichever is first."""
-    prompts = [[seed + i, 4, 90 + i] for i in range(len(lengths))]
+    prompts = [[seed + i] * (1 + 3 * i) for i in range(len(lengths))]
     free = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in lengths]
     plain, _ = answers(core_of(model, model, 13), prompts, free)
     eos_ids = sorted({plain[0][-1], plain[-1][len(plain[-1]) // 2]})  # tokens that will come
@@ -435,3 +440,67 @@ def test_cuda_step_of_the_state_equals_twin():
 
 def test_processors_are_assumed_where_none_are(decoder):
     assert decoder.processors == gpu_decoder.PROCESSORS
+
+
+# ------------------------------------------------------------------------------ bursts in the engine
+
+
+def burst_core(decoder, model, *, slots=4, steps=3, max_seq_len=MAX_SEQ_LEN - 1):
+    cache = new_cache(model, slots=slots, max_seq_len=max_seq_len)
+    return EngineCore(BurstRunner(decoder=decoder, steps=steps, decode=decoder, prefill=model, cache=cache,
+                                  eos_ids=(EOS,), prefill_chunk=16))  # fmt: skip
+
+
+ODD = [
+    SamplingParams(max_new_tokens=12, repetition_penalty=1.3),
+    SamplingParams(max_new_tokens=12, logprobs=2),
+    SamplingParams(max_new_tokens=15, temperature=0.8, min_p=0.05, seed=1),
+    SamplingParams(max_new_tokens=20, min_tokens=9),
+    SamplingParams(max_new_tokens=25, stop_token_ids=(130,)),
+]
+
+
+@pytest.mark.parametrize("params", [PARAMS, [*PARAMS, *ODD], ODD])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_bursts_say_what_steps_say(model, decoder, params, slots):
+    prompts = [[11 + i, 5, 9][: 1 + i % 3] * (1 + 4 * i) for i in range(len(params))]
+    core = burst_core(decoder, model, slots=slots)
+    want = answers(core_of(model, model), prompts, params)
+    assert answers(core, prompts, params) == want
+    assert answers(core, prompts[::-1], params[::-1])[0] == want[0][::-1]  # again, over what the first left
+
+
+@given(arrivals=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.booleans()), min_size=1, max_size=6),
+       steps=st.integers(1, 5))  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_bursts_among_arrivals_and_aborts(model, decoder, arrivals, steps):
+    """Requests that come and go at any time never see each other."""
+    core = burst_core(decoder, model, slots=2, steps=steps)
+    said, wanted = {}, {}
+    for i, (when, length, aborted) in enumerate(arrivals):
+        prompt, params = [20 + i] * (1 + when), SamplingParams(max_new_tokens=length)
+        wanted[str(i)] = answers(core_of(model, model), [prompt], [params])[0][0]
+        for _ in range(when):
+            note(said, core.step())
+        core.add(str(i), prompt, params)
+        if aborted and i:
+            core.abort(str(i - 1))
+    while not core.idle:
+        note(said, core.step())
+    core.scheduler.check_integrity()
+    for name, tokens in wanted.items():
+        cut = int(name) + 1 < len(arrivals) and arrivals[int(name) + 1][2]
+        got = said.get(name, [])
+        assert got == tokens[: len(got)] and (cut or got == tokens)
+
+
+def note(said, events):
+    for event in events:
+        said.setdefault(event.request_id, []).append(event.token)
+
+
+def test_bursts_bring_several_tokens(model, decoder):
+    core = burst_core(decoder, model, steps=4)
+    core.add("a", PROMPTS[0], SamplingParams(max_new_tokens=9, ignore_eos=True))
+    counts = [len(core.step()) for _ in range(3)]
+    assert counts == [1, 4, 4] and core.idle

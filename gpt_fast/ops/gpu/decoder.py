@@ -105,15 +105,6 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor[:count] for tensor in self))
 
 
-class Started(NamedTuple):
-    """An engine's Pending."""
-
-    logits: Tensor
-
-    def result(self) -> Tensor:
-        return self.logits
-
-
 class Scratch(NamedTuple):
     """What the kernels pass to each other, for MAX_TOKENS tokens; a step uses the first M rows."""
 
@@ -179,10 +170,6 @@ class GpuDecoder:
         return logits if select_B is not None else logits.view(B, S, -1)
 
     __call__ = forward
-
-    def start(self, *inputs: Any, **options: Any) -> Started:
-        """As forward, whose kernels are only queued: the host goes on, and waits when it looks at the result."""
-        return Started(self.forward(*inputs, **options))
 
     def fill(self, tokens_BS: Tensor, positions_BS: Tensor, slots_B: Tensor | None, scratch: int) -> None:
         """Put a step where its graph reads it."""

@@ -45,6 +45,8 @@ class DecodeLoop:
         self.ring = ring or Ring((steps, rows), pinned=device.type == "cuda")
         self.graphs: dict[tuple[int, bool], Captured] = {}
         self.host_seconds, self.tokens = 0.0, 0
+        self.rows, self.greedy = 0, True  # of what is under way
+        self.end, self.left = 0, 0  # positions its next replay may read up to; steps until its longest row is full
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -54,11 +56,20 @@ class DecodeLoop:
             for greedy in (True, False):
                 self.graph(reach, greedy)
 
-    @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Iterator[list[list[int]]]:
-        """The tokens of each row, a list for each replay, until all have ended.
+        """The tokens of each row, a list for each replay, until all have ended; as `begin`, `launch` and `read` say."""
+        self.begin(rows)
+        while self.launch() or self.ring.pending:
+            if self.ring.pending > 1 or self.done:  # one replay late
+                tokens = self.read()
+                if any(tokens):
+                    yield tokens
 
-        NO_TOKEN ends a row whose logits were not numbers. What the engine would say step by step, token for token.
+    @torch.inference_mode()
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Go on with these rows; what is under way for others is forgotten.
+
+        Raises ValueError for too many rows, or one without room for a token.
         """
         if not 0 < len(rows) <= len(self.sampled_B):
             raise ValueError(f"rows: got {len(rows)} (allowed 1..{len(self.sampled_B)})")
@@ -66,41 +77,45 @@ class DecodeLoop:
             raise ValueError(f"row: no room or more than {self.cache.max_seq_len} positions (got {bad})")
         if len(self.sampled_B) > MAX_TOKENS and [row.slot for row in rows] != list(range(len(rows))):
             raise ValueError(f"row: of more than {MAX_TOKENS} rows, row i must be slot i")
+        while self.ring.pending:
+            self.ring.take()
         if not self.graphs:
             self.warm_up()
         self.host_seconds, self.tokens = 0.0, 0
         self.state.load(rows, self.cache.scratch)
-        greedy, end = all(row.temperature == 0 for row in rows), max(row.position for row in rows) + 1
-        running = True
-        for _ in range(-(-max(row.room for row in rows) // self.steps)):
-            end += self.steps
-            self.launch(min(end, self.cache.max_seq_len), greedy)
-            if self.ring.pending > 1:  # one replay late
-                running = self.is_running(tokens := self.read(len(rows)))
-                yield tokens
-            if not running:
-                break
-        while self.ring.pending:
-            tokens = self.read(len(rows))
-            if any(tokens):
-                yield tokens
+        self.rows, self.greedy = len(rows), all(row.temperature == 0 for row in rows)
+        self.end, self.left = max(row.position for row in rows) + 1, max(row.room for row in rows)
 
-    def is_running(self, tokens: list[list[int]]) -> bool:
-        """Whether some row had all its steps: then it may have more."""
-        return any(len(row) == self.steps for row in tokens)
+    @property
+    def done(self) -> bool:
+        """Whether no further replay can bring a token."""
+        return self.left <= 0
 
-    def launch(self, length: int, greedy: bool) -> None:
+    @torch.inference_mode()
+    def launch(self) -> bool:
+        """Begin the next replay and its way to the host, without waiting; False where nothing is left to do."""
+        if self.done:
+            return False
         started = time.perf_counter()
-        self.graph(self.decoder.reach(len(self.sampled_B), length), greedy).replay()
+        self.end, self.left = self.end + self.steps, self.left - self.steps
+        reach = self.decoder.reach(len(self.sampled_B), min(self.end, self.cache.max_seq_len))
+        self.graph(reach, self.greedy).replay()
         self.ring.publish(self.out_NB)
         self.host_seconds += time.perf_counter() - started
+        return True
 
-    def read(self, rows: int) -> list[list[int]]:
-        """The oldest replay's tokens of the first `rows` rows."""
+    def read(self) -> list[list[int]]:
+        """The tokens of each row from the oldest replay that was not read yet; waits until it has ended.
+
+        What the engine would say step by step, token for token; NO_TOKEN ends a row whose logits were not numbers.
+        """
         self.ring.wait()
         started = time.perf_counter()
         by_step = self.ring.take()
-        tokens = [[token for token in column if token != ENDED] for column in zip(*by_step, strict=True)][:rows]
+        columns = list(zip(*by_step, strict=True))[: self.rows]
+        tokens = [[token for token in column if token != ENDED] for column in columns]
+        if all(len(row) < self.steps for row in tokens):  # every row has ended
+            self.left = 0
         self.tokens += sum(map(len, tokens))
         self.host_seconds += time.perf_counter() - started
         return tokens
