@@ -1,0 +1,333 @@
+"""Triton kernels of linear.py. One program holds ROWS rows of the weight and streams over K.
+
+Shapes: M tokens (1, or TOKENS = 16 of which `tokens` are real), N the program's rows, K inputs of a step of the loop,
+W 32-bit words, C chunks of four words (one 16-byte load of one thread), S shares of K, one a warp.
+
+RMSNorm's weight is applied to x as it streams by, its rsqrt after the product, from the sum of squares gathered on the
+way: no pass over x comes first. Weights are read once, so they leave the cache first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+# ------------------------------------------------------------------------------------ the products
+
+
+@triton.jit
+def dots(
+    x, norm, weight, scale, zero, rows_N, tokens, k, eps,
+    KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """norm(x) times rows_N of the weight: float32 [TOKENS, ROWS]. COLUMNS elements of `weight` a row and step."""
+    if TOKENS > 1:
+        out_MN = dots_tensor_cores(
+            x, norm, weight, scale, zero, rows_N, tokens, k, eps, KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN,
+            NATIVE,
+        )  # fmt: skip
+    elif KIND == "int8" or KIND == "int4":
+        out_MN = dots_planes(
+            x, norm, weight, scale, zero, rows_N, k, eps, KIND, NORM, GROUP, ROWS, COLUMNS, EVEN, NATIVE
+        )[None, :]  # fmt: skip
+    else:
+        out_MN = dots_float(x, norm, weight, rows_N, k, eps, NORM, ROWS, COLUMNS, EVEN)[None, :]
+    if KIND == "int8" or KIND == "fp8":
+        out_MN *= tl.load(scale + rows_N)[None, :]
+    return out_MN
+
+
+@triton.jit
+def dots_float(
+    x, norm, weight, rows_N, k, eps, NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):
+    """One token, float32 products. A thread adds up each 16-byte load first, which keeps one sum for it."""
+    LOAD: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    row_N = weight + rows_N.to(tl.int64) * k
+    sum_NC = tl.zeros((ROWS, COLUMNS // LOAD), tl.float32)
+    squares_K = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, k, COLUMNS):
+        at_K = start + tl.arange(0, COLUMNS)
+        inside_K = (at_K < k) | EVEN
+        w_NK = tl.load(row_N[:, None] + at_K[None, :], inside_K[None, :], 0.0, eviction_policy="evict_first")
+        x_K = tl.load(x + at_K, inside_K, 0.0).to(tl.float32)
+        if NORM:
+            squares_K += x_K * x_K
+            x_K *= tl.load(norm + at_K, inside_K, 0.0).to(tl.float32)
+        product_NK = w_NK.to(tl.float32) * x_K[None, :]
+        sum_NC += tl.sum(tl.reshape(product_NK, (ROWS, COLUMNS // LOAD, LOAD)), 2)
+    out_N = tl.sum(sum_NC, 1)
+    if NORM:
+        out_N *= tl.rsqrt(tl.sum(squares_K, 0) / k + eps)
+    return out_N
+
+
+@triton.jit
+def dots_planes(
+    x, norm, weight, scale, zero, rows_N, k, eps, KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """One token against integers: x as 16-bit fixed point in two int8 planes, a scale a chunk; integer dot products.
+
+    `weight` is seen as int32 words of 4 (int8) or 8 (int4) inputs, COLUMNS of them a step.
+    """
+    PER_WORD: tl.constexpr = 4 if KIND == "int8" else 8
+    CHUNKS: tl.constexpr = COLUMNS // 4
+    words = k // (4 * PER_WORD) * 4  # so written, the compiler sees that rows start at 16 bytes
+    row_N = weight + rows_N.to(tl.int64) * words
+    sum_NC = tl.zeros((ROWS, CHUNKS), tl.float32)
+    squares_W = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, words, COLUMNS):
+        at_W = start + tl.arange(0, COLUMNS)
+        inside_W = (at_W < words) | EVEN
+        w_NW = tl.load(row_N[:, None] + at_W[None, :], inside_W[None, :], 0, eviction_policy="evict_first")
+        if KIND == "int8":
+            a0, a1, a2, a3, squares_a = load_four(x, norm, at_W * 4, inside_W, NORM)
+            inverse_W, scale_C = plane_scale(largest(a0, a1, a2, a3), CHUNKS)
+            high_W, low_W = planes(a0, a1, a2, a3, inverse_W)
+            dot_NW = dp4a(w_NW, low_W[None, :], dp4a(w_NW, high_W[None, :], 0, NATIVE) << 8, NATIVE)
+            squares_W += squares_a
+        else:
+            first_W = at_W // 4 * 32 + at_W % 4 * 4
+            a0, a1, a2, a3, squares_a = load_four(x, norm, first_W, inside_W, NORM)
+            b0, b1, b2, b3, squares_b = load_four(x, norm, first_W + 16, inside_W, NORM)
+            both_W = tl.maximum(largest(a0, a1, a2, a3), largest(b0, b1, b2, b3))
+            inverse_W, scale_C = plane_scale(both_W, CHUNKS)
+            high_a, low_a = planes(a0, a1, a2, a3, inverse_W)
+            high_b, low_b = planes(b0, b1, b2, b3, inverse_W)
+            even_NW, odd_NW = w_NW & 0x0F0F0F0F, (w_NW >> 4) & 0x0F0F0F0F
+            dot_NW = dp4a(even_NW, high_a[None, :], dp4a(odd_NW, high_b[None, :], 0, NATIVE), NATIVE) << 8
+            dot_NW = dp4a(even_NW, low_a[None, :], dp4a(odd_NW, low_b[None, :], dot_NW, NATIVE), NATIVE)
+            squares_W += squares_a + squares_b
+        part_NC = tl.sum(tl.reshape(dot_NW, (ROWS, CHUNKS, 4)), 2).to(tl.float32) * scale_C[None, :]
+        if KIND == "int4":
+            total_W = (a0 + a1) + (a2 + a3) + ((b0 + b1) + (b2 + b3))
+            total_C = tl.sum(tl.reshape(total_W, (CHUNKS, 4)), 1)
+            chunk_C = start // 4 + tl.arange(0, CHUNKS)
+            group_NC = rows_N[:, None] * (k // GROUP) + (chunk_C // (GROUP // 32))[None, :]
+            inside_C = ((chunk_C * 4 < words) | EVEN)[None, :]
+            scale_NC = tl.load(scale + group_NC, inside_C, 0.0).to(tl.float32)
+            zero_NC = tl.load(zero + group_NC, inside_C, 0.0).to(tl.float32)
+            part_NC = part_NC * scale_NC + zero_NC * total_C[None, :]
+        sum_NC += part_NC
+    out_N = tl.sum(sum_NC, 1)
+    if NORM:
+        out_N *= tl.rsqrt(tl.sum(squares_W, 0) / k + eps)
+    return out_N
+
+
+@triton.jit
+def load_four(x, norm, first_W, inside_W, NORM: tl.constexpr):
+    """Four neighbouring inputs from each first_W, times the norm's weight, and their sum of squares before it."""
+    x0 = tl.load(x + first_W, inside_W, 0.0).to(tl.float32)
+    x1 = tl.load(x + first_W + 1, inside_W, 0.0).to(tl.float32)
+    x2 = tl.load(x + first_W + 2, inside_W, 0.0).to(tl.float32)
+    x3 = tl.load(x + first_W + 3, inside_W, 0.0).to(tl.float32)
+    squares = (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+    if NORM:
+        x0 *= tl.load(norm + first_W, inside_W, 0.0).to(tl.float32)
+        x1 *= tl.load(norm + first_W + 1, inside_W, 0.0).to(tl.float32)
+        x2 *= tl.load(norm + first_W + 2, inside_W, 0.0).to(tl.float32)
+        x3 *= tl.load(norm + first_W + 3, inside_W, 0.0).to(tl.float32)
+    return x0, x1, x2, x3, squares
+
+
+@triton.jit
+def largest(a, b, c, d):
+    return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+
+
+@triton.jit
+def plane_scale(largest_W, CHUNKS: tl.constexpr):
+    """What to multiply x by before rounding, by word, and what one step of the result is worth, by chunk.
+
+    The largest of a chunk becomes 127 * 256, the most that two int8 planes hold.
+    """
+    step_C = tl.maximum(tl.max(tl.reshape(largest_W, (CHUNKS, 4)), 1), 1e-30) * (1 / 32512)
+    inverse_C4 = tl.broadcast_to(tl.expand_dims(1 / step_C, 1), (CHUNKS, 4))
+    return tl.reshape(inverse_C4, (CHUNKS * 4,)), step_C
+
+
+@triton.jit
+def planes(a, b, c, d, inverse):
+    """round(value * inverse) of four inputs as high * 256 + low, both int8, packed four a word."""
+    a, b, c, d = low_bits(a * inverse), low_bits(b * inverse), low_bits(c * inverse), low_bits(d * inverse)
+    low = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+    a, b, c, d = (a + 128) >> 8, (b + 128) >> 8, (c + 128) >> 8, (d + 128) >> 8
+    return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24), low
+
+
+@triton.jit
+def low_bits(value):
+    """A 32-bit word whose low 16 bits are the rounded value's: adding 1.5 * 2^23 shifts it there, with no conversion."""
+    return (value + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def dp4a(a, b, c, NATIVE: tl.constexpr):
+    """c + the dot product of the four int8 of a and of b: one instruction on NVIDIA, shifts elsewhere."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for byte in tl.static_range(4):
+        c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+    return c
+
+
+@triton.jit
+def dots_tensor_cores(
+    x, norm, weight, scale, zero, rows_N, tokens, k, eps,
+    KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Two to sixteen tokens: weights become x's dtype, tensor cores multiply, each share of K sums for itself.
+
+    For int4 a step holds COLUMNS bytes: the inputs of their low halves, then those of their high halves.
+    """
+    PART: tl.constexpr = COLUMNS // SHARES
+    PER_BYTE: tl.constexpr = 2 if KIND == "int4" else 1
+    columns = k // PER_BYTE
+    row_N = weight + rows_N.to(tl.int64) * columns
+    sum_SNM = tl.zeros((SHARES, ROWS, TOKENS), tl.float32)
+    squares_M = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, columns, COLUMNS):
+        at_SK = start + tl.arange(0, SHARES)[:, None] * PART + tl.arange(0, PART)[None, :]
+        inside_SK = (at_SK < columns) | EVEN
+        inside_S1K = inside_SK[:, None, :]
+        w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0.0, eviction_policy="evict_first")
+        if KIND == "int4":
+            first_SK = at_SK // 16 * 32 + at_SK % 16
+            group_SNK = rows_N[None, :, None] * (k // GROUP) + (first_SK // GROUP)[:, None, :]
+            scale_SNK = tl.load(scale + group_SNK, inside_S1K, 0.0).to(tl.float32)
+            center_SNK = tl.load(zero + group_SNK, inside_S1K, 0.0).to(tl.float32) + 8 * scale_SNK
+            x_SKM, part_M = load_tokens(x, norm, first_SK, inside_SK, tokens, k, NORM, TOKENS)
+            low_SNK = nibbles(w_SNK & 15, scale_SNK, center_SNK, x_SKM.dtype, NATIVE)
+            sum_SNM = dot(low_SNK, x_SKM, sum_SNM, NATIVE)
+            squares_M += part_M
+            x_SKM, part_M = load_tokens(x, norm, first_SK + 16, inside_SK, tokens, k, NORM, TOKENS)
+            high_SNK = nibbles(w_SNK >> 4, scale_SNK, center_SNK, x_SKM.dtype, NATIVE)
+            sum_SNM = dot(high_SNK, x_SKM, sum_SNM, NATIVE)
+            squares_M += part_M
+        else:
+            x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
+            sum_SNM = dot(w_SNK, x_SKM, sum_SNM, NATIVE)
+            squares_M += part_M
+    out_MN = tl.trans(tl.sum(sum_SNM, 0))
+    if NORM:
+        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
+    return out_MN
+
+
+@triton.jit
+def dot(a, b, c, NATIVE: tl.constexpr):
+    """c + a @ b. Triton's interpreter knows no bfloat16."""
+    if NATIVE:
+        return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+
+
+@triton.jit
+def nibbles(q, scale, center, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """(q - 8) * scale + center. In x's dtype, where the center is small and q - 8 exact: two weights an instruction."""
+    if not NATIVE:
+        return (q.to(tl.float32) - 8) * scale + center
+    return (q.to(tl.int8, bitcast=True).to(DTYPE) - 8.0) * scale.to(DTYPE) + center.to(DTYPE)
+
+
+@triton.jit
+def load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM: tl.constexpr, TOKENS: tl.constexpr):
+    """x of every token, times the norm's weight, in x's dtype, [S, K, M]; and each token's sum of squares."""
+    token_M = tl.arange(0, TOKENS)
+    inside_SKM = inside_SK[:, :, None] & (token_M < tokens)[None, None, :]
+    x_SKM = tl.load(x + token_M[None, None, :] * k + at_SK[:, :, None], inside_SKM, 0.0)
+    squares_M = tl.zeros((TOKENS,), tl.float32)
+    if NORM:
+        wide_SKM = x_SKM.to(tl.float32)
+        squares_M = tl.sum(tl.sum(wide_SKM * wide_SKM, 1), 0)
+        x_SKM = (wide_SKM * tl.load(norm + at_SK, inside_SK, 0.0).to(tl.float32)[:, :, None]).to(x_SKM.dtype)
+    return x_SKM, squares_M
+
+
+# ------------------------------------------------------------------------------------- the kernels
+
+
+@triton.jit
+def linear_residual_kernel(
+    x, norm, weight, scale, zero, residual, out, tokens, n, k, eps,
+    KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """out = [residual +] [norm](x) W^T: output and down projections, and the head."""
+    rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    out_MN = dots(
+        x, norm, weight, scale, zero, tl.minimum(rows_N, n - 1), tokens, k, eps,
+        KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
+    )  # fmt: skip
+    token_M = tl.arange(0, TOKENS)
+    inside_MN = (token_M < tokens)[:, None] & (rows_N < n)[None, :]
+    at_MN = token_M[:, None] * n + rows_N[None, :]
+    if RESIDUAL:
+        out_MN += tl.load(residual + at_MN, inside_MN, 0.0).to(tl.float32)
+    tl.store(out + at_MN, out_MN.to(out.dtype.element_ty), inside_MN)
+
+
+@triton.jit
+def norm_gate_up_silu_kernel(
+    x, norm, weight, scale, zero, out, tokens, n, k, eps,
+    KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """out[i] = silu(row 2i) * row 2i+1, which is computed once, here, and not by every row of the down projection."""
+    rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    both_MN = dots(
+        x, norm, weight, scale, zero, tl.minimum(rows_N, n - 1), tokens, k, eps,
+        KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
+    )  # fmt: skip
+    gate_MI, up_MI = tl.split(tl.reshape(both_MN, (TOKENS, ROWS // 2, 2)))
+    token_M = tl.arange(0, TOKENS)
+    column_I = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    inside_MI = (token_M < tokens)[:, None] & (column_I < n // 2)[None, :]
+    out_MI = gate_MI * tl.sigmoid(gate_MI) * up_MI
+    tl.store(out + token_M[:, None] * (n // 2) + column_I[None, :], out_MI.to(out.dtype.element_ty), inside_MI)
+
+
+@triton.jit
+def norm_qkv_rope_write_kernel(
+    x, norm, weight, scale, zero, cos_sin, positions, slots, k_cache, v_cache, out_q, tokens, k, eps,
+    slot_stride, head_stride, q_heads, kv_heads,
+    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head: rotate neighbouring pairs of queries and keys, then queries to out_q, the rest to the cache."""
+    rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    out_MN = dots(
+        x, norm, weight, scale, zero, rows_N, tokens, k, eps,
+        KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
+    )  # fmt: skip
+    head = tl.program_id(0) * ROWS // HEAD_DIM
+    token_M = tl.arange(0, TOKENS)
+    inside_M = token_M < tokens
+    position_M = tl.load(positions + token_M, inside_M, 0).to(tl.int64)
+    element_N = rows_N % HEAD_DIM
+    if head < q_heads + kv_heads:
+        even_ME, odd_ME = tl.split(tl.reshape(out_MN, (TOKENS, ROWS // 2, 2)))
+        pair_E = tl.program_id(0) * ROWS % HEAD_DIM // 2 + tl.arange(0, ROWS // 2)
+        angle_ME = cos_sin + position_M[:, None] * ROTARY + pair_E[None, :]
+        rotates_ME = inside_M[:, None] & (pair_E < ROTARY // 2)[None, :]
+        cos_ME = tl.load(angle_ME, rotates_ME, 1.0)
+        sin_ME = tl.load(angle_ME + ROTARY // 2, rotates_ME, 0.0)
+        rotated = tl.join(even_ME * cos_ME - odd_ME * sin_ME, odd_ME * cos_ME + even_ME * sin_ME)
+        out_MN = tl.reshape(rotated, (TOKENS, ROWS))
+    if head < q_heads:
+        at_MN = token_M[:, None] * (q_heads * HEAD_DIM) + rows_N[None, :]
+        tl.store(out_q + at_MN, out_MN.to(out_q.dtype.element_ty), inside_M[:, None])
+    else:
+        slot_M = tl.load(slots + token_M, inside_M, 0).to(tl.int64)
+        kv_head = (head - q_heads) % kv_heads
+        at_M = slot_M * slot_stride + kv_head * head_stride + position_M * HEAD_DIM
+        cache = k_cache if head < q_heads + kv_heads else v_cache
+        tl.store(cache + at_M[:, None] + element_N[None, :], out_MN.to(cache.dtype.element_ty), inside_M[:, None])

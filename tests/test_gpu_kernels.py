@@ -1,0 +1,122 @@
+"""The GPU kernels against their plain PyTorch twins: in Triton's interpreter here, on the device where there is one."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+from _gpu_cases import DEVICE, normal, poisoned, weight
+
+from gpt_fast.ops.gpu import linear
+
+KINDS = ("bf16", "int8", "int4", "fp8")
+few = settings(max_examples=6)
+
+
+def error(got, want):
+    """Of the largest value; NaN, which poison leaves, is no number below any bound."""
+    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
+
+
+def bound(kind, tokens, dtype, *, norm):
+    """Against float32 products of the same packed weights, of the largest output.
+
+    One token: float32 sums, or 16-bit fixed-point activations. Several: what norm and dequantization round to x's
+    dtype before the tensor cores see it.
+    """
+    if tokens == 1:
+        return 1e-4 if kind.startswith("int") else 2e-6
+    rounded = dtype == torch.bfloat16 and (norm or kind == "int4")
+    return 2e-2 if rounded else 2e-6
+
+
+shapes = st.tuples(
+    st.sampled_from([1, 1, 2, 5, 8, 9, 16]),  # tokens
+    st.sampled_from([16, 40, 64, 130]),  # rows
+    st.sampled_from([64, 96, 576, 1088]),  # columns
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.integers(0, 99),  # seed
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(shape=shapes)
+def test_linear_residual(kind, shape):
+    tokens, rows, columns, dtype, seed = shape
+    w = weight(kind, rows, columns, seed=seed, dtype=dtype)
+    x, residual = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(tokens, rows, seed=seed + 2, dtype=dtype)
+    got, want = poisoned(tokens, rows, dtype=torch.float32), poisoned(tokens, rows, dtype=torch.float32)
+    linear.linear_residual(x, w, residual, got)
+    linear.linear_residual_reference(x, w, residual, want)
+    assert error(got, want) < bound(kind, tokens, dtype, norm=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(shape=shapes)
+def test_norm_head(kind, shape):
+    tokens, rows, columns, dtype, seed = shape
+    w = weight(kind, rows, columns, seed=seed, dtype=dtype)
+    x, norm = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(columns, seed=seed + 2, dtype=dtype)
+    got, want = poisoned(tokens, rows, dtype=torch.float32), poisoned(tokens, rows, dtype=torch.float32)
+    linear.norm_head(x, norm, w, got, eps=1e-5)
+    linear.norm_head_reference(x, norm, w, want, eps=1e-5)
+    assert error(got, want) < bound(kind, tokens, dtype, norm=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(shape=shapes)
+def test_norm_gate_up_silu(kind, shape):
+    tokens, rows, columns, dtype, seed = shape
+    w = weight(kind, rows, columns, seed=seed, dtype=dtype)
+    x, norm = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(columns, seed=seed + 2, dtype=dtype)
+    got, want = poisoned(tokens, rows // 2, dtype=torch.float32), poisoned(tokens, rows // 2, dtype=torch.float32)
+    linear.norm_gate_up_silu(x, norm, w, got, eps=1e-5)
+    linear.norm_gate_up_silu_reference(x, norm, w, want, eps=1e-5)
+    assert error(got, want) < 2 * bound(kind, tokens, dtype, norm=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(shape=shapes, heads=st.sampled_from([(4, 2), (3, 1)]), head_dim=st.sampled_from([64, 128]), part=st.booleans())
+def test_norm_qkv_rope_write(kind, shape, heads, head_dim, part):
+    """Queries, and the caches whole: what no token wrote stays as it was."""
+    tokens, _, columns, dtype, seed = shape
+    q_heads, kv_heads = heads
+    w = weight(kind, (q_heads + 2 * kv_heads) * head_dim, columns, seed=seed, dtype=dtype)
+    x, norm = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(columns, seed=seed + 2, dtype=dtype)
+    angles_PE = torch.rand(20, head_dim // 4 if part else head_dim // 2, device=DEVICE) * 6.28
+    cos_sin = torch.stack((angles_PE.cos(), angles_PE.sin()), dim=1)
+    places = torch.randperm(3 * 20, generator=torch.Generator().manual_seed(seed))[:tokens].to(DEVICE)
+    outs = []
+    for run in (linear.norm_qkv_rope_write, linear.norm_qkv_rope_write_reference):
+        k_cache, v_cache = normal(2, 3, kv_heads, 20, head_dim, seed=seed + 3, dtype=torch.float32)
+        q = poisoned(tokens, q_heads, head_dim, dtype=torch.float32)
+        run(x, norm, w, cos_sin, places // 3, places % 3, k_cache, v_cache, q, eps=1e-5)
+        outs.append((q, k_cache, v_cache))
+    for got, want in zip(*outs, strict=True):
+        assert error(got, want) < bound(kind, tokens, dtype, norm=True)
+
+
+def test_outputs_take_the_dtype_they_have():
+    """bfloat16 in and out, and the output over the residual."""
+    w, x, residual = weight("bf16", 64, 96, seed=1), normal(1, 96, seed=2), normal(1, 64, seed=3)
+    want = poisoned(1, 64)
+    linear.linear_residual_reference(x, w, residual, want)
+    linear.linear_residual(x, w, residual, residual)
+    assert error(residual, want) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [0, 17])
+def test_a_token_count_no_kernel_holds_is_refused(tokens):
+    w = weight("bf16", 16, 64, seed=1)
+    with pytest.raises(ValueError, match=f"tokens: .*got {tokens}, allowed 1..16"):
+        linear.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
