@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 from _gpu_cases import DEVICE, normal, poisoned, weight
 
 from gpt_fast.ops.gpu import linear
+from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention, decode_attention_reference
 
 KINDS = ("bf16", "int8", "int4", "fp8")
 few = settings(max_examples=6)
@@ -120,3 +121,35 @@ def test_a_token_count_no_kernel_holds_is_refused(tokens):
     w = weight("bf16", 16, 64, seed=1)
     with pytest.raises(ValueError, match=f"tokens: .*got {tokens}, allowed 1..16"):
         linear.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
+
+
+@settings(max_examples=15)
+@given(
+    heads=st.sampled_from([(4, 1), (3, 1), (4, 4), (8, 2)]),
+    head_dim=st.sampled_from([64, 80, 128]),
+    splits=st.integers(1, 5),
+    slots=st.integers(1, 2),
+    verified=st.sampled_from([1, 1, 3, 5]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 99),
+)
+def test_decode_attention(heads, head_dim, splits, slots, verified, dtype, seed):
+    """Tokens of one length or of several after each other; what lies beyond a slot's length is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads = heads
+    tokens = slots * verified
+    first = torch.randint(1, 300, (slots,), generator=generator)
+    lengths = (first[:, None] + torch.arange(verified)).flatten().to(DEVICE)
+    places = torch.randperm(3, generator=generator)[:slots].repeat_interleave(verified).to(DEVICE)
+    caches = normal(2, 3, kv_heads, 310, head_dim, seed=seed, dtype=dtype)
+    for slot in range(3):
+        caches[:, slot, :, int(lengths[places == slot].max()) if slot in places else 0 :] = float("nan")
+    q = normal(tokens, q_heads, head_dim, seed=seed + 1, dtype=dtype)
+    workspace = attention_workspace(tokens, q_heads, head_dim, splits=splits, device=torch.device(DEVICE))
+    options = {"scale": head_dim**-0.5, "splits": splits, "rows_per_slot": verified}
+    want = poisoned(tokens, q_heads, head_dim, dtype=torch.float32)
+    decode_attention_reference(q, *caches, places, lengths, None, want, **options)
+    for _ in range(2):  # the second call finds the counters as the first left them
+        got = poisoned(tokens, q_heads, head_dim, dtype=torch.float32)
+        decode_attention(q, *caches, places, lengths, workspace, got, **options)
+        assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 2e-6)
