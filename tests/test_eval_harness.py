@@ -175,11 +175,6 @@ def test_scores_are_those_of_direct_evaluation(checkpoint):
 # ------------------------------------------------------------------- against the harness's own backend
 
 
-@pytest.fixture
-def default_checkpoint() -> Path:
-    return Path(__file__).parent.parent / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 def transformers_backend(directory: Path):
     """The default model in transformers, behind the harness's own HFLM."""
     import transformers

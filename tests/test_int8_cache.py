@@ -9,13 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.cache import KVCache, quantize_heads
+from gpt_fast.checkpoint import load_checkpoint
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.controller import Choice, Fixed
 from gpt_fast.engine import EngineCore, Runner
+from gpt_fast.eval.quality import window_figures
+from gpt_fast.eval.score import Scorer
+from gpt_fast.llm import Engine
 from gpt_fast.load import build_cache
 from gpt_fast.ops.cpu import CpuDecoder, build, reference
 from gpt_fast.proposers import DraftProposer, NGramProposer
+from gpt_fast.quantize.text import default_text, held_out_part, windows
 from gpt_fast.speculator import Speculator
+from gpt_fast.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
@@ -192,3 +198,40 @@ def test_compiled_code_equals_plain(tiny_model):
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=0)
     assert (caches[0].k_LNHTD.int() - caches[1].k_LNHTD.int()).abs().max() <= 1  # a tie may round the other way
     torch.testing.assert_close(caches[0].k_scale_LNHT, caches[1].k_scale_LNHT)
+
+
+# -------------------------------------------------------------------------------- the default model
+
+
+@pytest.mark.model
+def test_perplexity_of_the_default_model_changes_by_a_five_hundredth_at_most(default_checkpoint):
+    loaded = load_checkpoint(default_checkpoint, device="cpu", dtype=torch.float32)
+    loaded.model.setup_rope(256, CPU)
+    tokens = load_tokenizer(default_checkpoint).encode(held_out_part(default_text()).content, add_bos=False)
+    passages = windows(tokens, length=256, limit=4, prefix=[])
+    int8, float32 = (
+        Scorer(loaded.model, loaded.config, rows=1, max_seq_len=256, dtype=dtype, device=CPU)
+        for dtype in (torch.int8, torch.float32)
+    )
+    parts = [figures for passage in passages for figures in window_figures(int8, float32, passage)]
+    nll_int8, nll_float32, kl = (torch.cat([getattr(p, name) for p in parts]) for name in ("nll_a", "nll_b", "kl"))
+    change = float((nll_int8.mean() - nll_float32.mean()).exp()) - 1
+    print(f"{len(kl)} tokens: perplexity {change:+.3%}, mean KL {kl.mean():.5f}")
+    assert abs(change) <= 0.002 and 0 < kl.mean() < 0.002
+
+
+@pytest.mark.model
+@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+def test_the_default_model_fused_says_the_same_with_proposals_and_nearly_the_same_as_with_floats(default_checkpoint):
+    prompts = ["The capital of France is", "Once upon a time, in a small village by the sea,", "Water boils at"]
+    params = [SamplingParams(max_new_tokens=16, ignore_eos=True)] * len(prompts)
+    answers = []
+    for options in ({"kv_cache": "float32"}, {}, {"speculate": "ngram"}):
+        options = {"kv_cache": "int8", "dtype": "bfloat16", "max_seq_len": 128, "max_num_seqs": 3, **options}
+        engine = Engine.load(str(default_checkpoint), device="cpu", **options)
+        assert engine.description["path"] == "fused CPU decoder"
+        assert engine.description["kv_cache"] == options["kv_cache"]
+        answers.append([list(answer.tokens) for answer in engine.generate(prompts, params)])
+    float32, int8, proposed = answers
+    assert int8 == proposed
+    assert [row[:4] for row in int8] == [row[:4] for row in float32]

@@ -243,6 +243,9 @@ def test_gguf_blocks_are_repacked_without_loss(kinds, default, name, tmp_path):
     file, directory = converted(tmp_path, kinds=kinds, default=default)
     path = repack_gguf(directory, file)
     assert path.name == f"{name}.safetensors"
+    first = digest(path)
+    main(["--checkpoint_path", str(directory), "--gguf", str(file)])
+    assert digest(path) == first
     source, repacked = (load_checkpoint(p, device="cpu").model for p in (directory, path))
     modules = {n: m for n, m in repacked.named_modules() if isinstance(m, Quantized)}
     assert len(modules) == 4 * 2 + 2 + (kinds.get("token_embd") != "F32")
@@ -350,6 +353,7 @@ GPTQ = ["--mode", "int4-gptq", "--calibration_limit", "4", "--calibration_seq_le
         (["-q", "int4", "--groupsize", "128", "--label", "_mine_"], "model_mine_int4.g128"),
         ([*GPTQ, "--percdamp", "0.05", "--blocksize", "64"], "model_int4-gptq.g32"),
         ([*GPTQ, "--groupsize", "64", "--no-act_order", "--calibration_text", __file__], "model_int4-gptq.g64"),
+        ([*GPTQ, "--groupsize", "256", "--calibration_tasks", "basics"], "model_int4-gptq.g256"),
     ],
 )
 def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
