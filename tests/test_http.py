@@ -117,6 +117,45 @@ def test_openai_completions_n_stop_seed_echo(client):
     assert len(logged.choices[0].logprobs.tokens) == 4
 
 
+PLACE = {
+    "type": "object", "additionalProperties": False, "required": ["city", "country", "million_people"],
+    "properties": {"city": {"type": "string", "maxLength": 30}, "country": {"type": "string", "maxLength": 30},
+                   "million_people": {"type": "integer", "minimum": 0, "maximum": 40}},
+}  # fmt: skip
+FORMAT = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}}
+
+
+def test_openai_response_format(client):
+    ask = {"model": "gpt-fast", "max_tokens": 120, "temperature": 0, "response_format": FORMAT}
+    ask |= {"messages": [{"role": "user", "content": "Describe the capital of France as JSON."}]}
+    (choice,) = client.chat.completions.create(**ask).choices
+    value = json.loads(choice.message.content)
+    assert choice.finish_reason == "stop" and set(value) == set(PLACE["required"])
+    assert value["city"] == "Paris" and 0 <= value["million_people"] <= 40
+    events = list(client.chat.completions.create(**ask, stream=True))
+    assert "".join(event.choices[0].delta.content or "" for event in events) == choice.message.content
+    (cut,) = client.chat.completions.create(**ask | {"max_tokens": 5}).choices
+    assert cut.finish_reason == "length" and choice.message.content.startswith(cut.message.content)
+    objects = client.completions.create(
+        model="gpt-fast", prompt="JSON:", n=4, max_tokens=200, seed=1, extra_body={"response_format": FORMAT}
+    )
+    assert all(set(json.loads(each.text)) == set(value) for each in objects.choices if each.finish_reason == "stop")
+
+
+def test_openai_response_format_beside_others(server, client):
+    """Eight with schemas and without, together: each is what it is alone."""
+
+    def answer(number):
+        guided = {"response_format": FORMAT} if number % 2 else {}
+        messages = [{"role": "user", "content": f"Tell me about city number {number}."}]
+        given = {"messages": messages, "max_tokens": 60, "seed": number, **guided}
+        return client.chat.completions.create(model="gpt-fast", **given).choices[0].message.content
+
+    alone = [answer(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, range(8))) == alone
+
+
 def test_openai_errors(client):
     import openai
 
@@ -164,6 +203,7 @@ def test_eight_mixed_requests_are_each_what_they_are_alone(server):
 # ------------------------------------------------------------------------------------------- bad input
 
 CHAT, COMPLETION = "/1.0/v1/chat/completions", "/1.0/v1/completions"
+TOOL = {"type": "function", "function": {"name": "clock"}}
 BAD = [
     ("", b"", 400, None),
     ("", b"\xff\xfe", 400, None),
@@ -196,6 +236,24 @@ BAD = [
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user", "content": "x"}], "n": 99}, 400, "n"),
     (CHAT, {"messages": [{"role": "user", "content": "x"}], "audio": {"voice": "alloy"}}, 400, "audio"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]}, 400, "tools"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}},
+        400,
+        "response_format.type",
+    ),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "robot"}}},
+        },
+        400,
+        "response_format",
+    ),
+    (COMPLETION, {"prompt": "x", "stop_token_ids": [49152]}, 400, "stop_token_ids"),
+    (COMPLETION, {"prompt": "x", "echo": True, "logprobs": 1}, 400, "echo"),
     (COMPLETION, {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     (COMPLETION, {"prompt": "x", "model": "other"}, 404, "model"),
     ("/1.0/v1/nothing", {"prompt": "x"}, 404, None),
@@ -237,17 +295,26 @@ LONG = {"prompt": "Once upon a time", "max_new_tokens": 3000, "ignore_eos": True
 @pytest.mark.parametrize("company", [0, 2])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_within_a_second(server, stream, company):
-    server.wait_for(lambda figures: figures["num_requests_running"] == 0, seconds=10)
+    times = sorted(seconds_until_free(server, stream, company) for _ in range(3))
+    print(f"stream {stream}, {company} others: " + ", ".join(f"{each:.2f} s" for each in times))
+    assert times[1] < 1.0  # a machine that is busy with other things may be late once
+
+
+def seconds_until_free(server, stream, company):
+    """From a client's leaving until the figures say that its slot is free."""
+    server.wait_for(lambda figures: figures["num_requests_running"] == 0, seconds=20)
     others = [server.connect(LONG | {"prompt": f"Story {n}:"}) for n in range(company)]
     client = server.connect(LONG | {"stream": stream})
     server.wait_for(lambda figures: figures["num_requests_running"] == company + 1, seconds=20)
     time.sleep(0.5)
+    before = server.metrics().get("requests_cancelled_total", 0)
     client.close()
     seconds = server.wait_for(lambda figures: figures["num_requests_running"] == company, seconds=10)
+    if company:  # a client that was the last one is counted when the next comes
+        server.wait_for(lambda figures: figures["requests_cancelled_total"] == before + 1, seconds=1)
     for other in others:
         other.close()
-    with_slack = 1.0 if company else 1.5  # a machine that is busy with other things is slower
-    assert seconds < with_slack * 2, f"{seconds:.2f} s"
+    return seconds
 
 
 def test_the_cancelled_are_counted_and_the_slots_serve_again(server):
