@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMPILE_SECONDS = 2  # of processor time
+COMPILE_SECONDS = 1  # of processor time
 COMPILE_BYTES = 2 << 30  # of address space, of which a plain schema takes 0.3 GiB
 WALL_SECONDS = 30.0  # a machine may be busy with other things
 

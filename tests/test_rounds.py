@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -510,7 +511,21 @@ def test_a_wrong_key_is_one_line(tmp_path, handler, line):
 
 
 def test_the_shipped_configurations_are_valid(tmp_path):
-    for path in [ROOT / "model_config.yaml", *(ROOT / "configs").glob("*.yaml")]:
-        engine, serve = read_config(yaml.safe_load(path.read_text()), root=tmp_path)
-        assert engine.checkpoint_path.startswith(str(tmp_path))
+    """By serve's own reader, with the keys of TorchServe that configs/README.md asks of every file."""
+    others = sorted((ROOT / "configs").glob("*.yaml"))
+    assert others
+    for path in [ROOT / "model_config.yaml", *others]:
+        values = yaml.safe_load(path.read_text())
+        engine, serve = read_config(values, root=tmp_path)
+        assert engine.checkpoint_path.startswith(str(tmp_path)), path
         assert serve.max_waiting is not None and serve.max_waiting > 0
+        assert [values[key] for key in ("minWorkers", "maxWorkers", "maxBatchDelay")] == [1, 1, 1], path
+        assert {"responseTimeout", "startupTimeout", "maxRetryTimeoutInSec"} <= set(values), path
+        assert values["deviceType"] == ("gpu" if engine.device == "cuda" else "cpu"), path
+
+
+def test_every_configuration_that_a_page_names_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "configs/README.md"]
+    named = {name for page in pages for name in re.findall(r"configs/[\w.-]+\.yaml", page.read_text())}
+    missing = {name for name in named - {"configs/other.yaml"} if not (ROOT / name).is_file()}
+    assert named and not missing

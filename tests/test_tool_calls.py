@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.chat import HERMES, LLAMA, ChatTemplate, read_tool_format
+from gpt_fast.llm import Engine
 from gpt_fast.serve.tool_calls import ToolCall, call_parser
 
 NAMES = ["get_weather", "clock"]
@@ -230,6 +231,26 @@ def test_what_tools_cannot_be(ask):
         with pytest.raises(openai.BadRequestError) as caught:
             ask(**fields)
         assert caught.value.param == param
+
+
+@pytest.mark.model
+def test_the_default_model_calls_with_another_templates_format(default_checkpoint):
+    """Its own template takes no tools, but a real tokenizer and a real model can be made to call."""
+    import openai
+
+    engine = Engine.load(str(default_checkpoint), max_num_seqs=2, max_seq_len=1024, threads=1)
+    engine.chat_template = ChatTemplate(wheel_member(TRL, "trl/chat_templates/qwen2_5.jinja").decode())
+    ask = {"model": "gpt-fast", "tools": [WEATHER, CLOCK], "temperature": 0, "max_tokens": 80}
+    ask |= {"messages": [{"role": "user", "content": "How is the weather in Oslo, for 2 days?"}]}
+    with RoundServer(engine) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        (choice,) = client.chat.completions.create(**ask, tool_choice="required").choices
+        events = list(client.chat.completions.create(**ask, tool_choice="required", stream=True))
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == events[-1].choices[0].finish_reason == "tool_calls"
+    assert call.function.name == "get_weather" and set(json.loads(call.function.arguments)) == {"city", "days"}
+    streamed = [each for event in events for each in event.choices[0].delta.tool_calls or []]
+    assert [each.function.arguments for each in streamed] == [call.function.arguments]
 
 
 def test_a_template_without_tools_refuses_them():
