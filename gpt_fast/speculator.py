@@ -70,6 +70,7 @@ class Speculator:
     PRIOR = 0.6  # acceptance assumed before anything is known: worth a try
     REQUEST_WEIGHT, REQUEST_KEEP = 3.0, 0.96  # how long a request believes its prior; how fast it forgets
     POOL_WEIGHT, POOL_KEEP = 2.0, 0.99
+    REST_AFTER, REST = 32, 7  # fruitless steps in a row, and the most steps between two looks that come of them
 
     def __init__(
         self, proposers: Mapping[str, Proposer], controller: Controller | Fixed, *, max_seq_len: int,
@@ -81,28 +82,48 @@ class Speculator:
         self.requests: dict[Sequence, dict[tuple[str, int], Acceptance]] = {}
         self.choice: Choice | None = None
         self.offers: Seq[Offer] = ()
+        self.fruitless = 0  # steps in a row in which nothing proposed stood
+        self.resting = 0  # steps until the next look
+        self.rested = False  # the last step was one of them
+
+    def rests(self, sequences: Seq[Sequence]) -> bool:
+        """Whether the next step of these sequences is plain, whatever this one brings: it may begin ahead."""
+        return self.resting > 0 and all(s in self.requests for s in sequences)
 
     def propose(self, sequences: Seq[Sequence]) -> Proposal | None:
-        """This step's proposals; None for a plain step."""
+        """This step's proposals; None for a plain step. After fruitless steps it looks less often."""
+        if self.rests(sequences):
+            self.rested, self.choice, self.resting = True, None, self.resting - 1
+            return None
+        self.rested = False
+        if any(s not in self.requests for s in sequences):
+            self.fruitless = 0
         # Every decoding sequence is in every step, so one that is missing has ended.
         self.requests = {s: self.requests.get(s, {}) for s in sequences}
+        self._choose(sequences)
+        self.resting = min(max(self.fruitless - self.REST_AFTER, 0) // 4, self.REST)
+        if self.choice is None:
+            return None
+        arm, count = self.choice
+        counts = [min(count, offer.limit) for offer in self.offers]
+        return self.proposers[arm].propose(sequences, counts) if any(counts) else None
+
+    def _choose(self, sequences: Seq[Sequence]) -> None:
         limits = [self._limit(s) for s in sequences]
         offers = {arm: proposer.offers(sequences, limits) for arm, proposer in self.proposers.items()}
         self.choice = self.controller.choose(
             len(sequences), {arm: self._candidates(arm, sequences, offers[arm]) for arm in offers}
         )
-        if self.choice is None:
-            return None
-        arm, count = self.choice
-        self.offers = offers[arm]
-        counts = [min(count, offer.limit) for offer in self.offers]
-        return self.proposers[arm].propose(sequences, counts) if any(counts) else None
+        self.offers = offers[self.choice.arm] if self.choice else ()
 
     def learn(
         self, sequences: Seq[Sequence], proposal: Proposal | None, accepted: Seq[int], seconds: float
     ) -> None:  # fmt: skip
         """What became of them; called before the accepted tokens join their sequences."""
         tokens = sum(accepted) + len(accepted)
+        self.fruitless = 0 if any(accepted) else self.fruitless + 1
+        if self.rested:  # it may have begun ahead, so its time says nothing
+            seconds = self.controller.costs.plain(len(sequences)) or seconds
         if proposal is None or self.choice is None:
             self.controller.learn(None, len(sequences), tokens, seconds)
             return

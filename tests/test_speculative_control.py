@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,8 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.controller import PLAIN, Candidate, Choice, Controller, expected_tokens
 from gpt_fast.proposers import NGramIndex
 from gpt_fast.scheduler import Sequence
-from gpt_fast.speculator import Speculator, Totals
+from gpt_fast.speculative import Proposal
+from gpt_fast.speculator import Offer, Speculator, Totals
 
 # ---------------------------------------------------------------------------------------- controller
 
@@ -174,6 +176,84 @@ def test_totals_count_each_position_once():
     assert (totals.steps, totals.drafted, totals.accepted) == (3, 9, 4)
     assert totals.blocks == [1, 0, 2, 0, 0]
     assert totals.positions == [[3, 2], [2, 2], [1, 0], [0, 0]]
+
+
+# -------------------------------------------------------------------------------------- speculator
+
+
+class Guesses:
+    """A proposer that is right or wrong as it is told, and counts how often it is asked."""
+
+    def __init__(self):
+        self.asked, self.right = 0, False
+
+    def offers(self, sequences, limits):
+        self.asked += 1
+        return [Offer(limit) for limit in limits]
+
+    def propose(self, sequences, counts):
+        return Proposal(torch.zeros(len(sequences), max(counts), dtype=torch.int64), list(counts))
+
+    def learn(self, sequences, accepted): ...
+
+
+def decode(speculator, sequences, steps):
+    """Steps at known costs; how many of them were plain."""
+    plain = 0
+    for _ in range(steps):
+        proposal = speculator.propose(sequences)
+        right = speculator.proposers["draft"].right
+        accepted = [0] * len(sequences) if proposal is None or not right else proposal.counts
+        seconds = 1.0 if proposal is None else 1 + 0.1 * max(proposal.counts)
+        speculator.learn(sequences, proposal, accepted, seconds)
+        plain += proposal is None
+        for s, count in zip(sequences, accepted, strict=True):
+            s.output += [0] * (count + 1)
+    return plain
+
+
+@pytest.fixture
+def guessing():
+    controller = Controller([1, 4])
+    for choice, cost in ((PLAIN, 1.0), (Choice("draft", 1), 1.1), (Choice("draft", 4), 1.4)):
+        controller.costs.learn(choice, 1, cost)
+    return Speculator({"draft": Guesses()}, controller, max_seq_len=1 << 20)
+
+
+def sequence():
+    return Sequence("r", [1], SamplingParams(max_new_tokens=1 << 20), 0, output=[0])
+
+
+def test_a_useless_proposer_is_asked_less_and_less(guessing):
+    row, asked = sequence(), []
+    for _ in range(4):
+        before = guessing.proposers["draft"].asked
+        assert decode(guessing, [row], 250) > 200
+        asked.append(guessing.proposers["draft"].asked - before)
+    assert asked[-1] < 150
+    assert guessing.controller.balance > -guessing.controller.overdraft - 1
+
+
+def test_a_rest_ends_with_a_new_sequence_and_may_run_ahead_until_then(guessing):
+    row = sequence()
+    decode(guessing, [row], 400)
+    while not guessing.rests([row]):
+        decode(guessing, [row], 1)
+    asked = guessing.proposers["draft"].asked
+    decode(guessing, [row], 1)
+    assert guessing.proposers["draft"].asked == asked  # the step that was promised plain was not even looked at
+    other = sequence()
+    assert not guessing.rests([row, other])
+    guessing.propose([row, other])
+    assert guessing.proposers["draft"].asked == asked + 1
+
+
+def test_a_proposer_that_turns_good_is_noticed_despite_rests(guessing):
+    row = sequence()
+    decode(guessing, [row], 400)
+    guessing.proposers["draft"].right = True
+    decode(guessing, [row], 100)
+    assert decode(guessing, [row], 100) < 10
 
 
 # ------------------------------------------------------------------------------------------ n-gram

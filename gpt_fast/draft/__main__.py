@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     report.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
     speed = commands.add_parser("speed", help="plain decode and speculation by turns")
     add_common(speed, several_drafts=False)
+    speed.set_defaults(speculate_k=8)
     add_speed(speed)
     made = commands.add_parser("random", help="write a model of random weights")
     made.add_argument("--like", type=Path, required=True, help="a converted checkpoint: sizes and tokenizer")

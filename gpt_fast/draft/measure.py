@@ -46,11 +46,21 @@ def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
         return
     controller = speculator.controller
     try:
-        core.runner.speculator = speculator if choice else None
+        set_speculator(core, speculator if choice else None)
         speculator.controller, speculator.totals = Fixed(choice, controller.counts), Totals()
         yield
     finally:
-        core.runner.speculator, speculator.controller = speculator, controller
+        speculator.controller = controller
+        set_speculator(core, speculator)
+
+
+def set_speculator(core: EngineCore, speculator: Speculator | None) -> None:
+    """Let the engine decode as it would have been loaded: without a speculator its steps begin ahead."""
+    runner = core.runner
+    if runner.ahead:
+        runner.ahead.step.result()
+    runner.ahead, runner.speculator = None, speculator
+    runner.start = None if speculator else getattr(runner.decode, "start", None)
 
 
 def forget(core: EngineCore) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from gpt_fast.bench.machine import CpuMeter, foreign_share
 from gpt_fast.bench.stats import is_quiet, percentile
 from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.draft.measure import forget
+from gpt_fast.draft.measure import forget, set_speculator
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine import EngineCore
 from gpt_fast.speculator import Speculator
@@ -123,11 +123,11 @@ def take_turns(
 def using(core: EngineCore, speculator: Speculator | None) -> Iterator[None]:
     loaded = core.runner.speculator
     forget(core)
-    core.runner.speculator = speculator
+    set_speculator(core, speculator)
     try:
         yield
     finally:
-        core.runner.speculator = loaded
+        set_speculator(core, loaded)
         forget(core)
 
 
