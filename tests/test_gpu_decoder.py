@@ -113,6 +113,14 @@ def test_padding_tokens_disturb_nobody(model, decoder):
 
 
 @torch.inference_mode()
+def test_part_of_each_head_may_rotate():
+    model = small_model(rope_dim=32).requires_grad_(False)
+    inputs = torch.tensor([[3, 4]]), torch.tensor([[50, 51]])
+    got, want = (forward(*inputs, new_cache(model), length=64) for forward in (GpuDecoder(model), model))
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_logits_outlive_the_next_step(model, decoder):
     cache, at = new_cache(model), torch.tensor([[20]])
     first = decoder(torch.tensor([[3]]), at, cache, length=64)
@@ -175,9 +183,9 @@ def test_no_float_weight_is_held_twice():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(dict(n_expert=4, n_expert_per_token=2), "n_expert=4"), (dict(head_dim=32), "head_dim=32"),
+    [(dict(n_expert=4, n_expert_per_token=2), "n_expert=4"), (dict(head_dim=48), "head_dim=48"),
      (dict(sliding_window=16, sliding_layers=(0,)), "sliding_window=16"), (dict(qk_norm=True), "qk_norm"),
-     (dict(qkv_bias=True), "biases"), (dict(rope_dim=32), "rope_dim=32")],
+     (dict(qkv_bias=True), "biases"), (dict(head_dim=160), "head_dim=160")],
 )  # fmt: skip
 def test_unsupported_names_the_reason(changes, message):
     model = small_model(**changes)
@@ -209,10 +217,10 @@ def test_path_choice_says_why_not(model):
     assert "32 inputs" in load.gpu_path(config, odd, 1)
 
 
-@given(longest=st.integers(1, 40_000), tokens=st.integers(1, 40), length=st.integers(1, 40_000))
+@given(longest=st.integers(1, 40_000), rows=st.integers(1, 40), size=st.integers(1, 8), length=st.integers(1, 40_000))
 @settings(max_examples=200, deadline=None)
-def test_a_warm_up_meets_every_reach(decoder, longest, tokens, length):
-    assert decoder.reach(tokens, min(length, longest)) in decoder.reaches(tokens, longest)
+def test_a_warm_up_meets_every_reach(decoder, longest, rows, size, length):
+    assert decoder.reach(rows, size, min(length, longest)) in decoder.reaches(rows, size, longest)
 
 
 def test_splits_fill_the_gpu_and_are_never_tiny():
@@ -365,6 +373,12 @@ def test_ring_never_shows_what_was_not_written():
         broken.take()
 
 
+def test_ring_waits_for_the_copy():
+    ring = Ring((1, 1), pinned=False, copy=SlowCopies())
+    ring.publish(torch.tensor([[4]]))
+    assert ring.take() == [[4]]
+
+
 def test_ring_never_overwrites_what_was_not_read():
     ring = Ring((1, 1), pinned=False, depth=2)
     for value in (1, 2):
@@ -497,6 +511,13 @@ def test_bursts_among_arrivals_and_aborts(model, decoder, arrivals, steps):
 def note(said, events):
     for event in events:
         said.setdefault(event.request_id, []).append(event.token)
+
+
+def test_more_rows_than_a_burst_holds_go_step_by_step(model, decoder):
+    core, params = burst_core(decoder, model, slots=18), SamplingParams(max_new_tokens=6, ignore_eos=True)
+    prompts = [[30 + i, 4] for i in range(18)]
+    want = answers(core_of(model, model), prompts, [params] * 18)
+    assert answers(core, prompts, [params] * 18) == want
 
 
 def test_bursts_bring_several_tokens(model, decoder):

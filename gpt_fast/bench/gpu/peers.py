@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpt_fast.bench.gpu.models import GROUP
 from gpt_fast.bench.gpu.rows import TEMPERATURE, TOP_K, Effort, Figures
-from gpt_fast.bench.gpu.timing import Timing, timed
+from gpt_fast.bench.gpu.timing import Timing, synchronize, timed
 from gpt_fast.config import ModelConfig
 
 # Beside upstream's own settings, what is known to help it on a Hopper GPU; it runs both ways, the better one counts.
@@ -56,9 +56,7 @@ def hf_transformers(
         forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     for context in contexts:
         cache = static_cache(transformers, model, context + effort.new_tokens + 1, device)
-        hf_tokens(model.forward, cache, context, 1, device)  # it allocates, which must not happen in a CUDA graph
-        timing = timed(partial(hf_tokens, forward, cache, context, effort.new_tokens, device), device,
-                       repeat=effort.repeat, inner=1)  # fmt: skip
+        timing = hf_timing(model.forward, forward, cache, context, effort, device)
         yield context, figures(timing.by(effort.new_tokens), compiled=compiled)
 
 
@@ -70,14 +68,33 @@ def static_cache(transformers: Any, model: Any, positions: int, device: torch.de
     return transformers.StaticCache(**{name: value for name, value in wanted.items() if name in known})
 
 
-def hf_tokens(forward: Callable[..., Any], cache: Any, context: int, count: int, device: torch.device) -> None:
-    """`count` tokens one after the other; the same positions every time."""
-    places_N1 = context + torch.arange(count, device=device)[:, None]
-    token = torch.ones(1, 1, dtype=torch.int64, device=device)
-    for place in places_N1.unbind():
-        out = forward(input_ids=token, position_ids=place[None], cache_position=place, past_key_values=cache,
-                      use_cache=True)  # fmt: skip
-        token = out.logits[:, -1:].argmax(-1).clone()
+def hf_timing(
+    prefill: Callable[..., Any], forward: Callable[..., Any], cache: Any, context: int, effort: Effort,
+    device: torch.device,
+) -> Timing:  # fmt: skip
+    """Of new_tokens decode steps after `context` tokens, which every try computes anew: the cache counts its tokens."""
+    seconds = []
+    for _ in range(effort.repeat + 1):
+        cache.reset()
+        hf_step(prefill, torch.ones(1, context, dtype=torch.int64, device=device), 0, cache)
+        token = torch.ones(1, 1, dtype=torch.int64, device=device)
+        synchronize(device)
+        started = time.perf_counter()
+        for position in range(context, context + effort.new_tokens):
+            token = hf_step(forward, token, position, cache)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return Timing.of(seconds[1:])
+
+
+def hf_step(forward: Callable[..., Any], tokens_1S: Tensor, start: int, cache: Any) -> Tensor:
+    """The token after these."""
+    positions_S = torch.arange(start, start + tokens_1S.shape[1], device=tokens_1S.device)
+    out = forward(
+        input_ids=tokens_1S, position_ids=positions_S[None], cache_position=positions_S, past_key_values=cache,
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    return out.logits.argmax(-1).clone()  # the next step of a CUDA graph would overwrite it
 
 
 # ------------------------------------------------------------------------------------------- upstream

@@ -15,8 +15,9 @@ from gpt_fast import sampling
 from gpt_fast.bench.gpu.timing import Timing, synchronize, timed, timed_graph
 from gpt_fast.cache import KVCache
 from gpt_fast.model import Transformer
-from gpt_fast.ops.gpu.decoder import GpuDecoder, weight_bytes
+from gpt_fast.ops.gpu.decoder import GpuDecoder, ops_for, weight_bytes
 from gpt_fast.ops.gpu.graph import DecodeLoop
+from gpt_fast.ops.gpu.sampler import sampler_workspace
 from gpt_fast.ops.gpu.state import Row
 from gpt_fast.quantize.linear import pack
 
@@ -109,7 +110,7 @@ def kernels(loop: DecodeLoop, length: int) -> float | None:
     if loop.decoder.device.type != "cuda":
         return None
     with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        loop.replay(loop.decoder.reach(len(loop.sampled_B), length), greedy=False)
+        loop.replay(loop.decoder.reach(len(loop.sampled_B), 1, length), greedy=False)
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return len(on_device) / loop.steps
@@ -158,9 +159,6 @@ def prefill(subject: Subject, prompt: int, chunk: int, effort: Effort) -> Figure
 @torch.inference_mode()
 def sampler(device: torch.device, vocabulary: int, rows: int, effort: Effort) -> Figures:
     """Logits to tokens: the fused kernel in a graph, and the plain sampler from the host."""
-    from gpt_fast.ops.gpu.decoder import ops_for
-    from gpt_fast.ops.gpu.graph import sampler_workspace
-
     logits_BV = torch.randn(rows, vocabulary, device=device) * 4
     ones_B = torch.ones(rows, device=device)
     columns = (ones_B * TEMPERATURE, (ones_B * TOP_K).long(), ones_B, ones_B * 0)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt_fast.ops.gpu.attention import attention_workspace
 from gpt_fast.ops.gpu.capture import Captured
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.pack import GpuLinear, interleave, pack_fp8, pack_linear
@@ -49,8 +50,7 @@ def unsupported(model: Transformer) -> str | None:
     c = model.config
     refused = {
         f"n_expert={c.n_expert}: the GPU decoder has no mixture of experts": c.n_expert,
-        f"head_dim={c.head_dim}: the GPU decoder needs 64 or 128": c.head_dim not in (64, 128),
-        f"rope_dim={c.rope_dim}: the GPU decoder rotates whole heads": c.rotary_dim != c.head_dim,
+        f"head_dim={c.head_dim}: the GPU decoder needs a multiple of 32 up to 128": c.head_dim % 32 or c.head_dim > 128,
         f"sliding_window={c.sliding_window}: the GPU decoder sees everything": c.sliding_window and c.sliding_layers,
         "qk_norm: the GPU decoder has none": c.qk_norm,
         "the GPU decoder has no biases": c.qkv_bias or c.attention_out_bias or c.mlp_bias,
@@ -145,6 +145,10 @@ class GpuDecoder:
         on_cuda = self.device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_cuda else PROCESSORS
         self.scratch = self.make_scratch()
+        most = self.reach(1, 1, model.config.max_position)
+        self.workspace = attention_workspace(
+            MAX_TOKENS, model.config.n_head, model.config.head_dim, splits=most, device=self.device
+        )
         self.graphs: dict[tuple[int, ...], Captured] = {}
 
     def forward(
@@ -165,7 +169,7 @@ class GpuDecoder:
         selects = select_B is not None and S > 1  # of one token a row there is nothing to select
         if select_B is not None:
             self.select_B[:B] = select_B
-        self.graph(B, S, selects, self.reach(B * S, length), cache).replay()
+        self.graph(B, S, selects, self.reach(B, S, length), cache).replay()
         logits = self.scratch.logits_MV[: B if selects else B * S].clone()  # the next step writes there
         return logits if select_B is not None else logits.view(B, S, -1)
 
@@ -187,18 +191,20 @@ class GpuDecoder:
         key = (rows, size, selects, cache.k_LNHTD.data_ptr())
         if (*key, reach) not in self.graphs:
             inputs, select_B = self.inputs.first(rows * size), self.select_B[:rows] if selects else None
-            for each in self.reaches(rows * size, cache.max_seq_len):
-                step = partial(self.step, inputs, cache, reach=each, select_B=select_B)
+            for each in self.reaches(rows, size, cache.max_seq_len):
+                step = partial(self.step, inputs, cache, reach=each, size=size, select_B=select_B)
                 self.graphs[*key, each] = Captured(step, self.device)
         return self.graphs[*key, reach]
 
     # ---- the step itself: what graphs capture
 
-    def step(self, inputs: Inputs, cache: KVCache, *, reach: int, select_B: Tensor | None = None) -> Tensor:
-        """Run M tokens: float32 logits [R, V] of all, or of token select_B[b] of each row b. The next step reuses them.
+    def step(
+        self, inputs: Inputs, cache: KVCache, *, reach: int, size: int = 1, select_B: Tensor | None = None
+    ) -> Tensor:
+        """Run M tokens, `size` neighbours of each row: float32 logits [R, V], where the next step puts its own.
 
-        reach: see there. More than MAX_TOKENS must be one of each slot from slot 0 on, and take the path for many.
-        No host synchronization.
+        reach: see there. select_B: of token select_B[b] of each row b; None: of all. More than MAX_TOKENS tokens take
+        the path for many, and must be one of each slot from slot 0 on. No host synchronization.
         """
         eps, M = self.config.norm_eps, len(inputs.tokens_M)
         if M > MAX_TOKENS:
@@ -214,15 +220,14 @@ class GpuDecoder:
             )  # fmt: skip
             self.ops.attention(
                 s.q_MHE, k_NHTD, v_NHTD, inputs.slots_M, inputs.lengths_M, self.workspace, s.attended_MHE,
-                scale=self.config.head_dim**-0.5, splits=reach,
+                scale=self.config.head_dim**-0.5, splits=reach, rows_per_slot=size,
             )  # fmt: skip
             self.ops.linear_residual(s.attended_MHE.flatten(1), layer.out, s.x_MD, s.y_MD)
             self.ops.norm_gate_up_silu(s.y_MD, layer.ffn_norm, layer.gate_up, s.hidden_MI, eps=eps)
             self.ops.linear_residual(s.hidden_MI, layer.down, s.y_MD, s.x_MD)
         x_RD = s.x_MD
         if select_B is not None:
-            B = len(select_B)
-            x_RD = s.x_MD.view(B, M // B, -1)[torch.arange(B, device=self.device), select_B]
+            x_RD = s.x_MD.view(-1, size, s.x_MD.shape[1])[torch.arange(M // size, device=self.device), select_B]
         logits_RV = s.logits_MV[: len(x_RD)]
         self.ops.norm_head(x_RD, self.norm, self.head, logits_RV, eps=eps)
         return logits_RV
@@ -233,19 +238,19 @@ class GpuDecoder:
         else:
             out_MD.copy_(self.embedding(tokens_M))
 
-    def reach(self, tokens: int, length: int) -> int:
-        """What a graph of so many tokens fixes of the `length` positions it may read; actual lengths are on the device.
+    def reach(self, rows: int, size: int, length: int) -> int:
+        """What the graph of a shape fixes of the `length` positions it may read; actual lengths are on the device.
 
         The pieces attention cuts them into, so that the whole GPU is busy; on the path for many tokens, their bucket.
         """
-        if tokens > MAX_TOKENS:
+        if rows * size > MAX_TOKENS:
             return max(1 << (length - 1).bit_length(), SHORTEST)
-        return splits_for(length, programs=tokens * self.config.n_kv_head, processors=self.processors)
+        return splits_for(length, programs=rows * self.config.n_kv_head, processors=self.processors)
 
-    def reaches(self, tokens: int, longest: int) -> list[int]:
+    def reaches(self, rows: int, size: int, longest: int) -> list[int]:
         """Every value of `reach` for lengths up to `longest`."""
         lengths = [SHORTEST << i for i in range(longest.bit_length()) if SHORTEST << i < longest]
-        return sorted({self.reach(tokens, length) for length in (1, *lengths, longest)})
+        return sorted({self.reach(rows, size, length) for length in (1, *lengths, longest)})
 
     def make_scratch(self) -> Scratch:
         c, M = self.config, MAX_TOKENS

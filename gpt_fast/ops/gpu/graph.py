@@ -18,6 +18,7 @@ from gpt_fast.ops.gpu.capture import Captured
 from gpt_fast.ops.gpu.decoder import GpuDecoder
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.ring import Ring
+from gpt_fast.ops.gpu.sampler import sampler_workspace
 from gpt_fast.ops.gpu.state import ENDED, Row, State, advance
 from gpt_fast.sampling import uniform
 
@@ -42,6 +43,7 @@ class DecodeLoop:
         self.sampled_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.uniform_NB = torch.zeros(steps, rows, dtype=torch.float64, device=device)
         self.out_NB = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+        self.workspace = sampler_workspace(rows, decoder.config.vocab_size, device)
         self.ring = ring or Ring((steps, rows), pinned=device.type == "cuda")
         self.graphs: dict[tuple[int, bool], Captured] = {}
         self.host_seconds, self.tokens = 0.0, 0
@@ -52,7 +54,7 @@ class DecodeLoop:
     def warm_up(self) -> None:
         """Capture every replay there can be."""
         self.state.load([], self.cache.scratch)
-        for reach in self.decoder.reaches(len(self.sampled_B), self.cache.max_seq_len):
+        for reach in self.decoder.reaches(len(self.sampled_B), 1, self.cache.max_seq_len):
             for greedy in (True, False):
                 self.graph(reach, greedy)
 
@@ -98,7 +100,7 @@ class DecodeLoop:
             return False
         started = time.perf_counter()
         self.end, self.left = self.end + self.steps, self.left - self.steps
-        reach = self.decoder.reach(len(self.sampled_B), min(self.end, self.cache.max_seq_len))
+        reach = self.decoder.reach(len(self.sampled_B), 1, min(self.end, self.cache.max_seq_len))
         self.graph(reach, self.greedy).replay()
         self.ring.publish(self.out_NB)
         self.host_seconds += time.perf_counter() - started
