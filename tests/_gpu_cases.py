@@ -7,6 +7,7 @@ from gpt_fast.ops.int4 import pack_nibbles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+
 def poisoned(*shape, dtype=torch.bfloat16):
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 

@@ -11,7 +11,9 @@ from gpt_fast.ops.int4 import dequantize_int4
 from gpt_fast.ops.int8 import dequantize_int8
 
 
-@given(st.integers(1, 5), st.sampled_from([32, 64, 96, 160, 576]), st.sampled_from([32, 64, 128, 256]), st.integers(0, 99))
+@given(
+    st.integers(1, 5), st.sampled_from([32, 64, 96, 160, 576]), st.sampled_from([32, 64, 128, 256]), st.integers(0, 99)
+)
 def test_int4_comes_back_exactly(rows, columns, groupsize, seed):
     generator = torch.Generator().manual_seed(seed)
     q_NJ = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
@@ -45,11 +47,11 @@ def test_interleaved_rows_alternate(kind):
 
 
 def test_what_no_kernel_reads_is_refused():
-    with pytest.raises(ValueError, match="one scale a row .got 32"):
+    with pytest.raises(ValueError, match=r"one scale a row .got 32"):
         pack_linear(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 2), groupsize=32)
-    with pytest.raises(ValueError, match="16 inputs at a time .got 40"):
+    with pytest.raises(ValueError, match=r"16 inputs at a time .got 40"):
         pack_linear(torch.zeros(4, 40, dtype=torch.int8), torch.ones(4))
-    with pytest.raises(ValueError, match="groups of 32 inputs .got 48 in 32s"):
+    with pytest.raises(ValueError, match=r"groups of 32 inputs .got 48 in 32s"):
         pack_linear(torch.zeros(4, 24, dtype=torch.uint8), torch.ones(4, 2), torch.ones(4, 2), groupsize=32)
-    with pytest.raises(ValueError, match="stored alike"):
+    with pytest.raises(ValueError, match=r"stored alike"):
         interleave(weight("int8", 4, 64, seed=1), weight("bf16", 4, 64, seed=1))

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Whether kernels over this tensor may use dp4a and bfloat16 tensor cores: not in Triton's interpreter, not on ROCm."""
+    """Whether kernels over this tensor may use dp4a and bfloat16 tensor cores: no interpreter, no ROCm."""
     return tensor.device.type != "cpu" and torch.version.hip is None
 
 

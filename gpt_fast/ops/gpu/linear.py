@@ -144,7 +144,7 @@ def qkv_launch(
 ) -> Launch:  # fmt: skip
     from gpt_fast.ops.gpu.linear_triton import norm_qkv_rope_write_kernel
 
-    _, kv_heads, positions, head_dim = k_cache_NHTD.shape
+    _, kv_heads, _, head_dim = k_cache_NHTD.shape
     if head_dim % 32:
         raise ValueError(f"head_dim: the QKV kernel's programs hold rows of one head (got {head_dim}, allowed n * 32)")
     slot_stride, head_stride, _, _ = k_cache_NHTD.stride()
@@ -177,8 +177,8 @@ def launch(
         "tokens": len(x_MK), "k": w.k, "eps": eps, **extra,
     }  # fmt: skip
     shared = {
-        "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group, "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16,
-        "ROWS": tile.rows, "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
+        "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group,
+        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": tile.rows, "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
         "NATIVE": is_native(x_MK),
     }  # fmt: skip
     return Launch(kernel, (divide_up(w.n, tile.rows),), arguments, shared | constants, tile.warps, tile.stages)

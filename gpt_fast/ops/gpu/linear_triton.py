@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 # ------------------------------------------------------------------------------------ the products
 
 
@@ -25,8 +24,8 @@ def dots(
     """norm(x) times rows_N of the weight: float32 [TOKENS, ROWS]. COLUMNS elements of `weight` a row and step."""
     if TOKENS > 1:
         out_MN = dots_tensor_cores(
-            x, norm, weight, scale, zero, rows_N, tokens, k, eps, KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN,
-            NATIVE,
+            x, norm, weight, scale, zero, rows_N, tokens, k, eps,
+            KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
         )  # fmt: skip
     elif KIND == "int8" or KIND == "int4":
         out_MN = dots_planes(
@@ -161,7 +160,7 @@ def planes(a, b, c, d, inverse):
 
 @triton.jit
 def low_bits(value):
-    """A 32-bit word whose low 16 bits are the rounded value's: adding 1.5 * 2^23 shifts it there, with no conversion."""
+    """A 32-bit word whose low 16 bits are the rounded value's: adding 1.5 * 2^23 puts it there, with no conversion."""
     return (value + 12582912.0).to(tl.int32, bitcast=True)
 
 
