@@ -61,6 +61,9 @@ class Fixed:
     def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
         pass
 
+    def rest(self, fruitless: int) -> int:
+        return 0
+
 
 class Costs:
     """Measured seconds of a whole step, by arm, rows and k; a key never met is inferred from the nearest rows'."""
@@ -115,6 +118,7 @@ class Controller:
     balance: float = 0.0  # seconds
     since_plain: int = 0
 
+    REST_AFTER, REST = 32, 7  # fruitless steps, and the most plain steps between two looks
     LAG_STEPS = 16  # catching up is spread over the steps expected to follow
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     PLAIN_EVERY = 64  # speculative steps between two plain ones, which keep the comparison honest
@@ -139,6 +143,13 @@ class Controller:
             if (loss := cost + lag - tau) < probe_loss:
                 probe, probe_loss = choice, loss
         return best or probe
+
+    def rest(self, fruitless: int) -> int:
+        """How many plain steps may pass before the next look, after `fruitless` steps in which no proposal stood.
+
+        Looking costs the host some time, and a step that is known to be plain can begin ahead.
+        """
+        return min(max(fruitless - self.REST_AFTER, 0) // 4, self.REST)
 
     def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
         """What a step of `rows` rows brought and cost, `caught_up` tokens fed to a draft included."""

@@ -70,7 +70,6 @@ class Speculator:
     PRIOR = 0.6  # acceptance assumed before anything is known: worth a try
     REQUEST_WEIGHT, REQUEST_KEEP = 3.0, 0.96  # how long a request believes its prior; how fast it forgets
     POOL_WEIGHT, POOL_KEEP = 2.0, 0.99
-    REST_AFTER, REST = 32, 7  # fruitless steps in a row, and the most steps between two looks that come of them
 
     def __init__(
         self, proposers: Mapping[str, Proposer], controller: Controller | Fixed, *, max_seq_len: int,
@@ -101,7 +100,7 @@ class Speculator:
         # Every decoding sequence is in every step, so one that is missing has ended.
         self.requests = {s: self.requests.get(s, {}) for s in sequences}
         self._choose(sequences)
-        self.resting = min(max(self.fruitless - self.REST_AFTER, 0) // 4, self.REST)
+        self.resting = self.controller.rest(self.fruitless)
         if self.choice is None:
             return None
         arm, count = self.choice
