@@ -163,7 +163,7 @@ def test_ratios_only_count_the_same_case():
     ours = {"kind": "decode", **case, "tokens_per_s": 30.0}
     others = [{"kind": "peer a", **case, **changed, "tokens_per_s": rate} for changed, rate in
               [({}, 10.0), ({}, 20.0), ({"context": 9}, 40.0), ({"format": "bf16"}, 50.0)]]  # fmt: skip
-    failed = {"kind": "peer b", "model": "m", "format": "int8", "rows": 1, "error": "x"}
+    failed = {"kind": "peer b", **case, "error": "x"}
     table = [ours, *others, failed]
     report.finish(table, None)
     assert ours["over_peer"] == 1.5

@@ -130,6 +130,15 @@ def test_logits_outlive_the_next_step(model, decoder):
 
 
 @torch.inference_mode()
+def test_each_cache_has_its_own_graphs(model):
+    decoder, inputs = GpuDecoder(model), (torch.tensor([[3]]), torch.tensor([[20]]))
+    want = [model(*inputs, new_cache(model, max_seq_len=n), length=30) for n in (40, 60)]
+    got = [decoder(*inputs, new_cache(model, max_seq_len=n), length=30) for n in (40, 60)]
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+    assert len({key[0] for key in decoder.graphs}) == 2
+
+
+@torch.inference_mode()
 def test_many_tokens_take_the_other_path(model):
     calls = []
 

@@ -24,7 +24,7 @@ from gpt_fast.config import ModelConfig
 
 KINDS = ("ceilings", "decode", "allocated", "verify", "prefill", "sampler", "cold", "peers")
 SAMPLER_VOCABULARY = 128256
-Measure = Callable[[], Any]  # figures, a list of them, or for peers an iterator
+Measure = Callable[[], Any]  # figures, or a list of them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -140,10 +140,9 @@ class Bench:
             found["gpt-fast"] = partial(peers.upstream, form=form, checkout=self.args.peer_dir)
         compiled = self.device.type == "cuda"
         for name, peer in found.items():
-            row = {"kind": f"peer {name}", **key, "rows": 1}
-            contexts = partial(peer, config, self.args.context, self.effort, self.device, compiled=compiled)
-            self.add(row, partial(by_context, contexts))
-            self.free()
+            for context in self.args.context:
+                row = {"kind": f"peer {name}", **key, "rows": 1, "context": context}
+                self.add(row, partial(peer, config, context, self.effort, self.device, compiled=compiled))
 
     def add(self, key: report.Row, measure: Measure) -> None:
         """Measure, and note what came of it; a failure is a row too."""
@@ -151,7 +150,7 @@ class Bench:
             figures = measure()
         except Exception as error:  # whatever it is, the other rows are worth having
             figures = {"error": one_line(error)}
-            self.free()
+        self.free()
         for row in figures if isinstance(figures, list) else [figures]:
             self.note(key | row)
 
@@ -169,10 +168,6 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def by_context(measure: Callable[[], Iterator[tuple[int, rows.Figures]]]) -> list[rows.Figures]:
-    return [{"context": context} | figures for context, figures in measure()]
 
 
 def one_line(error: Exception) -> str:

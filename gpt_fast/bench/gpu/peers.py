@@ -1,6 +1,6 @@
-"""Other engines on the same shapes and device, in this process: random weights, batch 1, one row a context.
+"""Other engines on the same shapes and device, in this process: random weights, one row of tokens.
 
-Each gives the median seconds of a token; its compiler has seen the shapes before.
+Each call makes its model anew and compiles it for one context; compiling is not timed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def figures(timing: Timing, **facts: Any) -> Figures:
 
 @torch.inference_mode()
 def hf_transformers(
-    config: ModelConfig, contexts: list[int], effort: Effort, device: torch.device, *, compiled: bool
-) -> Iterator[tuple[int, Figures]]:
+    config: ModelConfig, context: int, effort: Effort, device: torch.device, *, compiled: bool
+) -> Figures:
     """Static cache, forward compiled with CUDA graphs, argmax; bfloat16."""
     import transformers
 
@@ -53,11 +53,11 @@ def hf_transformers(
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
     forward = model.forward
     if compiled:
+        torch._dynamo.reset()
         forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    for context in contexts:
-        cache = static_cache(transformers, model, context + effort.new_tokens + 1, device)
-        timing = hf_timing(model.forward, forward, cache, context, effort, device)
-        yield context, figures(timing.by(effort.new_tokens), compiled=compiled)
+    cache = static_cache(transformers, model, context + effort.new_tokens + 1, device)
+    timing = hf_timing(model.forward, forward, cache, context, effort, device)
+    return figures(timing.by(effort.new_tokens), compiled=compiled)
 
 
 def static_cache(transformers: Any, model: Any, positions: int, device: torch.device) -> Any:
@@ -102,30 +102,29 @@ def hf_step(forward: Callable[..., Any], tokens_1S: Tensor, start: int, cache: A
 
 @torch.inference_mode()
 def upstream(
-    config: ModelConfig, contexts: list[int], effort: Effort, device: torch.device, *, compiled: bool, form: str,
+    config: ModelConfig, context: int, effort: Effort, device: torch.device, *, compiled: bool, form: str,
     checkout: Path,
-) -> Iterator[tuple[int, Figures]]:  # fmt: skip
+) -> Figures:  # fmt: skip
     """meta-pytorch/gpt-fast from a checkout: its decode loop and sampler, compiled as its generate.py does."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     generate: Any = importlib.import_module("generate")
     its_model: Any = importlib.import_module("model")
-    plain = generate.decode_one_token
+    plain, tries = generate.decode_one_token, {}
     try:
-        for context in contexts:
-            tries = {}
-            for name, flags in (UPSTREAM_FLAGS if compiled else {"its own": {}}).items():
-                with torch._inductor.config.patch(flags):
-                    torch._dynamo.reset()
-                    if compiled:
-                        generate.decode_one_token = torch.compile(plain, mode="reduce-overhead", fullgraph=True)
-                    model = upstream_model(its_model, config, form, device)
-                    tries[name] = timed_upstream(generate, model, context, effort, device)
-            best = min(tries, key=lambda name: tries[name].median)
-            us = {name: timing.median * 1e6 for name, timing in tries.items()}
-            yield context, figures(tries[best], compiled=compiled, flags=best, us_by_flags=us)
+        for name, flags in (UPSTREAM_FLAGS if compiled else {"its own": {}}).items():
+            with torch._inductor.config.patch(flags):
+                torch._dynamo.reset()
+                if compiled:
+                    generate.decode_one_token = torch.compile(plain, mode="reduce-overhead", fullgraph=True)
+                model = upstream_model(its_model, config, form, device)
+                tries[name] = timed_upstream(generate, model, context, effort, device)
+                del model
     finally:
         generate.decode_one_token = plain
+    best = min(tries, key=lambda name: tries[name].median)
+    us = {name: timing.median * 1e6 for name, timing in tries.items()}
+    return figures(tries[best], compiled=compiled, flags=best, us_by_flags=us)
 
 
 def timed_upstream(generate: Any, model: Any, context: int, effort: Effort, device: torch.device) -> Timing:

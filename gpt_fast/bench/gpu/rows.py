@@ -120,6 +120,7 @@ def verify(subject: Subject, context: int, widths: list[int], effort: Effort) ->
     """One forward of M tokens of one row, as speculation asks for; its ratio to a forward of one."""
     cache = subject.cache(1, context + max(widths))
     timings = {width: forward(subject, cache, context, width, effort) for width in widths}
+    subject.decoder.graphs.clear()  # they keep the cache
     nbytes = subject.weight_bytes + subject.kv_bytes(context)
     one = timings[min(widths)].median
     return [

@@ -149,7 +149,7 @@ class GpuDecoder:
         self.workspace = attention_workspace(
             MAX_TOKENS, model.config.n_head, model.config.head_dim, splits=most, device=self.device
         )
-        self.graphs: dict[tuple[int, ...], Captured] = {}
+        self.graphs: dict[tuple[Any, ...], Captured] = {}
 
     def forward(
         self,
@@ -188,7 +188,7 @@ class GpuDecoder:
 
     def graph(self, rows: int, size: int, selects: bool, reach: int, cache: KVCache) -> Captured:
         """The step's graph. The first of a shape brings those of every length, so that a warm-up meets them all."""
-        key = (rows, size, selects, cache.k_LNHTD.data_ptr())
+        key = (cache, rows, size, selects)  # the cache itself: a graph holds nothing of what it points to
         if (*key, reach) not in self.graphs:
             inputs, select_B = self.inputs.first(rows * size), self.select_B[:rows] if selects else None
             for each in self.reaches(rows, size, cache.max_seq_len):
