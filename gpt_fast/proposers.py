@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpt_fast.sampling import probabilities, sample, sampling_tensors
+from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
 from gpt_fast.scheduler import PrefixCopy, Sequence
 from gpt_fast.speculative import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
 from gpt_fast.speculator import Offer
@@ -217,10 +217,11 @@ class DraftProposer:
                 self.runner.decode, rows, starts, slots, size=1 if step else 2,
                 fed_BK=drafts[-1][:, None] if step else None,
             )  # fmt: skip
+            weight_BV = None if params is None else weights(logits_BV, params)
             # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
-            drafts.append(sample(logits_BV, params, uniform_BK[:, step]).clamp(min=0))
-            if not all(matched):
-                dists.append(probabilities(logits_BV, params))  # type: ignore[arg-type]
+            drafts.append(sample(logits_BV, params, uniform_BK[:, step], weight_BV).clamp(min=0))
+            if weight_BV is not None and not all(matched):
+                dists.append(normalized(weight_BV))
         draft_BK = torch.stack(drafts, 1) if drafts else uniform_BK.long()
         return Proposal(draft_BK, counts, torch.stack(dists, 1) if dists else None, matched_B, caught_up)
 

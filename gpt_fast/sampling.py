@@ -21,8 +21,9 @@ CANDIDATES = (128, 2048)  # sorted candidates looked at before a full sort; near
 class SamplingTensors(NamedTuple):
     """Per-row sampling parameters on the device; the meaning of each is SamplingParams's.
 
-    most_k, by_p: what the host must know to choose shapes without asking the device: the largest top_k, and whether
-    some row has top_p without top_k. The defaults are always right, and sort everything.
+    most_k, by_p, by_min: what the host must know to choose shapes, and work to leave out, without asking the device:
+    the largest top_k, whether some row has top_p without top_k, whether some row has min_p. The defaults are always
+    right, and leave nothing out.
     """
 
     temperature_B: Tensor  # float32
@@ -31,11 +32,11 @@ class SamplingTensors(NamedTuple):
     min_p_B: Tensor  # float32
     most_k: int = 0
     by_p: bool = True
+    by_min: bool = True
 
-    def repeat(self, count: int) -> SamplingTensors:
-        """Each row `count` times."""
-        temperature_N, top_k_N, top_p_N, min_p_N = (column.repeat_interleave(count) for column in self[:4])
-        return SamplingTensors(temperature_N, top_k_N, top_p_N, min_p_N, self.most_k, self.by_p)
+    def of(self, rows_N: Tensor) -> SamplingTensors:
+        """Some of the rows, by index; a row may come several times."""
+        return self._replace(**{name: getattr(self, name)[rows_N] for name in self._fields[:4]})
 
 
 def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors | None:
@@ -47,6 +48,7 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
     return SamplingTensors(
         temperature_B.float(), top_k_B.long(), top_p_B.float(), min_p_B.float(),
         most_k=max(p.top_k for p in params), by_p=any(p.top_p < 1 and not p.top_k for p in params),
+        by_min=any(p.min_p for p in params),
     )  # fmt: skip
 
 
@@ -56,7 +58,9 @@ def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor | None) -> Tensor:
+def sample(
+    logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor | None, weight_BV: Tensor | None = None
+) -> Tensor:
     """One token a row: argmax where temperature is 0 (or params is None), else inverse-CDF sampling.
 
     A row without a finite best logit (NaN or an infinity: the model overflowed) gets NO_TOKEN.
@@ -64,17 +68,11 @@ def sample(logits_BV: Tensor, params: SamplingTensors | None, uniform_B: Tensor 
     Args:
         logits_BV: float32.
         uniform_B: float64 in [0, 1), one a row; see `uniform`. Not looked at where params is None.
+        weight_BV: `weights` of the logits, where they are at hand.
     """
-    weight_BV = None if params is None else weights(logits_BV, params)
-    return choose(logits_BV, weight_BV, params, uniform_B)
-
-
-def choose(
-    logits_BV: Tensor, weight_BV: Tensor | None, params: SamplingTensors | None, uniform_B: Tensor | None
-) -> Tensor:
-    """`sample`, with the `weights` at hand."""
-    best_B = best_token(logits_BV)
-    token_B = best_B
+    if params is not None and weight_BV is None:
+        weight_BV = weights(logits_BV, params)
+    token_B = best_B = best_token(logits_BV)
     if weight_BV is not None and params is not None and uniform_B is not None:
         token_B = torch.where(params.temperature_B == 0, best_B, invert_cdf(weight_BV, uniform_B))
     finite_B = logits_BV.gather(-1, best_B[:, None])[:, 0].isfinite()
@@ -115,10 +113,12 @@ def weights(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     temperature_B1 = torch.where(params.temperature_B == 0, 1.0, params.temperature_B)[:, None]
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
     weight_BV = scaled_BV.exp()
-    keep_BV = weight_BV >= params.min_p_B[:, None]
+    kept_BV = weight_BV
+    if params.by_min:
+        kept_BV = kept_BV * (weight_BV >= params.min_p_B[:, None])
     if params.most_k or params.by_p:
-        keep_BV = keep_BV & nucleus(scaled_BV, weight_BV, params)
-    return weight_BV * keep_BV
+        kept_BV = kept_BV * nucleus(scaled_BV, weight_BV, params)
+    return kept_BV
 
 
 def nucleus(scaled_BV: Tensor, weight_BV: Tensor, params: SamplingTensors) -> Tensor:

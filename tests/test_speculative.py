@@ -15,7 +15,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.draft.statistics import chi_square, total_variation
 from gpt_fast.sampling import invert_cdf, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import NO_TOKEN
-from gpt_fast.speculative import Draws, Proposal, judge, match, verify
+from gpt_fast.speculative import SAMPLE, Draws, Proposal, judge, match, verify
 
 N = 100_000
 
@@ -181,7 +181,7 @@ def test_judge_is_exact_at_every_kind_of_sampling(params):
     draws = Draws(torch.arange(N), torch.full((N,), 9))
     draft_BK = invert_cdf(q_V.expand(N, -1), draws.uniform(3, 1)[:, 0])[:, None]
     proposal = Proposal(draft_BK, [1] * N, q_V.expand(N, 1, -1), torch.zeros(N, dtype=torch.bool))
-    flat = sampling_tensors([params], torch.device("cpu")).repeat(N)
+    flat = sampling_tensors([params], torch.device("cpu")).of(torch.zeros(N, dtype=torch.int64))
     accepted_B, next_B = judge(logits_V.expand(N, 2, -1), flat, proposal, draws)
     first_B = torch.where(accepted_B > 0, draft_BK[:, 0], next_B)
     assert chi_square(torch.bincount(first_B, minlength=12), N * p_V).p_value > language.ALPHA
@@ -197,9 +197,30 @@ def test_a_seeded_row_is_matched_beside_rows_that_are_not():
     plain = judge(logits_BSV, params, Proposal(draft_BK, [4, 4, 4]), draws)
     assert mixed.next_B[:2].tolist() == plain.next_B[:2].tolist()
     assert mixed.accepted_B[:2].tolist() == plain.accepted_B[:2].tolist()
-    p_BSV = probabilities(logits_BSV[2], sampling_tensors(rows[2:], torch.device("cpu")).repeat(5))[None]
+    p_BSV = probabilities(logits_BSV[2], params.of(torch.full((5,), 2)))[None]
     alone = verify(p_BSV, q_BKV[2:], draft_BK[2:], torch.tensor([4]), Draws(draws.seed_B[2:], draws.position_B[2:]))
     assert (int(mixed.accepted_B[2]), int(mixed.next_B[2])) == (int(alone.accepted_B), int(alone.next_B))
+
+
+def test_drawing_in_turn_is_drawing_at_once():
+    """What the CPU does against what a GPU does: rows of every length, some ill, some greedy."""
+    kinds = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.7, top_k=5, min_p=0.01),
+             SamplingParams(temperature=1.0, top_p=0.8)]  # fmt: skip
+    for seed in range(8):
+        logits_BSV, _, draft_BK, _, draws = random_block(12, 4, 20)
+        logits_BSV = logits_BSV * 3 + torch.randn(20, generator=torch.Generator().manual_seed(seed)) * 3
+        logits_BSV[5, 1] = float("nan")
+        params = sampling_tensors(kinds * 3, torch.device("cpu"))
+        S = logits_BSV.shape[1]
+        flat_NV, uniform_N = logits_BSV.flatten(0, 1), draws.uniform(SAMPLE, S).flatten()
+        target_BS = sample(flat_NV, params.of(torch.arange(12).repeat_interleave(S)), uniform_N).view(12, S)
+        stands = torch.rand(12, 4, generator=torch.Generator().manual_seed(seed)) < 0.7
+        draft_BK = torch.where(stands & (target_BS[:, :4] >= 0), target_BS[:, :4], draft_BK)
+        counts = [i % 5 for i in range(12)]
+        at_once = match(target_BS, draft_BK, torch.tensor(counts))
+        in_turn = judge(logits_BSV, params, Proposal(draft_BK, counts), draws)
+        assert torch.equal(in_turn.accepted_B, at_once.accepted_B) and torch.equal(in_turn.next_B, at_once.next_B)
+        assert in_turn.accepted_B.max() > 1
 
 
 def test_logits_that_are_not_numbers_end_the_block_there():
