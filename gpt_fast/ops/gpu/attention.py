@@ -33,8 +33,10 @@ def attention_workspace(
 ) -> AttentionWorkspace:
     """Enough for up to `tokens` tokens in up to `splits` shares."""
     size = splits * tokens * q_heads
-    floats = [torch.empty(count, dtype=torch.float32, device=device) for count in (size * head_dim, size, size)]
-    return AttentionWorkspace(*floats, torch.zeros(tokens * q_heads, dtype=torch.int32, device=device))
+    partial, best, total = torch.empty(size * (head_dim + 2), dtype=torch.float32, device=device).split(
+        (size * head_dim, size, size)
+    )
+    return AttentionWorkspace(partial, best, total, torch.zeros(tokens * q_heads, dtype=torch.int32, device=device))
 
 
 def decode_attention(

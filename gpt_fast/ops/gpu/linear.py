@@ -30,16 +30,23 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-# One token: the bytes of a tile, over the threads, are the 16-byte loads each thread has in flight. Few rows a program
-# where the weight has few (at least four programs a processor), more where x is costly to prepare.
+# By how many rows the weight has at most. One token: a tile's bytes are the 16-byte loads in flight, of which a
+# processor wants 32 KiB or more over its programs, so the fewer programs a weight makes, the more each holds. More rows
+# a program where x is costly to prepare (int8, int4: two planes).
+ANY = 1 << 30
 ONE_TOKEN = {
-    "bf16": {8192: Tile(4, 2048, 4), 1 << 30: Tile(8, 2048, 4)},
-    "fp8": {8192: Tile(4, 1024, 4), 1 << 30: Tile(8, 1024, 4)},
-    "int8": {8192: Tile(8, 1024, 4), 1 << 30: Tile(16, 1024, 4)},
-    "int4": {8192: Tile(16, 512, 4), 1 << 30: Tile(32, 512, 4)},
+    "bf16": {2048: Tile(4, 4096, 4), 8192: Tile(4, 2048, 4), ANY: Tile(8, 2048, 4)},
+    "fp8": {2048: Tile(4, 2048, 4), 8192: Tile(4, 2048, 4), ANY: Tile(8, 1024, 4)},
+    "int8": {8192: Tile(8, 2048, 8), ANY: Tile(16, 1024, 4)},
+    "int4": {8192: Tile(16, 1024, 8), ANY: Tile(32, 512, 4)},
 }
-# Two to sixteen: tensor cores, the warps of a program each with a share of K.
-FEW_TOKENS = {8192: Tile(16, 256, 4, 4), 1 << 30: Tile(32, 256, 4, 4)}
+# Two to sixteen: tensor cores, each warp of a program with a share of K, tiles copied to shared memory ahead of use.
+FEW_TOKENS = {
+    "bf16": {8192: Tile(16, 512, 4, 4), ANY: Tile(32, 256, 4, 4)},
+    "fp8": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
+    "int8": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
+    "int4": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
+}
 
 
 # --------------------------------------------------------------------------------- the operations
@@ -178,12 +185,13 @@ def launch(
     }  # fmt: skip
     shared = {
         "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group,
-        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": tile.rows, "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
+        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": tile.rows,
+        "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
         "NATIVE": is_native(x_MK),
     }  # fmt: skip
     return Launch(kernel, (divide_up(w.n, tile.rows),), arguments, shared | constants, tile.warps, tile.stages)
 
 
 def tile_for(w: GpuLinear, *, one: bool) -> Tile:
-    table = ONE_TOKEN[w.kind] if one else FEW_TOKENS
+    table = (ONE_TOKEN if one else FEW_TOKENS)[w.kind]
     return next(tile for limit, tile in table.items() if w.n <= limit)

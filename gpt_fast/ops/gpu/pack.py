@@ -71,7 +71,8 @@ def pack_fp8(weight_NK: Tensor) -> GpuLinear:
     """Round to e4m3 with one scale a row, which takes the row's largest weight to the format's."""
     scale_N = weight_NK.float().abs().amax(1).clamp(min=1e-12) / torch.finfo(FP8).max
     weight = (weight_NK.float() / scale_N[:, None]).to(FP8)
-    return GpuLinear("fp8", weight, scale_N, None, *weight.shape, 0)
+    rows, columns = weight.shape
+    return GpuLinear("fp8", weight, scale_N, None, rows, columns, 0)
 
 
 def interleave(gate: GpuLinear, up: GpuLinear) -> GpuLinear:

@@ -30,7 +30,7 @@ class SamplerWorkspace(NamedTuple):
     mass: Tensor  # int64 [M, chunks]
     candidate: Tensor  # float32 [M, CAPACITY]
     candidate_id: Tensor  # int32
-    count: Tensor  # int32 [M], 0 between calls, as `arrived`
+    found: Tensor  # int32 [M], 0 between calls, as `arrived`
     arrived: Tensor
 
 

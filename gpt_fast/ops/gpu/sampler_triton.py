@@ -30,7 +30,7 @@ def peaks_kernel(logits, peak, best, best_at, vocab, chunks, CHUNK: tl.constexpr
 
 @triton.jit
 def sample_kernel(
-    logits, temperatures, top_ks, top_ps, uniforms, peak, best, best_at, mass, candidate, candidate_id, count, arrived,
+    logits, temperatures, top_ks, top_ps, uniforms, peak, best, best_at, mass, candidate, candidate_id, found, arrived,
     out, vocab, chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CAPACITY: tl.constexpr, FAST_K: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def sample_kernel(
             bound = cost_of_peak(peak + row * chunks * 8, chunks, wanted, largest, sharpness, CHUNKS)
             chosen_C = (cost_C <= bound) & (at_C < vocab)
             place_C = tl.cumsum(chosen_C.to(tl.int32), 0) - 1
-            place_C += tl.atomic_add(count + row, tl.sum(chosen_C.to(tl.int32), 0))
+            place_C += tl.atomic_add(found + row, tl.sum(chosen_C.to(tl.int32), 0))
             tl.store(candidate + place_C, logit_C, chosen_C & (place_C < CAPACITY))
             tl.store(candidate_id + place_C, at_C, chosen_C & (place_C < CAPACITY))
     tl.debug_barrier()  # every thread's part is written before one thread says so
@@ -69,7 +69,7 @@ def sample_kernel(
             token = tl.min(tl.where(best_c == largest, at_c, vocab), 0)
         elif fine & cuts:
             token = choose(
-                logits, candidate, candidate_id, tl.atomic_add(count + row, 0), mass, chunks, vocab, largest,
+                logits, candidate, candidate_id, tl.atomic_add(found + row, 0), mass, chunks, vocab, largest,
                 sharpness, top_k, top_p, tl.load(uniforms + row), CHUNKS, CAPACITY,
             )  # fmt: skip
         elif fine:
@@ -77,7 +77,7 @@ def sample_kernel(
                 logits, mass, chunks, vocab, largest, sharpness, tl.load(uniforms + row), CHUNK, CHUNKS
             )
         tl.store(out + row, token.to(out.dtype.element_ty))
-        tl.store(count + row, 0)  # ready for the next launch
+        tl.store(found + row, 0)  # ready for the next launch
         tl.store(arrived + row, 0)
 
 
