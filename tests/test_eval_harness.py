@@ -138,11 +138,12 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("harness"), model, tokenizer=True)
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
-def test_the_command_scores_all_three_kinds_of_task(mode, checkpoint, capsys):
+@pytest.mark.parametrize(("mode", "kv_cache"), [(None, "auto"), ("int8", "int8"), ("int4", "auto")])
+def test_the_command_scores_all_three_kinds_of_task(mode, kv_cache, checkpoint, capsys):
     path = checkpoint if mode is None else quantize_checkpoint(checkpoint, mode=mode)
     tasks = ["basics", "basics_generate", "basics_perplexity"]
-    main(["--checkpoint_path", str(path), "--tasks", *tasks, "--limit", "6", "--dtype", "float32"])
+    flags = ["--limit", "6", "--dtype", "float32", "--kv_cache", kv_cache]
+    main(["--checkpoint_path", str(path), "--tasks", *tasks, *flags])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sorted(result["results"]) == tasks and result["limit"] == 6
     assert 0 <= result["results"]["basics"]["acc,none"] <= 1

@@ -380,6 +380,11 @@ def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
             ["--mode", "int4", "--groupsize", "33"],
             "error: groupsize: unknown for int4 (got 33, allowed 32, 64, 128, 256)",
         ),
+        (
+            ["--mode", "int8", "--groupsize", "64"],
+            "error: --groupsize: int8 has a scale a row (got 64, allowed with int4 and int4-gptq)",
+        ),
+        (["--gguf", "a.gguf", "--groupsize", "64"], "error: --groupsize: a.gguf has its own blocks (got 64, allowed"),
         (["--percdamp", "-1"], "error: --percdamp: out of range (got -1.0, allowed 0.0..1.0)"),
         (["--device", "abacus"], "error: --device: unknown device (got 'abacus', allowed cpu, cuda, cuda:N)"),
         ([*GPTQ, "--calibration_seq_length", "9999999"], "error: --calibration_seq_length: out of range"),

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--checkpoint_path", type=Path, required=True, help="a converted checkpoint's directory, or its weights file")
     add("--mode", "-q", choices=MODES, default="int8", help="int4 rounds to nearest, int4-gptq calibrates on text")
-    add("--groupsize", type=int, default=32, help="inputs that share a scale in int4: 32, 64, 128, 256")
+    add("--groupsize", type=int, help="inputs that share a scale in int4: 32 (default), 64, 128, 256")
     add("--gguf", type=Path, help="take this file's own Q4_0, Q4_1, Q8_0 blocks, without loss, instead of --mode")
     add("--embedding", choices=("auto", "int8", "keep"), default="auto", help="auto: int8 where the head shares it")
     add("--label", default="_", help="goes between the source's name and the mode in the file's name")
@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Path:
+    if args.groupsize is not None and (args.gguf is not None or args.mode == "int8"):
+        fixed = "int8 has a scale a row" if args.gguf is None else f"{args.gguf.name} has its own blocks"
+        raise QuantizationError(f"--groupsize: {fixed} (got {args.groupsize}, allowed with int4 and int4-gptq)")
     if args.gguf is not None:
         return repack_gguf(args.checkpoint_path, args.gguf, label=args.label, progress=progress)
     check_range("--percdamp", args.percdamp, 0.0, 1.0)
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
     return quantize_checkpoint(
         args.checkpoint_path,
         mode=args.mode,
-        groupsize=args.groupsize,
+        groupsize=32 if args.groupsize is None else args.groupsize,
         embedding=args.embedding,
         label=args.label,
         device=parse_device(args.device),
