@@ -84,7 +84,7 @@ def answers(core, prompts, params):
 @pytest.mark.parametrize(
     ("rows", "size", "slots", "every"),
     [(1, 1, None, False), (4, 1, None, False), (2, 1, [3, 1], False), (1, 5, None, True), (2, 8, [2, 0], True),
-     (3, 4, [1, 3, 0], False), (1, 16, [2], False)],
+     (3, 4, [1, 3, 0], False), (1, 16, [2], False), (4, 5, [1, 3, 0, 2], False), (4, 9, None, True)],
 )  # fmt: skip
 @torch.inference_mode()
 def test_forward_equals_plain_path(model, decoder, rows, size, slots, every):
@@ -149,7 +149,10 @@ def test_many_tokens_take_the_other_path(model):
     decoder, cache = GpuDecoder(model, prefill=prefill), new_cache(model)
     decoder(torch.zeros(1, 17, dtype=torch.long), torch.arange(17)[None], cache, length=128)
     decoder(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None], cache, length=128)
+    decoder(torch.zeros(4, 16, dtype=torch.long), torch.arange(16).repeat(4, 1), cache, length=128)
     assert calls == [(1, 17)]
+    decoder(torch.zeros(5, 16, dtype=torch.long), torch.arange(16).repeat(5, 1), new_cache(model, 5), length=128)
+    assert calls == [(1, 17), (5, 16)]
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

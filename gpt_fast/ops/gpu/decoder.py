@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gpt_fast.cache import KVCache
     from gpt_fast.model import Transformer
 
+MAX_TURNS = 4  # of MAX_TOKENS; each reads the weights again, and more than these take the path for many
 SHORTEST = POSITIONS_PER_SPLIT = 64  # cached positions; fewer are not worth a program of their own
 PROGRAMS_PER_PROCESSOR = 2
 PROCESSORS = 132  # assumed where the device does not say: a CPU running the twins
@@ -120,7 +121,7 @@ class Scratch(NamedTuple):
 
 
 class GpuDecoder:
-    """`forward` of `model`'s weights, packed for the kernels; more than MAX_TOKENS tokens go to `prefill`.
+    """`forward` of `model`'s weights, packed for the kernels; long rows, i.e. prompts, go to `prefill`.
 
     prefill: a Forward of the same model (compiled, perhaps); None: the model itself. fp8: round float matrices to e4m3.
     One forward at a time. Modules of gpt_fast.quantize keep their codes and must not be packed yet. Where it can, the
@@ -163,8 +164,16 @@ class GpuDecoder:
     ) -> Tensor:
         """As Transformer.forward; a padding token reads one position and its logits mean nothing."""
         B, S = tokens_BS.shape
-        if B * S > MAX_TOKENS:
+        if S > MAX_TOKENS or B * S > MAX_TURNS * MAX_TOKENS:
             return self.prefill(tokens_BS, positions_BS, cache, length=length, slots_B=slots_B, select_B=select_B)
+        if B * S > MAX_TOKENS:
+            slots_B = torch.arange(B, device=self.device) if slots_B is None else slots_B
+            turns = [slice(first, first + MAX_TOKENS // S) for first in range(0, B, MAX_TOKENS // S)]
+            return torch.cat([
+                self.forward(tokens_BS[rows], positions_BS[rows], cache, length=length, slots_B=slots_B[rows],
+                             select_B=None if select_B is None else select_B[rows])
+                for rows in turns
+            ])  # fmt: skip
         self.fill(tokens_BS, positions_BS, slots_B, cache.scratch)
         selects = select_B is not None and S > 1  # of one token a row there is nothing to select
         if select_B is not None:
