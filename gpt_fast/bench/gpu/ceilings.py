@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from gpt_fast.bench.gpu.timing import timed, timed_graph
 
 NODES = 225  # of a step of a model of 32 layers, about
+Readers = dict[str, Callable[[Tensor], Tensor]]
 
 
 def ceilings(device: torch.device, nbytes: int, repeat: int) -> dict[str, Any]:
@@ -18,10 +21,11 @@ def ceilings(device: torch.device, nbytes: int, repeat: int) -> dict[str, Any]:
     source = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     one = torch.zeros(1, device=device)
-    readers = {name: timed(partial(read, source), device, repeat=repeat) for name, read in READERS.items()}
+    reads = readers(device)
+    seconds = {name: timed(partial(read, source), device, repeat=repeat).least for name, read in reads.items()}
     copy = timed(lambda: target.copy_(source), device, repeat=repeat)
     node = timed_graph(lambda: one.add_(1), device, repeat=repeat, inner=NODES)
-    rates = {name: nbytes / reader.least for name, reader in readers.items()}
+    rates = {name: nbytes / least for name, least in seconds.items()}
     best = max(rates, key=rates.__getitem__)
     return {
         "read_gb_s": rates[best] / 1e9,
@@ -46,4 +50,11 @@ def read_matvec(source: Tensor) -> Tensor:
     return matrix @ matrix.new_ones(8192)
 
 
-READERS = {"sum": read_sum, "amax": read_max, "matrix-vector": read_matvec}
+def readers(device: torch.device) -> Readers:
+    """Which reads best differs from card to card."""
+    found: Readers = {"sum": read_sum, "amax": read_max, "matrix-vector": read_matvec}
+    if device.type == "cuda" and find_spec("triton"):
+        from gpt_fast.bench.gpu.ceilings_triton import read_stream
+
+        found["stream"] = read_stream
+    return found
