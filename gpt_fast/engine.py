@@ -39,9 +39,17 @@ class Forward(Protocol):
 
 
 class Pending(Protocol):
-    """A forward under way: begun by a model's `start`, which takes a Forward's arguments and does not wait."""
+    """A forward under way: begun by a model's `start`, which takes a Forward's arguments and does not wait.
+
+    `best` is each row's argmax, NO_TOKEN where no logit is finite. `start(..., after=pending)` feeds those tokens
+    without anyone having looked at them; `latest` says whether that may be asked.
+    """
+
+    latest: bool
 
     def result(self) -> Tensor: ...
+
+    def best(self) -> Tensor: ...
 
 
 class Ahead(NamedTuple):
@@ -49,6 +57,9 @@ class Ahead(NamedTuple):
 
     rows: list[tuple[Sequence, int]]
     step: Pending
+
+    def covers(self, sequences: list[Sequence]) -> bool:
+        return all((s, s.computed) in self.rows for s in sequences)
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -82,7 +93,7 @@ class Runner:
         self.chunks = buckets(prefill_chunk, 16)
         self.lengths = buckets(cache.max_seq_len, 128)
         self.speculator = speculator
-        self.start: Callable[..., Pending] | None = getattr(decode, "start", None)
+        self.start: Callable[..., Pending] | None = None if speculator else getattr(decode, "start", None)
         self.ahead: Ahead | None = None
 
     @torch.inference_mode()
@@ -135,7 +146,7 @@ class Runner:
         started = time.perf_counter()
         proposal = self.speculator.propose(sequences) if self.speculator else None
         if self.speculator is None or proposal is None:
-            sampled = self._sample(sequences, self._decoded(sequences))
+            sampled = self._sample(sequences, *self._decode(sequences))
         else:
             size = 1 + bucket_of([0, *self.speculator.controller.counts], proposal.draft_BK.shape[1])
             tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
@@ -152,27 +163,39 @@ class Runner:
     def run_ahead(self, sequences: list[Sequence]) -> None:
         """Begin the next decode of these sequences, if the model can work on its own while the caller goes on.
 
-        Each row is independent, so its logits hold whatever the next plan adds or drops.
+        Rows are independent, so each one's logits hold whatever the next plan adds or drops.
         """
-        if self.start is None or self.speculator or not sequences:
-            return
-        rows = [(s, s.computed) for s in sequences]
-        self.ahead = Ahead(rows, self._step(self.start, sequences))
+        if self.start and not self.ahead and sequences:
+            self.ahead = self._start(self.start, sequences)
 
-    def _decoded(self, sequences: list[Sequence]) -> Tensor:
-        """The logits after each sequence's last token [B, V]: of the step that ran ahead, where it has them all."""
+    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
+        """The logits after each sequence's last token [B, V], and where known their argmax [B].
+
+        Greedy rows' next decode begins before this one has ended.
+        """
+        if self.start is None:
+            last = [[s.output[-1]] for s in sequences]
+            starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+            return self.forward(self.decode, last, starts, slots, size=1), None
         ahead, self.ahead = self.ahead, None
-        if ahead:
-            logits_BV = ahead.step.result()
-            index = [ahead.rows.index(row) for s in sequences if (row := (s, s.computed)) in ahead.rows]
-            if len(index) == len(sequences):
-                return logits_BV[: len(index)] if index == list(range(len(index))) else logits_BV[index]
-        return self._step(self.decode, sequences)[: len(sequences)]
+        if ahead is None or not ahead.covers(sequences):
+            ahead = self._start(self.start, sequences)
+        # A sequence that has ended must not go on: its slot may be another's by then.
+        same = ahead.step.latest and len(ahead.rows) == len(sequences)
+        if same and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
+            self.ahead = self._start(self.start, [s for s, _ in ahead.rows], after=ahead)
+        index = [ahead.rows.index((s, s.computed)) for s in sequences]
+        logits_BV, best_B = ahead.step.result(), ahead.step.best()
+        if index == list(range(len(index))):
+            return logits_BV[: len(index)], best_B[: len(index)]
+        return logits_BV[index], best_B[index]
 
-    def _step(self, forward: Callable[..., Any], sequences: list[Sequence]) -> Any:
-        """One token of each sequence, padded; what `forward` returns."""
+    def _start(self, start: Callable[..., Pending], sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
+        """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""
+        rows = [(s, s.computed + (after is not None)) for s in sequences]
         last = [[s.output[-1]] for s in sequences]
-        return forward(**self._inputs(last, [s.computed for s in sequences], [s.slot for s in sequences], size=1))
+        inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
+        return Ahead(rows, start(**inputs, after=after and after.step))
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -222,12 +245,17 @@ class Runner:
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)
 
-    def _sample(self, sequences: list[Sequence], logits_BV: Tensor) -> dict[str, list[SampledToken]]:
-        """One token a sequence, keyed to the position it will take."""
+    def _sample(
+        self, sequences: list[Sequence], logits_BV: Tensor, best_B: Tensor | None = None
+    ) -> dict[str, list[SampledToken]]:
+        """One token a sequence, keyed to the position it will take. best_B: the logits' argmax, where known."""
         edited_BV = self._edit(sequences, logits_BV)
         params = sampling_tensors([s.params for s in sequences], self.device)
-        uniform_B = None if params is None else uniform(*draws_of(sequences, self.device))
-        tokens = sample(edited_BV, params, uniform_B).tolist()
+        if params is None and best_B is not None and edited_BV is logits_BV:
+            tokens = best_B.tolist()
+        else:
+            uniform_B = None if params is None else uniform(*draws_of(sequences, self.device))
+            tokens = sample(edited_BV, params, uniform_B).tolist()
         return {
             s.id: [SampledToken(token, top_logprobs(logits_V, token, s.params.logprobs))]
             for s, token, logits_V in zip(sequences, tokens, logits_BV, strict=True)
@@ -264,6 +292,13 @@ class Runner:
             for s, row_V in zip(sequences, logits_BV, strict=True)
         ]
         return torch.stack(rows)
+
+
+def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
+    """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
+    params, done = sequence.params, len(sequence.output)
+    room = done + steps <= params.max_new_tokens and sequence.computed + steps <= max_seq_len
+    return room and params.temperature == 0 and not needs_edit(params, done)
 
 
 def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:

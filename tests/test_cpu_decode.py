@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from ctypes import byref
 from pathlib import Path
@@ -197,9 +199,76 @@ def test_all_padding_runs_nothing() -> None:
 def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="bfloat16", threads=3)
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    poison = {torch.float32: torch.nan, torch.int64: -9}
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, poison[dtype], dtype=dtype))
     got = fused.forward(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), new_cache(model), length=7)
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_best_is_the_argmax(isa: str) -> None:
+    model = small_model(vocab_size=2010)
+    model.output.weight[700] = model.output.weight[1999] = model.output.weight[5] * 30  # equal logits
+    fused = CpuDecoder(model, weights="int8", threads=3, isa=isa)
+    step = fused.start(random_tokens(model, 40, 1), torch.zeros(40, 1).long(), new_cache(model, slots=40), length=8)
+    assert torch.equal(step.best(), step.result().argmax(-1))
+    assert (step.best() == 700).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_a_finite_best_logit_has_no_token(value: float) -> None:
+    model = small_model()
+    model.tok_embeddings.weight[50] = value
+    fused = CpuDecoder(model, weights="int8", threads=2)
+    cache = new_cache(model)
+    step = fused.start(torch.tensor([[3], [50], [4]]), torch.zeros(3, 1).long(), cache, length=8)
+    follower = fused.start(torch.zeros(3, 1).long(), torch.ones(3, 1).long(), cache, length=8, after=step)
+    assert step.best()[1] == -1 and step.best()[0] >= 0 and step.best()[2] >= 0
+    assert follower.result()[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_follow_each_other_on_their_own(threads: int) -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int4", threads=threads)
+    first = random_tokens(model, 3, 1)
+    cache, expected = new_cache(model), []
+    tokens = first
+    for at in range(60):
+        expected.append(fused.forward(tokens, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN))
+        tokens = expected[-1].argmax(-1)
+    cache, step = new_cache(model), None
+    rng = random.Random(threads)
+    steps = []
+    for at in range(60):
+        step = fused.start(first, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN, after=step)
+        if rng.random() < 0.5:
+            time.sleep(rng.random() * 1e-3)
+        if steps:  # one runs, one waits
+            assert torch.equal(steps[-1].result(), expected[at - 1])
+        steps.append(step)
+    assert torch.equal(steps[-1].result(), expected[-1])
+
+
+def test_a_step_follows_only_the_one_that_runs() -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int8", threads=2)
+    inputs = (torch.tensor([[3]]), torch.tensor([[0]]), new_cache(model))
+    first = fused.start(*inputs, length=8)
+    fused.start(*inputs, length=8)
+    with pytest.raises(ValueError, match="after: is not the step that runs"):
+        fused.start(*inputs, length=8, after=first)
+
+
+def test_a_following_step_with_a_bad_position_is_refused() -> None:
+    model = small_model()
+    fused = CpuDecoder(model, weights="int8", threads=2)
+    cache = new_cache(model)
+    for _ in range(3):
+        first = fused.start(torch.tensor([[3]]), torch.tensor([[0]]), cache, length=8)
+        with pytest.raises(ValueError, match="positions_BS"):
+            fused.start(torch.tensor([[3]]), torch.tensor([[9]]), cache, length=8, after=first).result()
+        assert first.result().isfinite().all()
 
 
 def test_growing_steps_reuse_one_decoder() -> None:

@@ -106,6 +106,8 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
   gf::Decoder decoder(model.weights, pool);
   Cache cache(kRows, type);
   std::vector<float> all(size_t(kRows) * kTokens * RandomModel::kVocab), some;
+  std::vector<int64_t> best;
+  uint64_t steps = 0;
   const int rows = together ? kRows : 1;
   for (int first = 0; first < kRows; first += rows)
     for (int at = 0; at < kTokens; at += chunk) {
@@ -118,19 +120,47 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
           positions.push_back(i);
         }
       }
+      best.assign(size_t(rows) * now, -9);
       some.assign(size_t(rows) * now * RandomModel::kVocab, NAN);
       gf::StepInput step{};
       step.rows = rows, step.row_tokens = now, step.length = kTokens;
       step.tokens = tokens.data(), step.position = positions.data(), step.slot = slots.data();
-      step.logits = some.data();
+      step.logits = some.data(), step.best = best.data();
       step.positions = RandomModel::kPositions, step.slots = kRows, step.cache_type = int(type);
       step.k = cache.k.data(), step.v = cache.v.data();
       if (!cache.k_scale.empty()) step.k_scale = cache.k_scale.data(), step.v_scale = cache.v_scale.data();
-      if (decoder.step(step) != gf::kFine) std::exit(2);
+      if (decoder.start(step) != gf::kFine) std::exit(2);
+      decoder.finish(++steps);
       for (int row = 0; row < rows; row++)
         std::memcpy(&all[(size_t(first + row) * kTokens + at) * RandomModel::kVocab],
                     &some[size_t(row) * now * RandomModel::kVocab], sizeof(float) * now * RandomModel::kVocab);
     }
+  return all;
+}
+
+// Two sequences of 40 tokens, each the best after the one before; with `ahead`, a step begins before the last has ended.
+std::vector<float> run_greedily(const RandomModel& model, int threads, bool ahead) {
+  constexpr int kRows = 2, kTokens = 40;
+  gf::Pool pool(threads, 50);
+  gf::Decoder decoder(model.weights, pool);
+  Cache cache(kRows, gf::CacheType::kFloat);
+  std::vector<float> all(size_t(kTokens) * kRows * RandomModel::kVocab, NAN);
+  std::vector<int64_t> best(size_t(kTokens + 1) * kRows, -1), positions(size_t(kTokens) * kRows);
+  best[0] = 5, best[1] = 9;
+  for (int at = 0; at < kTokens; at++) {
+    gf::StepInput step{};
+    step.rows = kRows, step.row_tokens = 1, step.length = kTokens;
+    step.positions = RandomModel::kPositions, step.slots = kRows, step.cache_type = int(gf::CacheType::kFloat);
+    step.k = cache.k.data(), step.v = cache.v.data();
+    step.tokens = at == 0 || !ahead ? &best[size_t(at) * kRows] : nullptr;
+    positions[size_t(at) * kRows] = positions[size_t(at) * kRows + 1] = at;
+    step.position = &positions[size_t(at) * kRows];
+    step.logits = &all[size_t(at) * kRows * RandomModel::kVocab];
+    step.best = &best[size_t(at + 1) * kRows];
+    if ((step.tokens ? decoder.start(step) : decoder.follow(step)) != gf::kFine) std::exit(2);
+    decoder.finish(uint64_t(ahead ? at : at + 1));
+  }
+  decoder.finish(kTokens);
   return all;
 }
 
@@ -141,6 +171,7 @@ bool check(int format, gf::CacheType type) {
   for (float v : expected) fine = fine && std::isfinite(v);
   for (const auto& [threads, chunk, together] : {std::tuple(3, 1, true), std::tuple(2, 17, false), std::tuple(3, 60, true), std::tuple(1, 7, true)})
     fine = fine && run(model, threads, chunk, together, type) == expected;
+  for (int threads : {1, 2, 3}) fine = fine && run_greedily(model, threads, true) == run_greedily(model, 1, false);
   std::printf("format %d, cache %d: %s\n", format, int(type), fine ? "fine" : "DIFFERS");
   return fine;
 }

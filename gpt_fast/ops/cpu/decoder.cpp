@@ -13,7 +13,9 @@ void gf_pool_destroy(Pool* pool) { delete pool; }
 
 Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool) { return new Decoder(*model, *pool); }
 void gf_decoder_destroy(Decoder* decoder) { delete decoder; }
-int gf_decoder_step(Decoder* decoder, const gf::StepInput* input) { return decoder->step(*input); }
+int gf_decoder_start(Decoder* decoder, const gf::StepInput* input) { return decoder->start(*input); }
+int gf_decoder_follow(Decoder* decoder, const gf::StepInput* input) { return decoder->follow(*input); }
+int gf_decoder_finish(Decoder* decoder, uint64_t count) { return decoder->finish(count); }
 
 // y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].
 void gf_linear(const Linear* w, const float* x, int rows, float* y) {

@@ -7,9 +7,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "activations.h"
@@ -48,7 +51,7 @@ struct StepInput {
   int32_t length, positions;  // every real token lies below `length`; `positions` of a slot, the last one scratch
   int32_t slots;              // of the cache
   int32_t cache_type;         // attention.h's CacheType
-  const int64_t* tokens;     // [B][S]
+  const int64_t* tokens;     // [B][S]; null: the best tokens of the step before, which had the same rows
   const int64_t* position;   // [B][S]; positions - 1: padding
   const int64_t* slot;       // [B], or null: row b is slot b
   const int64_t* select;     // [B], or null: logits of every token
@@ -57,6 +60,7 @@ struct StepInput {
   float* k_scale;  // int8 only: [layer][slot][kv head][position]
   float* v_scale;
   float* logits;             // [B][vocab], or [B][S][vocab]
+  int64_t* best;             // [B] or [B][S]: the largest logit's index, the lowest of equals; -1 where none is finite
 };
 
 enum StepError { kFine = 0, kBadToken = 1, kBadPosition = 2, kBadSlot = 3, kBadSelect = 4 };
@@ -95,18 +99,57 @@ class Decoder final : public Job {
     scratch_.resize(size_t(pool.threads()));
   }
 
-  StepError step(const StepInput& input) {
+  // Begins a step on the pool's other threads; all earlier ones were finished. What `input` points to must live until
+  // this one is.
+  StepError start(const StepInput& input) {
     input_ = input;
-    const StepError error = collect_tokens();
+    const StepError error = prepare();
     if (error != kFine) return error;
-    if (tokens_.empty()) return kFine;
-    plan();
-    embed();
-    pool_.run(*this);
+    started_++;
+    if (tokens_.empty()) {
+      finished_.store(started_);
+      return kFine;
+    }
+    running_ = true;
+    pool_.start(*this);
     return kFine;
   }
 
+  // Begins a step as soon as the one before has ended, whose best tokens it takes.
+  StepError follow(const StepInput& input) {
+    const std::unique_lock<std::mutex> lock(queue_);
+    if (running_) {
+      queued_ = input;
+      has_queued_ = true;
+      started_++;
+      return kFine;
+    }
+    pool_.wait_until_idle();
+    return start(input);
+  }
+
+  // Helps until the first `count` steps have ended: their logits and best tokens are there.
+  StepError finish(uint64_t count) {
+    pool_.help_until([&] { return finished_.load(std::memory_order_acquire) >= count; });
+    if (count == started_) pool_.wait_until_idle();
+    return failed_.exchange(kFine);
+  }
+
   // ---- Job
+
+  // A step has ended. The one that waits is taken before anyone is told, so that another finds its place free.
+  bool again() override {
+    choose_best();
+    const std::unique_lock<std::mutex> lock(queue_);
+    const bool waited = std::exchange(has_queued_, false);
+    if (waited) {
+      input_ = queued_;
+      failed_.store(prepare());
+    }
+    running_ = waited && failed_.load() == kFine && !tokens_.empty();
+    finished_.fetch_add(waited && !running_ ? 2 : 1, std::memory_order_release);
+    return running_;
+  }
 
   int phases() const override { return model_.n_layer * kLayerPhases + 2; }
 
@@ -138,8 +181,13 @@ class Decoder final : public Job {
   enum { kNormalizeAttention, kQkv, kAttend, kMerge, kOut, kNormalizeFfn, kGateUp, kDown, kLayerPhases };
 
   struct Token {
-    int id, position, slot;
-    float* logits;  // null: not wanted
+    int id, position, slot, out;  // `out`: its place among the logits; -1: not wanted
+  };
+
+  // The largest of some logits and where its block begins; `poison` is NaN if one of them is.
+  struct Best {
+    float value = -INFINITY, poison = 0;
+    int first = -1;
   };
 
   // Neighbouring tokens of one slot, whose queries read the cache together.
@@ -169,23 +217,32 @@ class Decoder final : public Job {
 
   // ---- Setting up
 
+  StepError prepare() {
+    const StepError error = collect_tokens();
+    if (error != kFine || tokens_.empty()) return error;
+    plan();
+    embed();
+    return kFine;
+  }
+
   StepError collect_tokens() {
+    const int64_t* ids = input_.tokens ? input_.tokens : chosen_.data();
     tokens_.clear();
     const int all = input_.rows * input_.row_tokens, scratch = input_.positions - 1;
     for (int i = 0; i < all; i++) {
       const int row = i / input_.row_tokens, column = i % input_.row_tokens;
       const bool wanted = !input_.select || input_.select[row] == column;
       if (input_.select && (input_.select[row] < 0 || input_.select[row] >= input_.row_tokens)) return kBadSelect;
-      float* logits = wanted ? input_.logits + size_t(input_.select ? row : i) * model_.vocab : nullptr;
+      const int out = !wanted ? -1 : input_.select ? row : i;
       if (input_.position[i] == scratch) {
-        if (logits) std::memset(logits, 0, sizeof(float) * model_.vocab);
+        if (wanted) std::memset(logits(out), 0, sizeof(float) * model_.vocab), input_.best[out] = 0;
         continue;
       }
       const int64_t slot = input_.slot ? input_.slot[row] : row;
-      if (input_.tokens[i] < 0 || input_.tokens[i] >= model_.vocab) return kBadToken;
+      if (ids[i] < 0 || ids[i] >= model_.vocab) return kBadToken;
       if (input_.position[i] < 0 || input_.position[i] >= std::min(input_.length, scratch)) return kBadPosition;
       if (slot < 0 || slot >= input_.slots) return kBadSlot;
-      tokens_.push_back({int(input_.tokens[i]), int(input_.position[i]), int(slot), logits});
+      tokens_.push_back({int(ids[i]), int(input_.position[i]), int(slot), out});
     }
     return kFine;
   }
@@ -194,7 +251,7 @@ class Decoder final : public Job {
     const int rows = int(tokens_.size()), threads = pool_.threads();
     selected_.clear();
     for (int i = 0; i < rows; i++)
-      if (tokens_[i].logits) selected_.push_back(i);
+      if (tokens_[i].out >= 0) selected_.push_back(i);
     plan_attention();
     const int head_tiles = model_.head_dim / kLanes;
     qkv_split_ = {heads() * head_tiles, head_tiles, rows, std::min(rows, kRowBlock)};
@@ -202,6 +259,7 @@ class Decoder final : public Job {
     gate_up_split_ = Split::make(layers_[0].gate_up.tiles(), 4, rows, model_.dim, threads);
     down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
     head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
+    best_.assign(selected_.size() * head_split_.tile_chunks(), {});
     const int row_chunks = (rows + kNormRows - 1) / kNormRows;
     chunks_[kNormalizeAttention] = chunks_[kNormalizeFfn] = chunks_[kMerge] = row_chunks;
     chunks_[kQkv] = qkv_split_.chunks();
@@ -515,13 +573,49 @@ class Decoder final : public Job {
 
   void head(int chunk, Scratch& s) {
     const uint8_t* next = upcoming(model_.head, head_split_, layers_[0].qkv, qkv_split_, chunk);
+    Best* best = &best_[size_t(chunk % head_split_.tile_chunks()) * selected_.size()];
     for_blocks(model_.head, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(model_.head, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 2 * kLanes, following);
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.vocab - first);
-      for (int m = 0; m < p.rows; m++)
-        std::memcpy(tokens_[selected_[p.row + m]].logits + first, s.out.data() + size_t(m) * 2 * kLanes,
-                    sizeof(float) * n);
+      for (int m = p.row; m < p.row + p.rows; m++) {
+        const float* out = s.out.data() + size_t(m - p.row) * 2 * kLanes;
+        std::memcpy(logits(tokens_[selected_[m]].out) + first, out, sizeof(float) * n);
+        look(out, first, n, best[m]);
+      }
     });
+  }
+
+  float* logits(int out) const { return input_.logits + size_t(out) * model_.vocab; }
+
+  // Up to 32 logits from `first`.
+  static void look(const float* out, int first, int n, Best& best) {
+    f32x16 top = splat(-INFINITY), poison = splat(0.0f);
+    for (int i = 0; i < n; i += kLanes) {
+      const f32x16 v = keep_range(load(out + i), 0, n - i);
+      top = max(top, v);
+      poison = fma(max(splat(-3e38f), v), splat(0.0f), poison);  // the maximum of a number and NaN is the second
+    }
+    const float value = reduce_max(top);
+    best.poison += reduce_add(poison);
+    if (value > best.value) best.value = value, best.first = first;
+  }
+
+  void choose_best() {
+    const size_t rows = selected_.size();
+    chosen_.assign(size_t(input_.rows) * input_.row_tokens, 0);
+    for (size_t m = 0; m < rows; m++) {
+      Best total;
+      for (int chunk = 0; chunk < head_split_.tile_chunks(); chunk++) {
+        const Best& part = best_[chunk * rows + m];
+        total.poison += part.poison;
+        if (part.value > total.value) total.value = part.value, total.first = part.first;
+      }
+      const int out = tokens_[selected_[m]].out;
+      const bool fine = total.first >= 0 && total.poison == 0;
+      const float* row = logits(out);
+      input_.best[out] = fine ? std::find(row + total.first, row + model_.vocab, total.value) - row : -1;
+      chosen_[out] = fine ? input_.best[out] : 0;  // a row without a best token is not asked for again
+    }
   }
 
   // Calls run(part, weights wanted next) for `unit` tiles and kRowBlock rows at a time.
@@ -549,10 +643,19 @@ class Decoder final : public Job {
   Kind kind_;
   StepInput input_{};
 
+  std::mutex queue_;  // guards the step that waits and whether one runs
+  StepInput queued_{};
+  bool has_queued_ = false, running_ = false;
+  std::atomic<StepError> failed_{kFine};  // of a step that had waited
+  uint64_t started_ = 0;
+  std::atomic<uint64_t> finished_{0};
+
   std::vector<Token> tokens_;
   std::vector<int> selected_;     // tokens whose logits are wanted
   std::vector<int> split_index_;  // token -> its place in partials_, or -1
   std::vector<Item> items_;
+  std::vector<Best> best_;        // [chunk of the head's rows][selected]
+  std::vector<int64_t> chosen_;   // of the last step, in the order of its logits
   int partial_tokens_ = 0, partial_chunks_ = 0, spans_each_ = 1, capacity_ = 0;
   int chunks_[kLayerPhases + 2] = {};
   Split qkv_split_{}, out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};

@@ -44,14 +44,66 @@ def unsupported(model: Transformer) -> str | None:
 
 
 class Pool:
-    """Threads that decoders share (a target and its draft); closed with its last user."""
+    """Threads that decoders share (a target and its draft); closed with its last user. `step` is what runs on it."""
 
     def __init__(self, library: ctypes.CDLL, threads: int, spins: int = SPINS) -> None:
         self.library, self.threads = library, threads
+        self.step: Step | None = None
         self.handle = library.gf_pool_create(threads, spins)
 
+    def settle(self) -> None:
+        """Wait for the step that runs, if any: there is room for one."""
+        if self.step is not None:
+            self.step.result()
+
     def __del__(self) -> None:
+        self.settle()
         self.library.gf_pool_destroy(self.handle)
+
+
+class Step:
+    """A forward under way on the pool's other threads. One waits for its turn behind the step whose tokens it takes."""
+
+    def __init__(
+        self, decoder: CpuDecoder, description: StepInput, logits: Tensor, best: Tensor, after: Step | None
+    ) -> None:
+        self.decoder, self.description = decoder, description  # which holds all that is read and written
+        self.after = after  # held while it runs
+        self.logits, self._best = logits, best
+        if after is None:
+            decoder.pool.settle()
+            error = decoder.library.gf_decoder_start(decoder.handle, byref(description))
+        elif after.latest:
+            description.tokens = None
+            error = decoder.library.gf_decoder_follow(decoder.handle, byref(description))
+        else:
+            raise ValueError("after: is not the step that runs")
+        if error:
+            raise ValueError(STEP_ERRORS[error])
+        decoder.steps += 1
+        self.number, self.ended = decoder.steps, False
+        decoder.pool.step = self
+
+    @property
+    def latest(self) -> bool:
+        """Whether it may still run and no other step has begun since."""
+        return self.decoder.pool.step is self
+
+    def result(self) -> Tensor:
+        """The logits, after helping to finish."""
+        if not self.ended:
+            error = self.decoder.library.gf_decoder_finish(self.decoder.handle, self.number)
+            self.ended, self.after = True, None
+            if self.decoder.pool.step is self:
+                self.decoder.pool.step = None
+            if error:
+                raise ValueError(STEP_ERRORS[error])
+        return self.logits
+
+    def best(self) -> Tensor:
+        """Where the largest logit of each row is, the lowest of equals; -1 where none is finite. int64."""
+        self.result()
+        return self._best
 
 
 class CpuDecoder:
@@ -87,15 +139,17 @@ class CpuDecoder:
         self.kept: list[Tensor | Structure | ctypes.Array] = []  # what the C++ side points to
         self.arena = Arena()
         self.weight_bytes = 0  # what a step of one token reads
+        self.steps = 0  # begun
         self.formats: set[int] = set()
         description = self.describe_model(model, Packer(weights, group))
         self.handle = self.library.gf_decoder_create(byref(description), self.pool.handle)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
+            self.pool.settle()
             self.library.gf_decoder_destroy(self.handle)
 
-    def forward(
+    def start(
         self,
         tokens_BS: Tensor,
         positions_BS: Tensor,
@@ -104,15 +158,23 @@ class CpuDecoder:
         length: int,
         slots_B: Tensor | None = None,
         select_B: Tensor | None = None,
-    ) -> Tensor:
-        """As Transformer.forward. A padding token costs nothing, writes nothing and gets logits of zero."""
+        after: Step | None = None,
+    ) -> Step:
+        """Begin a forward, as Transformer.forward, on the pool's other threads; `result` brings its logits.
+
+        A padding token costs nothing, writes nothing and gets logits of zero.
+        after: the step begun last, of one token a row, whose best tokens are fed instead of tokens_BS.
+        """
         B, S = tokens_BS.shape
         shape = (B, S, self.config.vocab_size) if select_B is None else (B, self.config.vocab_size)
         logits = torch.empty(shape, dtype=torch.float32)
-        step = StepInput.of(tokens_BS, positions_BS, cache, length, slots_B, select_B, logits)
-        if error := self.library.gf_decoder_step(self.handle, byref(step)):
-            raise ValueError(STEP_ERRORS[error])
-        return logits
+        best = torch.empty(shape[:-1], dtype=torch.int64)
+        inputs = StepInput.of(tokens_BS, positions_BS, cache, length, slots_B, select_B, logits, best)
+        return Step(self, inputs, logits, best, after)
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """The logits at once; arguments as of `start`."""
+        return self.start(*inputs, **options).result()
 
     __call__ = forward
 

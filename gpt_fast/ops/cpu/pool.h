@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -19,6 +18,7 @@ struct Job {
   virtual int phases() const = 0;
   virtual int chunks(int phase) const = 0;  // 0 skips the phase; at most Pool::kMaxChunks
   virtual void run(int phase, int chunk, int thread) = 0;
+  virtual bool again() = 0;  // after the last phase: whether to begin anew with the first
 
  protected:
   ~Job() = default;
@@ -41,13 +41,26 @@ class Pool {
 
   int threads() const { return int(workers_.size()) + 1; }
 
-  // Runs every phase in order, the caller working too. One job at a time; others wait their turn.
-  void run(Job& job) {
-    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+  // The last job has ended, but the thread that ends it may not be through yet.
+  void wait_until_idle() const {
+    while (!is_idle(ticket_.load(std::memory_order_acquire))) pause();
+  }
+
+  // Begins a job on the idle pool's other threads. Its users take turns.
+  void start(Job& job) {
     job_ = &job;
     phase_ = -1;
     open_next_phase();
-    for (uint64_t ticket; !is_idle(ticket = ticket_.load(std::memory_order_acquire));) take_chunk_or_wait(0, ticket);
+  }
+
+  // Works with the others until done(), or until the job has ended.
+  template <class F>
+  void help_until(F&& done) {
+    while (!done()) {
+      const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      if (is_idle(ticket)) return;
+      take_chunk_or_wait(0, ticket);
+    }
   }
 
  private:
@@ -67,7 +80,7 @@ class Pool {
     }
   }
 
-  // `ticket`: the one the caller looked at. A newer one may be idle, and run() would sleep on it for ever.
+  // `ticket`: the one the caller looked at. A newer one may be idle, and help_until() would sleep on it for ever.
   void take_chunk_or_wait(int thread, uint64_t ticket) {
     if (!has_chunk(ticket)) return wait_for_change(ticket);
     ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
@@ -80,7 +93,13 @@ class Pool {
   // Only the caller, or the thread that finished a phase's last chunk, gets here.
   void open_next_phase() {
     int chunks = 0;
-    while (chunks == 0 && ++phase_ < job_->phases()) chunks = job_->chunks(phase_);
+    while (chunks == 0) {
+      if (++phase_ == job_->phases()) {
+        if (!job_->again()) break;
+        phase_ = 0;
+      }
+      chunks = job_->chunks(phase_);
+    }
     publish(chunks);
   }
 
@@ -108,7 +127,6 @@ class Pool {
   int phase_ = 0;
   int spins_;
   std::atomic<bool> stopping_{false};
-  std::mutex mutex_;
   std::vector<std::thread> workers_;
 };
 

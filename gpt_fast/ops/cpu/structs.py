@@ -56,7 +56,7 @@ class StepInput(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "row_tokens", "length", "positions", "slots", "cache_type")),
         *((name, c_void_p) for name in ("tokens", "position", "slot", "select", "k", "v", "k_scale", "v_scale",
-                                        "logits")),
+                                        "logits", "best")),
     )
 
     @classmethod
@@ -69,6 +69,7 @@ class StepInput(Structure):
         slots_B: Tensor | None,
         select_B: Tensor | None,
         logits: Tensor,
+        best: Tensor,
     ) -> StepInput:
         """The structure for one forward; it holds the tensors it points to."""
         B, S = tokens_BS.shape
@@ -77,8 +78,9 @@ class StepInput(Structure):
             B, S, length, cache.max_seq_len + 1, cache.slots, CACHE_TYPES[cache.k_LNHTD.dtype],
             *(None if t is None else t.data_ptr() for t in index),
             cache.k_LNHTD.data_ptr(), cache.v_LNHTD.data_ptr(), *cache_scales(cache), logits.data_ptr(),
+            best.data_ptr(),
         )
-        step.held = index
+        step.held = (*index, cache, logits, best)
         return step
 
 
@@ -104,6 +106,8 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     library.gf_decoder_create.argtypes = (POINTER(ModelWeights), c_void_p)
     library.gf_decoder_create.restype = c_void_p
     library.gf_decoder_destroy.argtypes = (c_void_p,)
-    library.gf_decoder_step.argtypes = (c_void_p, POINTER(StepInput))
+    library.gf_decoder_start.argtypes = (c_void_p, POINTER(StepInput))
+    library.gf_decoder_follow.argtypes = (c_void_p, POINTER(StepInput))
+    library.gf_decoder_finish.argtypes = (c_void_p, ctypes.c_uint64)
     library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p)
     return library
