@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,8 +13,8 @@ import pytest
 import torch
 from _quantized import CPU, logits_of, quantized_model, random_model, small_config, write_checkpoint
 
-from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.eval.__main__ import main
+from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
+from gpt_fast.eval.__main__ import main, parser
 from gpt_fast.eval.quality import Side, common_prefix, compare
 from gpt_fast.eval.report import plot, table
 from gpt_fast.eval.score import TOKENS_PER_FORWARD, Scorer
@@ -208,7 +209,8 @@ def test_an_engine_loads_only_what_its_gate_lets_through(checkpoints):
     int8, _ = checkpoints
     main(["--quality", str(int8), *FLAGS])
     sizes = {"max_seq_len": 64, "max_num_seqs": 1, "device": "cpu"}
-    engine = Engine.load(str(int8), quality={"min_top1_agreement": 0.2}, **sizes)
+    handler = {"checkpoint_path": str(int8), "quality": {"min_top1_agreement": 0.2}, **sizes}
+    engine = Engine.load(**dataclasses.asdict(EngineConfig.from_mapping(handler, where="handler")))
     assert len(engine.generate(["a"], [SamplingParams(max_new_tokens=3, ignore_eos=True)])[0].tokens) == 3
     with pytest.raises(ConfigError, match=r"quality\.max_mean_kl: model_int8\.quality\.json: mean_kl is worse"):
         Engine.load(str(int8), quality={"max_mean_kl": 0.0}, **sizes)
@@ -216,6 +218,19 @@ def test_an_engine_loads_only_what_its_gate_lets_through(checkpoints):
         Engine.load(str(int8), quality={"max_mean_kl": 1.0}, kv_cache="int8", **sizes)
     with pytest.raises(ConfigError, match=r"^quality: must map thresholds to numbers \(got 0\.1\)$"):
         Engine.load(str(int8), quality=0.1, **sizes)
+
+
+def test_the_documented_figures_are_the_recorded_ones():
+    """benchmarks/quality.json is what docs/quantization.md shows, each row with a command that exists."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "quantization.md").read_text(encoding="utf-8")
+    rows = json.loads((root / "benchmarks" / "quality.json").read_text(encoding="utf-8"))
+    assert len(rows) > 10
+    for row in rows.values():
+        start, flags = row["command"].split("gpt_fast.eval ")
+        assert start == "python -m " and parser().parse_args(flags.split()).quality is not None
+        shown = [f"{row['perplexity']:.4f}", f"{row['perplexity_ratio']:.4f}", f"{100 * row['top1_agreement']:.1f} %"]
+        assert " | ".join(shown[:2]) in page and shown[2] in page, row["command"]
 
 
 def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
