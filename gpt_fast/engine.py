@@ -9,8 +9,8 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,30 +36,6 @@ class Forward(Protocol):
         slots_B: Tensor | None = None,
         select_B: Tensor | None = None,
     ) -> Tensor: ...
-
-
-class Pending(Protocol):
-    """A forward under way: begun by a model's `start`, which takes a Forward's arguments and does not wait.
-
-    `best` is each row's argmax, NO_TOKEN where no logit is finite. `start(..., after=pending)` feeds those tokens
-    without anyone having looked at them; `latest` says whether that may be asked.
-    """
-
-    latest: bool
-
-    def result(self) -> Tensor: ...
-
-    def best(self) -> Tensor: ...
-
-
-class Ahead(NamedTuple):
-    """A decode begun before it was planned: which sequences, each at which position, and the step itself."""
-
-    rows: list[tuple[Sequence, int]]
-    step: Pending
-
-    def covers(self, sequences: list[Sequence]) -> bool:
-        return all((s, s.computed) in self.rows for s in sequences)
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -93,14 +69,10 @@ class Runner:
         self.chunks = buckets(prefill_chunk, 16)
         self.lengths = buckets(cache.max_seq_len, 128)
         self.speculator = speculator
-        self.start: Callable[..., Pending] | None = None if speculator else getattr(decode, "start", None)
-        self.ahead: Ahead | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
         """Do what the plan says; the sampled tokens by request id."""
-        if self.ahead and (plan.clears or plan.copies):
-            self.ahead.step.result()  # what runs ahead writes to the cache
         for slot in plan.clears:
             self.cache.clear(slot)
         for copy in plan.copies:
@@ -159,43 +131,14 @@ class Runner:
             self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
         return sampled
 
-    @torch.inference_mode()
     def run_ahead(self, sequences: list[Sequence]) -> None:
-        """Begin the next decode of these sequences, if the model can work on its own while the caller goes on.
-
-        Rows are independent, so each one's logits hold whatever the next plan adds or drops.
-        """
-        if self.start and not self.ahead and sequences:
-            self.ahead = self._start(self.start, sequences)
+        """These decode next, unless one is aborted: a runner that can begin meanwhile may do so (see ahead.py)."""
 
     def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
-        """The logits after each sequence's last token [B, V], and where known their argmax [B].
-
-        Greedy rows' next decode begins before this one has ended.
-        """
-        if self.start is None:
-            last = [[s.output[-1]] for s in sequences]
-            starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
-            return self.forward(self.decode, last, starts, slots, size=1), None
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or not ahead.covers(sequences):
-            ahead = self._start(self.start, sequences)
-        # A sequence that has ended must not go on: its slot may be another's by then.
-        same = ahead.step.latest and len(ahead.rows) == len(sequences)
-        if same and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
-            self.ahead = self._start(self.start, [s for s, _ in ahead.rows], after=ahead)
-        index = [ahead.rows.index((s, s.computed)) for s in sequences]
-        logits_BV, best_B = ahead.step.result(), ahead.step.best()
-        if index == list(range(len(index))):
-            return logits_BV[: len(index)], best_B[: len(index)]
-        return logits_BV[index], best_B[index]
-
-    def _start(self, start: Callable[..., Pending], sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
-        """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""
-        rows = [(s, s.computed + (after is not None)) for s in sequences]
+        """The logits after each sequence's last token [B, V], and where known their argmax [B]."""
         last = [[s.output[-1]] for s in sequences]
-        inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
-        return Ahead(rows, start(**inputs, after=after and after.step))
+        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+        return self.forward(self.decode, last, starts, slots, size=1), None
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -234,13 +177,9 @@ class Runner:
         in_order = slots == list(range(real))
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
         return {
-            "tokens_BS": tokens_BS,
-            "positions_BS": self._tensor(positions_BS),
-            "cache": self.cache,
-            "length": length,
-            "slots_B": None if in_order else self._tensor(slots_B),
-            "select_B": select_B,
-        }
+            "tokens_BS": tokens_BS, "positions_BS": self._tensor(positions_BS), "cache": self.cache, "length": length,
+            "slots_B": None if in_order else self._tensor(slots_B), "select_B": select_B,
+        }  # fmt: skip
 
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)
@@ -292,13 +231,6 @@ class Runner:
             for s, row_V in zip(sequences, logits_BV, strict=True)
         ]
         return torch.stack(rows)
-
-
-def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
-    """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
-    params, done = sequence.params, len(sequence.output)
-    room = done + steps <= params.max_new_tokens and sequence.computed + steps <= max_seq_len
-    return room and params.temperature == 0 and not needs_edit(params, done)
 
 
 def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:

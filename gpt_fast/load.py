@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.chat import ChatTemplate, load_chat_template
 from gpt_fast.checkpoint import Loaded, find_weights, load_checkpoint
@@ -55,7 +56,7 @@ def load_parts(config: EngineConfig) -> Parts:
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads)
-    runner = (Runner if config.proposers else path.runner)(
+    runner = path.runner(
         decode=path.decode,
         prefill=path.prefill,
         cache=cache,
@@ -200,7 +201,7 @@ class ModelPath(NamedTuple):
     would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
     warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
     every shape would only take minutes.
-    runner: makes the Runner of a model that decodes without proposals.
+    runner: makes the Runner that suits it.
     """
 
     name: str
@@ -253,7 +254,7 @@ def fused_path(
         fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
     except BuildError as error:
         return str(error)
-    return ModelPath("fused CPU decoder", fused, fused, torch_threads=1)
+    return ModelPath("fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner)
 
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
@@ -270,7 +271,8 @@ def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPat
     except ValueError as error:
         return str(error)
     prepare_modules(model)
-    return ModelPath("fused GPU decoder", fused, fused, threads, runner=partial(BurstRunner, decoder=fused))
+    runner = Runner if config.proposers else partial(BurstRunner, decoder=fused)
+    return ModelPath("fused GPU decoder", fused, fused, threads, runner=runner)
 
 
 def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:

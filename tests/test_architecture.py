@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gpt_fast"
 
 # From the bottom up. A name stands for a module or a package (the longest match counts); a module may import its own
-# layer and those below. ops.cpu is a whole forward over Transformer and KVCache, so it stands beside the model.
+# layer and those below. ops.cpu and ops.gpu are whole forwards over Transformer and KVCache, so they stand beside the
+# model.
 LAYERS = [
     {"config", "serve.stream", "safetensors_file", "manifest", "guide_check"},
     {"ops"},
     {"model", "attention", "cache", "sampling", "scheduler", "speculative", "proposers", "controller", "speculator",
-     "parallel", "quantize", "ops.cpu"},
-    {"engine"},
+     "parallel", "quantize", "ops.cpu", "ops.gpu"},
+    {"engine", "ahead", "bursts"},
     {"checkpoint", "hf_config", "convert", "quantize.convert", "quantize.gguf", "tokenizer", "gguf_tokenizer", "chat"},
     {"guide", "load", "llm"},
     {"serve", "generate", "bench", "eval", "draft", "quantize.__main__"},

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine import EngineCore, Runner, bucket_of, buckets
@@ -85,7 +86,7 @@ def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, 
     def core(slots, reuse_prefix=True):
         fused = CpuDecoder(model, weights="int8", threads=threads)
         cache = KVCache(model.config, slots=slots, max_seq_len=120, dtype=torch.float32, device=torch.device("cpu"))
-        runner = Runner(decode=fused, prefill=fused, cache=cache, eos_ids={EOS, 7, 8}, prefill_chunk=32)
+        runner = AheadRunner(decode=fused, prefill=fused, cache=cache, eos_ids={EOS, 7, 8}, prefill_chunk=32)
         return EngineCore(runner, reuse_prefix=reuse_prefix)
 
     requests = random_requests(rng, 8)

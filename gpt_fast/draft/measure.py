@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.controller import Choice, Fixed
@@ -46,21 +47,29 @@ def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
         return
     controller = speculator.controller
     try:
-        set_speculator(core, speculator if choice else None)
-        speculator.controller, speculator.totals = Fixed(choice, controller.counts), Totals()
-        yield
+        with using(core, speculator if choice else None):
+            speculator.controller, speculator.totals = Fixed(choice, controller.counts), Totals()
+            yield
     finally:
         speculator.controller = controller
-        set_speculator(core, speculator)
 
 
-def set_speculator(core: EngineCore, speculator: Speculator | None) -> None:
-    """Let the engine decode as it would have been loaded: without a speculator its steps begin ahead."""
+@contextmanager
+def using(core: EngineCore, speculator: Speculator | None) -> Iterator[None]:
+    """Let the engine speculate so, or decode as one that was loaded without a speculator: its steps begin ahead."""
     runner = core.runner
-    if runner.ahead:
-        runner.ahead.step.result()
-    runner.ahead, runner.speculator = None, speculator
-    runner.start = None if speculator else getattr(runner.decode, "start", None)
+    loaded = runner.speculator
+
+    def change(speculator: Speculator | None) -> None:
+        if isinstance(runner, AheadRunner):
+            runner.forget()
+        runner.speculator = speculator
+
+    change(speculator)
+    try:
+        yield
+    finally:
+        change(loaded)
 
 
 def forget(core: EngineCore) -> None:

@@ -1,0 +1,109 @@
+"""AheadRunner: a decode begins before it is planned, and while rows are greedy before the last one's tokens are known.
+
+The host's work between two steps (sampling, events, text, planning) would leave the memory idle. A model that can work
+on its own, as the fused CPU decoder can, uses that time: what the plan says next is nearly always known. A guess that
+proves wrong costs one step's work and changes nothing, for rows are independent and a slot holds what the scheduler
+says it holds, not what was written behind that.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_fast.engine import Forward, Runner
+from gpt_fast.sampling import needs_edit
+from gpt_fast.scheduler import SampledToken, Sequence, StepPlan
+
+
+class Pending(Protocol):
+    """A forward under way. `best` is each row's argmax, NO_TOKEN where no logit is finite."""
+
+    @property
+    def latest(self) -> bool:
+        """Whether nothing has begun since, so that a step may follow."""
+
+    def result(self) -> Tensor: ...
+
+    def best(self) -> Tensor: ...
+
+
+class Startable(Forward, Protocol):
+    """A Forward that can also be begun without waiting for it.
+
+    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them.
+    """
+
+    def start(self, *inputs: Any, after: Any = None, **options: Any) -> Pending: ...
+
+
+class Ahead(NamedTuple):
+    """A decode begun before it was planned: which sequences, each at which position, and the step itself."""
+
+    rows: list[tuple[Sequence, int]]
+    step: Pending
+
+    def covers(self, sequences: list[Sequence]) -> bool:
+        return all((s, s.computed) in self.rows for s in sequences)
+
+
+class AheadRunner(Runner):
+    """A Runner whose decode is Startable."""
+
+    decode: Startable
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ahead: Ahead | None = None
+
+    def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
+        if self.ahead and (plan.clears or plan.copies):
+            self.ahead.step.result()  # it writes to the cache
+        return super().run(plan)
+
+    @torch.inference_mode()
+    def run_ahead(self, sequences: list[Sequence]) -> None:
+        if sequences and not self.ahead and self._plain_next(sequences):
+            self.ahead = self._start(sequences)
+
+    def forget(self) -> None:
+        """Drop what was begun, before something that it depends on changes."""
+        if self.ahead:
+            self.ahead.step.result()
+        self.ahead = None
+
+    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or not ahead.covers(sequences):
+            ahead = self._start(sequences)
+        # A sequence that has ended must not go on: its slot may be another's by then.
+        if ahead.step.latest and len(ahead.rows) == len(sequences) and self._plain_next(sequences):
+            if all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
+                self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
+        index = [ahead.rows.index((s, s.computed)) for s in sequences]
+        logits_BV, best_B = ahead.step.result(), ahead.step.best()
+        if index == list(range(len(index))):
+            return logits_BV[: len(index)], best_B[: len(index)]
+        return logits_BV[index], best_B[index]
+
+    def _plain_next(self, sequences: list[Sequence]) -> bool:
+        """Whether the next step verifies no proposals."""
+        return self.speculator is None or self.speculator.rests(sequences)
+
+    def _start(self, sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
+        """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""
+        rows = [(s, s.computed + (after is not None)) for s in sequences]
+        last = [[s.output[-1]] for s in sequences]
+        inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
+        return Ahead(rows, self.decode.start(**inputs, after=after and after.step))
+
+
+def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
+    """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
+    params, done = sequence.params, len(sequence.output)
+    room = done + steps <= params.max_new_tokens and sequence.computed + steps <= max_seq_len
+    return room and params.temperature == 0 and not needs_edit(params, done)
