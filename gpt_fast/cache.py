@@ -52,13 +52,10 @@ class KVCache(nn.Module):
         """Store this step's keys and values at (slot, position) of each token."""
         # Advanced indices around the head slice put [B, S] first: the target view is [B, S, H, D].
         at = (slots_B[:, None], slice(None), positions_BS)
-        for x_BSHD, stored_LNHTD, scale_LNHT in (
-            (k_BSHD, self.k_LNHTD, self.k_scale_LNHT),
-            (v_BSHD, self.v_LNHTD, self.v_scale_LNHT),
-        ):
-            if scale_LNHT is not None:
-                x_BSHD, scale_LNHT[layer][at] = quantize_heads(x_BSHD)
-            stored_LNHTD[layer][at] = x_BSHD.to(stored_LNHTD.dtype)
+        for x_BSHD, held, scale in (k_BSHD, self.k_LNHTD, self.k_scale_LNHT), (v_BSHD, self.v_LNHTD, self.v_scale_LNHT):
+            if scale is not None:
+                x_BSHD, scale[layer][at] = quantize_heads(x_BSHD)
+            held[layer][at] = x_BSHD.to(held.dtype)
 
     def read(self, layer: int, slots_B: Tensor | None, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` positions of each row's slot: two [B, H, length, D].
