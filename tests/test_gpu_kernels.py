@@ -18,7 +18,7 @@ from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention, de
 from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
 
 KINDS = ("bf16", "int8", "int4", "fp8")
-few = settings(max_examples=6)
+few = settings(max_examples=4)
 
 
 def error(got, want):
@@ -40,8 +40,8 @@ def bound(kind, tokens, dtype, *, norm):
 
 shapes = st.tuples(
     st.sampled_from([1, 1, 2, 5, 8, 9, 16]),  # tokens
-    st.sampled_from([16, 40, 64, 130]),  # rows
-    st.sampled_from([64, 96, 576, 1088]),  # columns
+    st.sampled_from([16, 40, 66]),  # rows
+    st.sampled_from([64, 96, 576]),  # columns
     st.sampled_from([torch.bfloat16, torch.float32]),
     st.integers(0, 99),  # seed
 )
@@ -88,7 +88,7 @@ def test_norm_gate_up_silu(kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 @few
-@given(shape=shapes, heads=st.sampled_from([(4, 1), (3, 1)]), head_dim=st.sampled_from([32, 64]), part=st.booleans())
+@given(shape=shapes, heads=st.sampled_from([(2, 1), (3, 1)]), head_dim=st.sampled_from([32, 64]), part=st.booleans())
 def test_norm_qkv_rope_write(kind, shape, heads, head_dim, part):
     """Queries, and the caches whole: what no token wrote stays as it was."""
     tokens, _, columns, dtype, seed = shape
@@ -156,7 +156,7 @@ def test_decode_attention(heads, head_dim, splits, slots, verified, dtype, seed)
         assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 2),
     vocab=st.sampled_from([1, 97, 128, 3000]),

@@ -2,8 +2,8 @@
 
 Every kernel is compiled for sm_90 at the shapes of Llama-3.1-8B; one line each: registers a thread, bytes of stack
 (spills), shared memory, 16-byte loads and other loads of global memory in the main loop, instructions a weight (in
-attention: a cached element). The H200 issues 13.8 to 15.5 instructions in the time its memory gives a bf16 weight, 6.9 to 7.8 for
-int8 and fp8, 3.4 to 3.9 for int4; what needs more is bound by arithmetic.
+attention: a cached element). The H200 issues 13.8 to 15.5 instructions in the time its memory gives a bf16 weight,
+6.9 to 7.8 for int8 and fp8, 3.4 to 3.9 for int4; what needs more is bound by arithmetic.
 """
 
 from __future__ import annotations

@@ -199,15 +199,19 @@ def dots_tensor_cores(
         w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0.0, eviction_policy="evict_first")
         if KIND == "int4":
             first_SK = at_SK // 16 * 32 + at_SK % 16
-            group_SNK = rows_N[None, :, None] * (k // GROUP) + (first_SK // GROUP)[:, None, :]
-            scale_SNK = tl.load(scale + group_SNK, inside_S1K, 0.0).to(tl.float32)
-            center_SNK = tl.load(zero + group_SNK, inside_S1K, 0.0).to(tl.float32) + 8 * scale_SNK
+            at_SC = start // 16 + tl.arange(0, SHARES)[:, None] * (PART // 16) + tl.arange(0, PART // 16)[None, :]
+            group_SNC = rows_N[None, :, None] * (k // GROUP) + (at_SC // (GROUP // 32))[:, None, :]
+            inside_S1C = ((at_SC * 16 < columns) | EVEN)[:, None, :]
+            scale_SNC = tl.load(scale + group_SNC, inside_S1C, 0.0).to(tl.float32)
+            center_SNC = tl.load(zero + group_SNC, inside_S1C, 0.0).to(tl.float32) + 8 * scale_SNC
+            scale_SNK = sixteen(scale_SNC.to(x.dtype.element_ty))
+            center_SNK = sixteen(center_SNC.to(x.dtype.element_ty))
             x_SKM, part_M = load_tokens(x, norm, first_SK, inside_SK, tokens, k, NORM, TOKENS)
-            low_SNK = nibbles(w_SNK & 15, scale_SNK, center_SNK, x_SKM.dtype, NATIVE)
+            low_SNK = nibbles(w_SNK, scale_SNK, center_SNK, 0, x_SKM.dtype, NATIVE)
             sum_SNM = dot(low_SNK, x_SKM, sum_SNM, NATIVE)
             squares_M += part_M
             x_SKM, part_M = load_tokens(x, norm, first_SK + 16, inside_SK, tokens, k, NORM, TOKENS)
-            high_SNK = nibbles(w_SNK >> 4, scale_SNK, center_SNK, x_SKM.dtype, NATIVE)
+            high_SNK = nibbles(w_SNK, scale_SNK, center_SNK, 4, x_SKM.dtype, NATIVE)
             sum_SNM = dot(high_SNK, x_SKM, sum_SNM, NATIVE)
             squares_M += part_M
         else:
@@ -229,11 +233,30 @@ def dot(a, b, c, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def nibbles(q, scale, center, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """(q - 8) * scale + center. In x's dtype, where the center is small and q - 8 exact: two weights an instruction."""
+def nibbles(w, scale, center, SHIFT: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """(q - 8) * scale + center of each byte's bits SHIFT..SHIFT+3. In x's dtype the center is small and q - 8 exact.
+
+    bfloat16 of 128 + q is 0x4300 + q: two byte permutations make it of four bytes, with no conversion.
+    """
     if not NATIVE:
-        return (q.to(tl.float32) - 8) * scale + center
-    return (q.to(tl.int8, bitcast=True).to(DTYPE) - 8.0) * scale.to(DTYPE) + center.to(DTYPE)
+        return (((w >> SHIFT) & 15).to(tl.float32) - 8) * scale + center
+    if dtype == tl.bfloat16:
+        q = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $3, 7; shr.b32 t, $2, t; and.b32 t, t, 0x0f0f0f0f;"
+            " prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342; }",
+            "=r,=r,r,r", [w, tl.full(w.shape, SHIFT, tl.uint8)], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+        return (q - 136.0) * scale.to(dtype) + center.to(dtype)
+    return (((w >> SHIFT) & 15).to(dtype) - 8.0) * scale.to(dtype) + center.to(dtype)
+
+
+@triton.jit
+def sixteen(value_SNC):
+    """Each chunk's value for each of its bytes."""
+    S: tl.constexpr = value_SNC.shape[0]
+    N: tl.constexpr = value_SNC.shape[1]
+    C: tl.constexpr = value_SNC.shape[2]
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(value_SNC, 3), (S, N, C, 16)), (S, N, C * 16))
 
 
 @triton.jit
