@@ -33,7 +33,7 @@ from gpt_fast.bench.rounds import interleave
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
 from gpt_fast.bench.stats import percentile, ratio, summarize
 from gpt_fast.ops.cpu import build
-from gpt_fast.quantize.gate import weights_sha256, write_report
+from gpt_fast.quantize.gate import report_path, weights_sha256, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = Case(prompt_len=8, new_tokens=100)
@@ -384,11 +384,13 @@ def test_quality_comes_from_the_report_of_these_weights(tiny_checkpoint):
     weights = tiny_checkpoint / "model.safetensors"
     assert quality_of(weights) == "no report"
     values = {"perplexity": 11.0, "perplexity_against": 10.0, "mean_kl": 0.05, "against": "m", "text": "t"}
-    path = write_report(weights, {"sha256": weights_sha256(weights), **values})
+    path = report_path(weights)
+    write_report(path, {"sha256": weights_sha256(weights), **values})
     try:
         assert quality_of(weights) == values
+        assert quality_of(weights, kv_cache="int8") == "no report"
         assert report.quality_text(values) == "perplexity 11.000 (source 10.000), KL 0.0500"
-        write_report(weights, {"sha256": "another", **values})
+        write_report(path, {"sha256": "another", **values})
         assert quality_of(weights) == "outdated report"
         path.write_text("{")
         assert quality_of(weights) == "unreadable report"

@@ -36,11 +36,12 @@ class EngineTarget:
         told = self.engine.description
         weights = Path(told["checkpoint"])
         cache = self.engine.core.runner.cache.k_LNHTD
+        quality = quality_of(weights, kv_cache=told["kv_cache"])
         return Description(
             weight_bytes=told["weight_bytes_per_step"],
             kv_bytes=self.engine.model_config.kv_bytes_per_token(cache.element_size()),
             load_seconds=told["load_seconds"],
-            facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality_of(weights)},
+            facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
         )
 
     def run(self, case: Case, busy: int = 0) -> Sample:

@@ -9,10 +9,10 @@ from typing import Any
 from gpt_fast.quantize.gate import report_path, weights_sha256
 
 
-def quality_of(weights: Path) -> dict[str, Any] | str:
+def quality_of(weights: Path, *, kv_cache: str = "auto") -> dict[str, Any] | str:
     """{"perplexity", "perplexity_against", "mean_kl", "against", "text"}, or why there is no figure: two words."""
     try:
-        report = json.loads(report_path(weights).read_text(encoding="utf-8"))
+        report = json.loads(report_path(weights, kv_cache=kv_cache).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "no report"
     except ValueError:
