@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ahead import AheadRunner
+from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.controller import Choice, Fixed
@@ -56,13 +57,13 @@ def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
 
 @contextmanager
 def using(core: EngineCore, speculator: Speculator | None) -> Iterator[None]:
-    """Let the engine speculate so, or decode as one that was loaded without a speculator: its steps begin ahead."""
+    """Let the engine speculate so, or decode as one that was loaded without a speculator."""
     runner = core.runner
     loaded = runner.speculator
 
     def change(speculator: Speculator | None) -> None:
         if isinstance(runner, AheadRunner):
-            runner.forget()
+            runner.forget()  # what it began depends on who proposes
         runner.speculator = speculator
 
     change(speculator)

@@ -11,15 +11,14 @@ import copy
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpt_fast.bench.machine import CpuMeter, foreign_share
 from gpt_fast.bench.stats import is_quiet, percentile
 from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.draft.measure import forget, set_speculator
+from gpt_fast.draft.measure import forget, using
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine import EngineCore
 from gpt_fast.speculator import Speculator
@@ -112,23 +111,12 @@ def take_turns(
             turns = []
             for name in [*ways, *ways][first : first + len(ways)]:
                 random.seed(number)  # unseeded requests draw their seeds here
+                forget(core)
                 with using(core, ways[name]):
                     turns.append(turn(core, tokens, params, category=category, variant=name))
             if number:
                 rounds.append(turns)
     return rounds
-
-
-@contextmanager
-def using(core: EngineCore, speculator: Speculator | None) -> Iterator[None]:
-    loaded = core.runner.speculator
-    forget(core)
-    set_speculator(core, speculator)
-    try:
-        yield
-    finally:
-        set_speculator(core, loaded)
-        forget(core)
 
 
 def turn(
