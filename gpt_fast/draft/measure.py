@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ahead import AheadRunner
-from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.controller import Choice, Fixed
