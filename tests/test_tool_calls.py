@@ -162,7 +162,7 @@ def server(request):
 def ask(server):
     import openai
 
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
     user = [{"role": "user", "content": "Weather in Oslo?"}]
 
     def create(**fields):
@@ -243,7 +243,7 @@ def test_the_default_model_calls_with_another_templates_format(default_checkpoin
     ask = {"model": "gpt-fast", "tools": [WEATHER, CLOCK], "temperature": 0, "max_tokens": 80}
     ask |= {"messages": [{"role": "user", "content": "How is the weather in Oslo, for 2 days?"}]}
     with RoundServer(engine) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
         (choice,) = client.chat.completions.create(**ask, tool_choice="required").choices
         events = list(client.chat.completions.create(**ask, tool_choice="required", stream=True))
     (call,) = choice.message.tool_calls
@@ -257,7 +257,7 @@ def test_a_template_without_tools_refuses_them():
     import openai
 
     with RoundServer() as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="gpt-fast", messages=[{"role": "user", "content": "x"}], tools=[CLOCK])
         assert caught.value.param == "tools"
