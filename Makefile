@@ -82,7 +82,7 @@ help: ## This list
 .venv/.installed-serve: .venv/.created pyproject.toml requirements.lock
 	@echo "venv: installing the locked packages (torch first: minutes on the first run)"
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_SPEC)"
-	$(PIP) -e '.[serve,gguf]'
+	$(PIP) -e '.[serve,gguf,structured]'
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-serve
