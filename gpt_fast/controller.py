@@ -53,7 +53,7 @@ class Fixed:
     """Always chooses the same (None: plain decode): what a report or a proof of correctness measures."""
 
     def __init__(self, choice: Choice | None, counts: list[int]) -> None:
-        self.choice, self.counts, self.costs = choice, counts, Costs()
+        self.choice, self.counts, self.costs, self.probing = choice, counts, Costs(), False
 
     def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
         return self.choice
@@ -61,7 +61,7 @@ class Fixed:
     def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
         pass
 
-    def rest(self, fruitless: int) -> int:
+    def rest(self, idle: int) -> int:
         return 0
 
 
@@ -117,8 +117,9 @@ class Controller:
     costs: Costs = field(default_factory=Costs)
     balance: float = 0.0  # seconds
     since_plain: int = 0
+    probing: bool = False  # the last choice was a probe, or none
 
-    REST_AFTER, REST = 32, 7  # fruitless steps, and the most plain steps between two looks
+    REST_SHARE, REST = 0.25, 7  # of the idle steps in a row, and at most: plain steps between two looks
     LAG_STEPS = 16  # catching up is spread over the steps expected to follow
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     PLAIN_EVERY = 64  # speculative steps between two plain ones, which keep the comparison honest
@@ -142,14 +143,15 @@ class Controller:
                 best, best_speedup = choice, speedup
             if (loss := cost + lag - tau) < probe_loss:
                 probe, probe_loss = choice, loss
+        self.probing = best is None
         return best or probe
 
-    def rest(self, fruitless: int) -> int:
-        """How many plain steps may pass before the next look, after `fruitless` steps in which no proposal stood.
+    def rest(self, idle: int) -> int:
+        """How many plain steps may pass before the next look, after `idle` steps in which nothing paid.
 
         Looking costs the host some time, and a step that is known to be plain can begin ahead.
         """
-        return min(max(fruitless - self.REST_AFTER, 0) // 4, self.REST)
+        return min(int(idle * self.REST_SHARE), self.REST)
 
     def learn(self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0) -> None:
         """What a step of `rows` rows brought and cost, `caught_up` tokens fed to a draft included."""

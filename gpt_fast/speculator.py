@@ -81,7 +81,7 @@ class Speculator:
         self.requests: dict[Sequence, dict[tuple[str, int], Acceptance]] = {}
         self.choice: Choice | None = None
         self.offers: Seq[Offer] = ()
-        self.fruitless = 0  # steps in a row in which nothing proposed stood
+        self.idle = 0  # plain steps and vain probes in a row
         self.resting = 0  # steps until the next look
         self.rested = False  # the last step was one of them
 
@@ -90,17 +90,16 @@ class Speculator:
         return self.resting > 0 and all(s in self.requests for s in sequences)
 
     def propose(self, sequences: Seq[Sequence]) -> Proposal | None:
-        """This step's proposals; None for a plain step. After fruitless steps it looks less often."""
+        """This step's proposals; None for a plain step. After idle steps it looks less often."""
         if self.rests(sequences):
             self.rested, self.choice, self.resting = True, None, self.resting - 1
             return None
         self.rested = False
-        if any(s not in self.requests for s in sequences):
-            self.fruitless = 0
         # Every decoding sequence is in every step, so one that is missing has ended.
         self.requests = {s: self.requests.get(s, {}) for s in sequences}
         self._choose(sequences)
-        self.resting = self.controller.rest(self.fruitless)
+        self.idle = 0 if self.choice and not self.controller.probing else self.idle
+        self.resting = self.controller.rest(self.idle)
         if self.choice is None:
             return None
         arm, count = self.choice
@@ -120,7 +119,7 @@ class Speculator:
     ) -> None:  # fmt: skip
         """What became of them; called before the accepted tokens join their sequences."""
         tokens = sum(accepted) + len(accepted)
-        self.fruitless = 0 if any(accepted) else self.fruitless + 1
+        self.idle = 0 if any(accepted) else self.idle + 1
         if self.rested:  # it may have begun ahead, so its time says nothing
             seconds = self.controller.costs.plain(len(sequences)) or seconds
         if proposal is None or self.choice is None:
