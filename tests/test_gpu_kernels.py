@@ -154,6 +154,7 @@ def test_decode_attention(heads, head_dim, splits, slots, verified, dtype, seed)
         got = poisoned(tokens, q_heads, head_dim, dtype=torch.float32)
         decode_attention(q, *caches, places, lengths, workspace, got, **options)
         assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 2e-6)
+        assert not workspace.arrived.any()
 
 
 @settings(max_examples=8)
@@ -193,3 +194,19 @@ def test_a_row_of_no_numbers_gets_no_token(wrong):
     uniform = torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE)
     sample(logits, *options, uniform, sampler_workspace(2, 300, torch.device(DEVICE)), got)
     assert got.tolist() == [-1, int(logits[1].argmax())]
+
+
+@pytest.mark.parametrize("levels, top_k, top_p", [(1, 3, 1.0), (4, 0, 0.6), (4, 40, 0.9), (9000, 600, 1.0)])
+def test_sample_at_the_edges(levels, top_k, top_p):
+    """Ties at the cut (a few levels only), more than the candidates hold, and draws at both ends of the range."""
+    draws = torch.tensor([0.0, 0.3, 0.97, 1 - 2**-53], dtype=torch.float64, device=DEVICE)
+    vocab = 9000 if top_k > 512 else 700  # of 9000, the peaks bound the candidates
+    logits = -((torch.arange(1, vocab + 1, device=DEVICE) * 37 % (vocab + 1)) % (levels + 1)).float() / 100
+    logits = logits.repeat(len(draws), 1)
+    params = [torch.full((len(draws),), value, device=DEVICE) for value in (1.0, top_k, top_p)]
+    want, got = (torch.full((len(draws),), -7, device=DEVICE) for _ in range(2))
+    sample_reference(logits, *params, draws, None, want)
+    workspace = sampler_workspace(len(draws), vocab, torch.device(DEVICE))
+    sample(logits, *params, draws, workspace, got)
+    assert got.tolist() == want.tolist()
+    assert not workspace.found.any() and not workspace.arrived.any()  # ready for the next call
