@@ -81,9 +81,9 @@ class AheadRunner(Runner):
         if ahead is None or not ahead.covers(sequences):
             ahead = self._start(sequences)
         # A sequence that has ended must not go on: its slot may be another's by then.
-        if ahead.step.latest and len(ahead.rows) == len(sequences) and self._plain_next(sequences):
-            if all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
-                self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
+        same = ahead.step.latest and len(ahead.rows) == len(sequences)
+        if same and self._plain_next(sequences) and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
+            self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
         index = [ahead.rows.index((s, s.computed)) for s in sequences]
         logits_BV, best_B = ahead.step.result(), ahead.step.best()
         if index == list(range(len(index))):

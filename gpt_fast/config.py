@@ -113,8 +113,8 @@ class EngineConfig:
     """How an engine runs one model: what `handler:` in model_config.yaml holds, and the CLI's flags.
 
     checkpoint_path: a converted directory, or one weights file in it, which decides the quantization.
-    dtype: what to compute in; "auto" is the checkpoint's own. kv_cache: element type of the cache; "auto" is dtype,
-        "int8" about half of bfloat16's bytes.
+    dtype: what to compute in; "auto" is the checkpoint's own. kv_cache: element type of the cache; "auto" is bfloat16
+        beside quantized weights on a CPU, which are rounded far more, else dtype; "int8" takes half of its bytes.
     kernels: "auto" takes the fused path where device and model have one, "plain" stays with PyTorch's operators.
     max_seq_len: positions a slot can hold, prompt and answer together; 0 means the model's own limit,
         at most 8192. max_num_seqs: slots, i.e. requests decoded together.

@@ -42,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     parser.add_argument("--kernels", default="auto", help="auto (fused where there is one), plain")
     parser.add_argument("--max_seq_len", type=int, default=0, help="0: the model's own, at most 8192")
     return parser.parse_args(argv)
@@ -62,6 +63,7 @@ def load(args: argparse.Namespace) -> Engine:
         args.checkpoint_path,
         dtype=args.dtype,
         device=args.device,
+        kv_cache=args.kv_cache,
         kernels=args.kernels,
         max_seq_len=args.max_seq_len,
         max_num_seqs=args.batch_size,

@@ -52,7 +52,7 @@ def load_parts(config: EngineConfig) -> Parts:
     check_vocabulary(tokenizer.vocab_size, loaded.config)
     max_seq_len = choose_max_seq_len(config, loaded.config)
     compute_dtype = model.norm.weight.dtype
-    cache = build_cache(config, loaded.config, max_seq_len, torch_dtype(config.kv_cache) or compute_dtype, device)
+    cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads)
@@ -112,8 +112,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
         raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
                           got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
     max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
-    dtype = torch_dtype(config.kv_cache) or loaded.model.norm.weight.dtype
-    draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device)
+    draft_cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
     runner = Runner(
@@ -128,6 +127,13 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a configured name; None for "auto"."""
     return None if name == "auto" else getattr(torch, name)
+
+
+def cache_dtype(config: EngineConfig, loaded: Loaded) -> torch.dtype:
+    """The KV cache's element type."""
+    own = loaded.model.norm.weight
+    coarse = loaded.quantization is not None and own.device.type == "cpu"
+    return torch_dtype(config.kv_cache) or (torch.bfloat16 if coarse else own.dtype)
 
 
 def choose_device(name: str) -> torch.device:
@@ -240,7 +246,7 @@ def fused_path(
         return "kernels: plain"
     if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:
         return "float32 and float16 have no fused path"
-    if (torch_dtype(config.kv_cache) or loaded.model.norm.weight.dtype) == torch.float16:
+    if cache_dtype(config, loaded) == torch.float16:
         return "a float16 KV cache has no fused path"
     if loaded.model.norm.weight.device.type != "cpu":
         return gpu_path(config, loaded.model, threads)

@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
     add = parser.add_argument_group("the engine").add_argument
     add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
-    add("--kv_cache", default="auto", help="auto (dtype), float32, bfloat16, float16")
+    add("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     add("--kernels", default="auto", help="auto (fused where there is one), plain")
     add("--device", default="auto")
     add("--compile", action="store_true", help="compile decoding")

@@ -35,11 +35,11 @@ class EngineTarget:
     def describe(self) -> Description:
         told = self.engine.description
         weights = Path(told["checkpoint"])
-        cache = self.engine.core.runner.cache.k_LNHTD
+        cache = self.engine.core.runner.cache
         quality = quality_of(weights, kv_cache=told["kv_cache"])
         return Description(
             weight_bytes=told["weight_bytes_per_step"],
-            kv_bytes=self.engine.model_config.kv_bytes_per_token(cache.element_size()),
+            kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),
             load_seconds=told["load_seconds"],
             facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
         )

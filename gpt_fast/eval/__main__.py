@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16; --quality: float32 unless said")
-    add("--kv_cache", default="auto", help="auto (dtype), float32, bfloat16, float16, int8")
+    add("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     tasks = flags.add_argument_group("task scores, through lm-evaluation-harness")
     add = tasks.add_argument
     add("--checkpoint_path", help="a converted checkpoint's directory, or a weights file in it")

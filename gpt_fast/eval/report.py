@@ -15,7 +15,7 @@ from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine import Forward
 from gpt_fast.eval.quality import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
-from gpt_fast.load import ModelPath, choose_device, fused_path, torch_dtype
+from gpt_fast.load import ModelPath, cache_dtype, choose_device, fused_path, torch_dtype
 from gpt_fast.quantize.gate import weights_sha256
 from gpt_fast.quantize.text import Text, windows
 from gpt_fast.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def load_run(config: EngineConfig, length: int) -> Run:
 
 def side(run: Run, length: int) -> Side:
     weight = run.loaded.model.norm.weight
-    dtype = torch_dtype(run.config.kv_cache) or weight.dtype
+    dtype = cache_dtype(run.config, run.loaded)
     scorer = Scorer(run.forward, run.loaded.config, rows=ROWS, max_seq_len=length, dtype=dtype, device=weight.device)
     return Side(run.loaded.model, scorer)
 

@@ -18,7 +18,7 @@ import torch
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine, TextEvent
 from gpt_fast.scheduler import Sequence
-from gpt_fast.serve.metrics import RequestRecord
+from gpt_fast.serve.metrics import RequestRecord, speculation_totals
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class Mailbox:
             started=self.sequence.started if self.sequence else None,
             first_token=self.first_token,
             ended=time.monotonic(),
+            drafted_tokens=self.sequence.drafted if self.sequence else 0,
+            accepted_tokens=self.sequence.accepted if self.sequence else 0,
         )
 
 
@@ -185,7 +187,9 @@ class Service:
 
     def totals(self) -> dict[str, float]:
         """Counts since the start, of what is no request."""
-        return {"recompiles_total": self.engine.core.recompiles()}
+        speculator = self.engine.core.runner.speculator
+        drafts = speculation_totals(speculator.totals) if speculator else {}
+        return {"recompiles_total": self.engine.core.recompiles(), **drafts}
 
     def failure(self) -> str | None:
         """Why the engine will not produce anything any more, or None. TorchServe then has to restart the worker."""
