@@ -136,3 +136,13 @@ def test_logit_bias(bias):
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_ignore_eos(value):
     assert problem(SamplingParams, ignore_eos=value).startswith("ignore_eos: ")
+
+
+@pytest.mark.parametrize(("wanted", "device", "spare", "interval"), [
+    (None, "cpu", 0, 0.1), (None, "cpu", 1, 0.02), (None, "cuda:0", 0, 0.02),
+    (0.0, "cpu", 0, 0.0), (0.3, "cpu", 1, 0.3),
+])  # fmt: skip
+def test_chunks_of_a_stream_leave_the_engine_its_cores(wanted, device, spare, interval):
+    from gpt_fast.serve.startup import available_cores, chunk_interval
+
+    assert chunk_interval(wanted, {"device": device, "threads": available_cores() - spare}) == interval

@@ -34,7 +34,7 @@ class ServeConfig:
     before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any
     request may take. hung_seconds: a step that takes longer ends the worker, for TorchServe to restart.
     stream_interval: seconds between two chunks of a stream, after the first token; what is decoded meanwhile leaves
-    together. 0 sends every token by itself.
+    together. 0 sends every token by itself; None: see `chunk_interval`.
     """
 
     max_new_tokens: int = 50
@@ -42,7 +42,7 @@ class ServeConfig:
     max_waiting: int | None = None
     request_seconds: float = 600.0
     hung_seconds: float = 60.0
-    stream_interval: float = 0.05
+    stream_interval: float | None = None
 
     def __post_init__(self) -> None:
         check_int("handler.max_new_tokens", self.max_new_tokens, 1, 1 << 22)
@@ -50,7 +50,8 @@ class ServeConfig:
             check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
         check_float("handler.request_seconds", self.request_seconds, 0.001, 86400.0)
         check_float("handler.hung_seconds", self.hung_seconds, 1.0, 86400.0)
-        check_float("handler.stream_interval", self.stream_interval, 0.0, 1.0)
+        if self.stream_interval is not None:
+            check_float("handler.stream_interval", self.stream_interval, 0.0, 1.0)
         if not isinstance(self.stream, bool):
             raise ConfigError("handler.stream", "must be true or false", got=self.stream)
 
@@ -102,7 +103,7 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine,
         threads=engine.description["torch_threads"],
         hung_after=serve_config.hung_seconds,
-        interval=serve_config.stream_interval,
+        interval=chunk_interval(serve_config.stream_interval, engine.description),
     )
     service.start()
     drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
@@ -122,7 +123,21 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
     return Rounds(service, admit)
 
 
+def chunk_interval(wanted: float | None, description: Mapping[str, Any]) -> float:
+    """Seconds between two chunks of a stream: as wanted, else 0.02, or 0.1 where the engine computes on every core.
+
+    There each of TorchServe's rounds stops the engine for some milliseconds.
+    """
+    if wanted is not None:
+        return wanted
+    return 0.1 if description["device"] == "cpu" and description["threads"] >= available_cores() else 0.02
+
+
 def serving_threads() -> int:
     """Every core but one where there are more than two: TorchServe's front end and the handler need a share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return cores - 1 if cores > 2 else cores
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
