@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # last round is gone, and nobody will say so. First decoding pauses, which costs nothing if the silence was a stall.
 SILENCE_SECONDS = 0.3
 LOST_SECONDS = 5.0  # then the requests are dropped
+CROWD_INTERVAL = 0.05  # seconds from round to round that many streams share at least
 
 
 @dataclass
@@ -135,11 +136,16 @@ class Service:
         with self._changed:
             self._last_round = time.monotonic()
             self._changed.notify_all()
-            pause = min(max(self._returned + self._interval - self._last_round, 0), timeout)
+            pause = min(max(self._returned + self._pause() - self._last_round, 0), timeout)
             if not self._wait_for(self._urgent, pause):
                 self._wait_for(self._news, timeout - pause)
             self._last_round = self._returned = time.monotonic()
             self._woken = False
+
+    def _pause(self) -> float:
+        """Seconds from round to round: a new request waits as long, and the more are served, the sooner one comes."""
+        served = sum(not box.done for box in self._mail.values())
+        return max(self._interval / max(served, 1), min(self._interval, CROWD_INTERVAL))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
         self._awaited = condition  # the engine's thread looks, and does not wake us for less
