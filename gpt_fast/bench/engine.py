@@ -28,6 +28,7 @@ class EngineTarget:
 
     def __init__(self, **options: Any) -> None:
         self.engine = Engine.load(**options)
+        self.engine.core.scheduler.reuse_prefix = False  # a case is run twice: alone and beside busy programs
         self.ids = itertools.count()
         for _ in self.engine.events([0], SamplingParams(max_new_tokens=1, ignore_eos=True)):
             pass  # so that the time to get here is that to a first token
