@@ -342,32 +342,32 @@ def test_a_request_ends_at_its_timeout(server):
 def test_figures_while_load_runs(server):
     server.wait_for(lambda figures: figures["num_requests_running"] == 0, seconds=10)
     before = server.metrics()
-    body = {"prompt": "Count: 1, 2, 3,", "max_new_tokens": 100, "ignore_eos": True, "stream": False}
+    body = {"prompt": "Count: 1, 2, 3,", "max_new_tokens": 200, "ignore_eos": True, "stream": False}
     results: list[int] = []
-    threads = [threading.Thread(target=lambda: results.append(server.call(body).status)) for _ in range(12)]
+    threads = [threading.Thread(target=lambda: results.append(server.call(body).status)) for _ in range(24)]
     for thread in threads:
         thread.start()
-    server.wait_for(lambda figures: figures["num_requests_running"] == 8, seconds=20)
+    server.wait_for(lambda figures: figures["num_requests_running"] == 16, seconds=20)
     server.wait_for(
         lambda figures: figures["num_requests_waiting"] > 0 and figures["kv_cache_usage_perc"] > 0, seconds=5
     )
     for thread in threads:
         thread.join()
-    assert results == [200] * 12
+    assert results == [200] * 24
     server.wait_for(lambda figures: figures["num_requests_running"] == 0, seconds=5)
     after = server.metrics()
     gained = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert gained["generation_tokens_total"] == 1200
-    assert gained["request_success_total:length"] == 12
+    assert gained["generation_tokens_total"] == 4800
+    assert gained["request_success_total:length"] == 24
     for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"):
-        assert gained[f"{name}_seconds_count"] == 12
+        assert gained[f"{name}_seconds_count"] == 24
     assert gained["prefix_cache_hits_total"] >= 0 and gained["recompiles_total"] == 0
     assert after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
 
 
 def test_a_full_server_answers_429_at_once(server):
-    clients = [server.connect(LONG) for _ in range(36)]
-    server.wait_for(lambda figures: figures["num_requests_waiting"] == 28, seconds=20)
+    clients = [server.connect(LONG) for _ in range(16 + 24)]
+    server.wait_for(lambda figures: figures["num_requests_waiting"] == 24, seconds=20)
     begin = time.monotonic()
     late = server.call(SHORT)
     assert time.monotonic() - begin < 2
