@@ -64,6 +64,17 @@ def make_core():
     return build
 
 
+@pytest.fixture
+def one_torch_thread():
+    """Many small models: a second thread would only wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def default_checkpoint():
     """The default model's directory; `make model` puts it there."""

@@ -13,6 +13,8 @@ import torch
 
 from gpt_fast.bench.gpu import cli, models, report, rows
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # As much of meta-pytorch/gpt-fast as the adapter touches, in its own words.
@@ -43,14 +45,6 @@ class Transformer(torch.nn.Module):
         assert int(input_pos[-1]) < self.positions and self.output.weight.dtype == torch.bfloat16
         return self.output(self.tok_embeddings(x))
 """
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def dry_run(capsys, *arguments):

@@ -24,6 +24,8 @@ from gpt_fast.ops.gpu.state import Row
 from gpt_fast.quantize.linear import pack
 from gpt_fast.scheduler import NO_TOKEN
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 EOS = 7
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARAMS = [
@@ -32,14 +34,6 @@ PARAMS = [
     SamplingParams(max_new_tokens=30, temperature=0.7, top_p=0.9, seed=5),
 ]
 PROMPTS = [[5, 9, 3], [8, 8, 1, 2, 30], list(range(40, 60))]
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

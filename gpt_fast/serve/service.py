@@ -144,8 +144,7 @@ class Service:
 
     def _pause(self) -> float:
         """Seconds from round to round: a new request waits as long, and the more are served, the sooner one comes."""
-        served = sum(not box.done for box in self._mail.values())
-        return max(self._interval / max(served, 1), min(self._interval, CROWD_INTERVAL))
+        return max(self._interval / max(self.in_flight(), 1), min(self._interval, CROWD_INTERVAL))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
         self._awaited = condition  # the engine's thread looks, and does not wake us for less
