@@ -13,7 +13,7 @@ echo "$TORCH_SPEC" > "$work/torch.txt"
   cat <<'NOTE'
 # Made by `make lock` for Python 3.11 on Linux; used as constraints: pip install -c requirements.lock -e '.[serve]'
 # torch stands without a local version (+cpu, +cu130): one lock serves the CPU and the CUDA build. The CUDA build's
-# own nvidia-* and triton packages are not here because torch pins them exactly itself.
+# own nvidia-* packages are not here because torch pins them exactly itself.
 NOTE
   # Without our own line and the build tag of the torch that this machine has.
   sed -e '/^gpt-fast/d' -e '/^#/d' -e '/^$/d' -e '/^torch==/s/+.*//' "$work/lock.txt"

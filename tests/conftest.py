@@ -7,7 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny 
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the GPU kernels run on the CPU, in its interpreter
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=100, derandomize=True, **_COMMON)
@@ -23,8 +27,6 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_model():
     """tiny_model(seed=0, max_seq_len=128, **options): a float32 Transformer of random weights, rope table made."""
-    import torch
-
     from gpt_fast.config import ModelConfig
     from gpt_fast.model import Transformer
 
@@ -49,8 +51,6 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def make_core():
     """make_core(model, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True): an EngineCore."""
-    import torch
-
     from gpt_fast.cache import KVCache
     from gpt_fast.engine import EngineCore, Runner
 
@@ -67,8 +67,6 @@ def make_core():
 @pytest.fixture
 def one_torch_thread():
     """Many small models: a second thread would only wait."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,14 +1,10 @@
 """The GPU kernels against their plain PyTorch twins: in Triton's interpreter here, on the device where there is one."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 from _gpu_cases import DEVICE, normal, poisoned, weight
