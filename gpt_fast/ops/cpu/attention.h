@@ -4,10 +4,15 @@
 // values; then these partial results merged in the order of the chunks (as flash attention does, arXiv:2205.14135).
 // Chunks start at multiples of 64 whoever asks, so decode (chunks shared out among threads), verification and prefill
 // (many queries to a chunk) give the same bits. Keys are turned so that lanes are keys: no horizontal sums.
+//
+// What is multiplied are 32-bit words (see Floats and Pairs): a float32 cache as it is; a narrower one as pairs of
+// bfloat16, of two neighbouring dimensions of a key, of two neighbouring positions of the values. One instruction
+// multiplies and adds a pair. Queries and weights are rounded to bfloat16 for it; sums stay float32.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -28,9 +33,36 @@ struct Slot {
   const float* v_scale;
 };
 
-inline f32x16 load_value(const float* p) { return load(p); }
-inline f32x16 load_value(const uint16_t* p) { return load_bf16(p); }
-inline f32x16 load_value(const int8_t* p) { return load_i8(p); }
+struct Floats {
+  using Vector = f32x16;
+  static constexpr int kEach = 1;  // elements of a word
+  static Vector load(const float* p) { return gf::load(p); }
+  static void store(float* p, Vector v) { gf::store(p, v); }
+  static Vector splat(const float* p) { return gf::splat(*p); }
+  static f32x16 add_product(f32x16 sum, Vector a, Vector b) { return fma(a, b, sum); }
+};
+
+struct Pairs {
+  using Vector = i32x16;
+  static constexpr int kEach = 2;
+  static Vector load(const float* p) { return load_i(p); }
+  static void store(float* p, Vector v) { store_i(p, v); }
+  static Vector splat(const float* p) { return splat_i(read_as<int32_t>(p)); }
+  static f32x16 add_product(f32x16 sum, Vector a, Vector b) { return dot2_bf16(sum, a, b); }
+};
+
+template <class T>
+using WordsOf = std::conditional_t<std::is_same_v<T, float>, Floats, Pairs>;
+
+// Queries as the cache's type wants them: [head_dim / WordsOf<T>::kEach] words.
+inline void store_query(float* p, const float* x, float scale, int head_dim, CacheType type) {
+  auto* half = reinterpret_cast<uint16_t*>(p);
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const f32x16 v = load(x + d) * splat(scale);
+    if (type == CacheType::kFloat) store(p + d, v);
+    else store_bf16(half + d, v);
+  }
+}
 
 // Stores one head's key or value, and its scale where the type has one.
 inline void store_head(float* p, float*, const float* x, int head_dim) {
@@ -56,9 +88,10 @@ struct Partial {
 
 inline void merge(const Partial& into, const Partial& next, int head_dim) {
   if (*next.max == -INFINITY) return;
-  const float top = *into.max > *next.max ? *into.max : *next.max;
-  const float keep = exp2_one(*into.max - top), gain = exp2_one(*next.max - top);
-  *into.max = top;
+  const bool rises = *next.max > *into.max;
+  const float less = exp2_one(rises ? *into.max - *next.max : *next.max - *into.max);
+  const float keep = rises ? less : 1.0f, gain = rises ? 1.0f : less;
+  *into.max = rises ? *next.max : *into.max;
   *into.sum = *into.sum * keep + *next.sum * gain;
   for (int d = 0; d < head_dim; d += kLanes)
     store(into.o + d, fma(load(into.o + d), splat(keep), load(next.o + d) * splat(gain)));
@@ -71,8 +104,8 @@ inline void clear(const Partial& p, int head_dim) {
 
 // A thread's working memory.
 struct AttentionScratch {
-  Buffer<float> keys;    // [head_dim][64]
-  Buffer<float> values;  // [64][head_dim]
+  Buffer<float> keys;    // words [head_dim / each][64]
+  Buffer<float> values;  // words [64 / each][head_dim]
   Buffer<float> scores;  // [query][64]
   Buffer<float> state;   // [query][head_dim + 16]: merged so far
   Buffer<float> chunk;   // [query][head_dim + 16]: this chunk's
@@ -91,7 +124,7 @@ inline Partial partial_at(float* base, int index, int head_dim) {
   return {p + head_dim, p + head_dim + 1, p};
 }
 
-// keys[d][0..63] = k[0..n-1][d]; keys past n are zero.
+// keys[d][0..63] = k[0..n-1][d], a word each; keys past n are zero.
 inline void turn_keys(const float* k, int n, int head_dim, float* keys) {
   for (int first = 0; first < n; first += kLanes)
     for (int d = 0; d < head_dim; d += kLanes) {
@@ -105,16 +138,13 @@ inline void turn_keys(const float* k, int n, int head_dim, float* keys) {
 
 inline void turn_keys(const uint16_t* k, int n, int head_dim, float* keys) {
   for (int first = 0; first < n; first += kLanes)
-    for (int d = 0; d < head_dim; d += 2 * kLanes) {  // pairs of bfloat16 are turned as one 32-bit lane
+    for (int d = 0; d < head_dim; d += 2 * kLanes) {
       const int dims = head_dim - d < 2 * kLanes ? head_dim - d : 2 * kLanes;
       i32x16 row[16];
       for (int i = 0; i < 16; i++)
         row[i] = first + i < n ? load_some(k + size_t(first + i) * head_dim + d, 2 * dims) : splat_i(0);
       transpose16(row);
-      for (int i = 0; i < dims / 2; i++) {
-        store(keys + (d + 2 * i) * kChunk + first, even_bf16(row[i]));
-        store(keys + (d + 2 * i + 1) * kChunk + first, odd_bf16(row[i]));
-      }
+      for (int i = 0; i < dims / 2; i++) store_i(keys + (d / 2 + i) * kChunk + first, row[i]);
     }
 }
 
@@ -127,14 +157,40 @@ inline void turn_keys(const int8_t* k, int n, int head_dim, float* keys) {
         row[i] = first + i < n ? load_some(k + size_t(first + i) * head_dim + d, dims) : splat_i(0);
       transpose16(row);
       for (int i = 0; i < dims / 4; i++) {
-        float* out = keys + (d + 4 * i) * kChunk + first;
-        store(out, byte_to_float<0>(row[i]));
-        store(out + kChunk, byte_to_float<1>(row[i]));
-        store(out + 2 * kChunk, byte_to_float<2>(row[i]));
-        store(out + 3 * kChunk, byte_to_float<3>(row[i]));
+        float* out = keys + (d / 2 + 2 * i) * kChunk + first;
+        store_i(out, pair_exact(byte_to_float<0>(row[i]), byte_to_float<1>(row[i])));
+        store_i(out + kChunk, pair_exact(byte_to_float<2>(row[i]), byte_to_float<3>(row[i])));
       }
     }
 }
+
+inline i32x16 pair_rows(const uint16_t* low, const uint16_t* high) { return interleave_bf16(low, high); }
+inline i32x16 pair_rows(const int8_t* low, const int8_t* high) { return pair_exact(load_i8(low), load_i8(high)); }
+
+// Sixteen dimensions of a word of the values: of position i, or of positions 2i and 2i + 1. The last pair's second may
+// lie past the n positions that count: its weight is zero, so the first stands in (unwritten memory may be NaN).
+template <class T>
+struct ValueRows {
+  using Words = WordsOf<T>;
+  const T* v;
+  int n, head_dim;
+
+  typename Words::Vector at(int i, int d) const {
+    const T* row = v + size_t(i) * Words::kEach * head_dim + d;
+    if constexpr (Words::kEach == 1) return load(row);
+    else return pair_rows(row, 2 * i + 1 < n ? row + head_dim : row);
+  }
+};
+
+// The same, made once for many queries.
+template <class W>
+struct MadeValues {
+  using Words = W;
+  const float* words;
+  int n, head_dim;
+
+  typename W::Vector at(int i, int d) const { return W::load(words + size_t(i) * head_dim + d); }
+};
 
 // Multiplies the first n of 64 scores or weights by their keys' or values' scales.
 inline void apply_scales(float* scores, const float* scale, int n) {
@@ -153,29 +209,37 @@ struct Ahead {
   }
 };
 
-// scores[q][first..first+16*V) of Q queries: their products with V vectors of turned keys.
-template <int Q, int V>
-void score_some(const float* const* q, const float* keys, int first, int head_dim, float* scores, const Ahead& ahead) {
+// scores[q][first..first+16*V) of Q queries: their products with V vectors of turned keys. `words` make a head.
+template <class W, int Q, int V>
+void score_some(const float* const* q, const float* keys, int first, int words, float* scores, const Ahead& ahead) {
   f32x16 sum[Q][V];
-  for (auto& s : sum)
-    for (auto& v : s) v = splat(0.0f);
-  for (int d = 0; d < head_dim; d++) {
+  GF_UNROLL
+  for (int i = 0; i < Q; i++)
+    GF_UNROLL
+    for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
+  for (int d = 0; d < words; d++) {
     ahead.fetch(d);
-    f32x16 k[V];
-    for (int j = 0; j < V; j++) k[j] = load(keys + d * kChunk + first + j * kLanes);
+    typename W::Vector k[V];
+    GF_UNROLL
+    for (int j = 0; j < V; j++) k[j] = W::load(keys + d * kChunk + first + j * kLanes);
+    GF_UNROLL
     for (int i = 0; i < Q; i++) {
-      const f32x16 x = splat(q[i][d]);
-      for (int j = 0; j < V; j++) sum[i][j] = fma(x, k[j], sum[i][j]);
+      const typename W::Vector x = W::splat(q[i] + d);
+      GF_UNROLL
+      for (int j = 0; j < V; j++) sum[i][j] = W::add_product(sum[i][j], x, k[j]);
     }
   }
+  GF_UNROLL
   for (int i = 0; i < Q; i++)
+    GF_UNROLL
     for (int j = 0; j < V; j++) store(scores + i * kChunk + first + j * kLanes, sum[i][j]);
 }
 
-template <int Q>
+template <class W, int Q>
 void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, const Ahead& ahead) {
-  if (n > 2 * kLanes) return score_some<Q, 4>(q, keys, 0, head_dim, scores, ahead);
-  score_some<Q, 2>(q, keys, 0, head_dim, scores, ahead);
+  const int words = head_dim / W::kEach;
+  if (n > 2 * kLanes) return score_some<W, Q, 4>(q, keys, 0, words, scores, ahead);
+  score_some<W, Q, 2>(q, keys, 0, words, scores, ahead);
 }
 
 // Turns one query's scores into weights; only keys first..last-1 of the chunk count. False: none does.
@@ -201,38 +265,52 @@ inline bool weigh(float* scores, int first, int last, int n, const Partial& out)
   return true;
 }
 
+// The first n of 64 weights, rounded where they are multiplied in pairs: word i has those of positions 2i and 2i + 1.
+template <class W>
+void to_words(float* weights, int n) {
+  if constexpr (W::kEach == 2)
+    for (int i = 0; i < n; i += kLanes) store_bf16(reinterpret_cast<uint16_t*>(weights) + i, load(weights + i));
+}
+
 // o[q][d..d+16*V) = sum over keys of weight * value, for Q queries.
-template <int Q, int V, class T>
-void weigh_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, int d,
-                  const Ahead& ahead) {
+template <int Q, int V, class Values>
+void weigh_values(const float* weights, const Values& values, const Partial* out, int d, const Ahead& ahead) {
+  using W = typename Values::Words;
   f32x16 sum[Q][V];
-  for (auto& s : sum)
-    for (auto& x : s) x = splat(0.0f);
-  for (int t = 0; t < n; t++) {
+  GF_UNROLL
+  for (int i = 0; i < Q; i++)
+    GF_UNROLL
+    for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
+  for (int t = 0; t < (values.n + W::kEach - 1) / W::kEach; t++) {
     ahead.fetch(t);
-    f32x16 value[V];
-    for (int j = 0; j < V; j++) value[j] = load_value(v + size_t(t) * head_dim + d + j * kLanes);
+    typename W::Vector value[V];
+    GF_UNROLL
+    for (int j = 0; j < V; j++) value[j] = values.at(t, d + j * kLanes);
+    GF_UNROLL
     for (int i = 0; i < Q; i++) {
-      const f32x16 p = splat(weights[i * kChunk + t]);
-      for (int j = 0; j < V; j++) sum[i][j] = fma(p, value[j], sum[i][j]);
+      const typename W::Vector p = W::splat(weights + i * kChunk + t);
+      GF_UNROLL
+      for (int j = 0; j < V; j++) sum[i][j] = W::add_product(sum[i][j], p, value[j]);
     }
   }
+  GF_UNROLL
   for (int i = 0; i < Q; i++)
+    GF_UNROLL
     for (int j = 0; j < V; j++) store(out[i].o + d + j * kLanes, sum[i][j]);
 }
 
-template <int Q, class T>
-void weigh_all_values(const float* weights, const T* v, int n, int head_dim, const Partial* out, const Ahead& ahead) {
+template <int Q, class Values>
+void weigh_all_values(const float* weights, const Values& values, const Partial* out, const Ahead& ahead) {
   int d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-    weigh_values<Q, 4>(weights, v, n, head_dim, out, d, d == 0 ? ahead : Ahead{});
-  for (; d < head_dim; d += kLanes) weigh_values<Q, 1>(weights, v, n, head_dim, out, d, d == 0 ? ahead : Ahead{});
+  for (; d + 4 * kLanes <= values.head_dim; d += 4 * kLanes)
+    weigh_values<Q, 4>(weights, values, out, d, d == 0 ? ahead : Ahead{});
+  for (; d < values.head_dim; d += kLanes) weigh_values<Q, 1>(weights, values, out, d, d == 0 ? ahead : Ahead{});
 }
 
 // The queries of one KV head that look at one slot.
 struct Queries {
   int count;
-  const float* const* q;    // [count][head_dim], already scaled by log2(e) / sqrt(head_dim)
+  const float* const* q;    // [count] as store_query leaves them, already scaled by log2(e) / sqrt(head_dim)
   const int* position;      // [count]
   int window;               // 0: all earlier positions
   int last_position() const {
@@ -248,42 +326,46 @@ struct Queries {
 };
 
 // A chunk of the slot: its first position, its length, turned keys, values, and scales or nulls.
-template <class T>
+template <class Values>
 struct Chunk {
   int start, n;
   const float* keys;
-  const T* v;
+  Values values;
   const float* k_scale;
   const float* v_scale;
-  Ahead values, next_keys;  // fetched beside the first queries
+  Ahead next_values, next_keys;  // fetched beside the first queries
 };
 
 // Q queries (from `at`) against a chunk.
-template <int Q, class T>
-void attend_block(const Queries& x, int at, const Chunk<T>& chunk, int head_dim, float* scores, const Partial* out) {
+template <int Q, class Values>
+void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, float* scores, const Partial* out) {
+  using W = typename Values::Words;
   const int start = chunk.start, n = chunk.n;
-  score<Q>(x.q + at, chunk.keys, n, head_dim, scores, at == 0 ? chunk.values : Ahead{});
+  score<W, Q>(x.q + at, chunk.keys, n, chunk.values.head_dim, scores, at == 0 ? chunk.next_values : Ahead{});
+  GF_UNROLL
   for (int i = 0; i < Q; i++) {
-    if (chunk.k_scale) apply_scales(scores + i * kChunk, chunk.k_scale, n);
+    float* row = scores + i * kChunk;
+    if (chunk.k_scale) apply_scales(row, chunk.k_scale, n);
     const int position = x.position[at + i];
     const int first = x.window == 0 ? 0 : position - x.window + 1 - start;
     const int last = position + 1 - start < n ? position + 1 - start : n;
-    if (!weigh(scores + i * kChunk, first < 0 ? 0 : first, last, n, out[i]))
-      for (int j = 0; j < n; j++) scores[i * kChunk + j] = 0.0f;
-    else if (chunk.v_scale) apply_scales(scores + i * kChunk, chunk.v_scale, n);
+    if (!weigh(row, first < 0 ? 0 : first, last, n, out[i]))
+      for (int j = 0; j < n; j++) row[j] = 0.0f;
+    else if (chunk.v_scale) apply_scales(row, chunk.v_scale, n);
+    to_words<W>(row, n);
   }
-  weigh_all_values<Q>(scores, chunk.v, n, head_dim, out, at == 0 ? chunk.next_keys : Ahead{});
+  weigh_all_values<Q>(scores, chunk.values, out, at == 0 ? chunk.next_keys : Ahead{});
 }
 
-template <class T>
-void attend_blocks(const Queries& x, const Chunk<T>& chunk, int head_dim, float* all_scores, const Partial* out) {
+template <class Values>
+void attend_blocks(const Queries& x, const Chunk<Values>& chunk, float* all_scores, const Partial* out) {
   for (int at = 0; at < x.count; at += kQueryBlock) {
     float* scores = all_scores + size_t(at) * kChunk;
     switch (x.count - at) {
-      case 1: attend_block<1>(x, at, chunk, head_dim, scores, out + at); break;
-      case 2: attend_block<2>(x, at, chunk, head_dim, scores, out + at); break;
-      case 3: attend_block<3>(x, at, chunk, head_dim, scores, out + at); break;
-      default: attend_block<4>(x, at, chunk, head_dim, scores, out + at); break;
+      case 1: attend_block<1>(x, at, chunk, scores, out + at); break;
+      case 2: attend_block<2>(x, at, chunk, scores, out + at); break;
+      case 3: attend_block<3>(x, at, chunk, scores, out + at); break;
+      default: attend_block<4>(x, at, chunk, scores, out + at); break;
     }
   }
 }
@@ -293,22 +375,25 @@ void attend_blocks(const Queries& x, const Chunk<T>& chunk, int head_dim, float*
 template <class T>
 void attend_chunk(const Queries& x, int index, const Slot<T>& slot, const T* next_keys, int head_dim,
                   AttentionScratch& scratch, const Partial* out) {
+  using W = WordsOf<T>;
   const int start = index * kChunk;
   const int left = x.last_position() + 1 - start, n = left < kChunk ? left : kChunk;
-  const T* v = slot.v + size_t(start) * head_dim;
+  const ValueRows<T> rows{slot.v + size_t(start) * head_dim, n, head_dim};
   turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
   const float* k_scale = slot.k_scale ? slot.k_scale + start : nullptr;
   const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
   const float* keys = scratch.keys.data();
   float* scores = scratch.scores.data();
-  const Ahead next{reinterpret_cast<const char*>(next_keys), int(head_dim * sizeof(T))};
-  if (x.count <= 2 * kQueryBlock) {
-    const Ahead values{reinterpret_cast<const char*>(v), int(n * sizeof(T))};
-    return attend_blocks(x, Chunk<T>{start, n, keys, v, k_scale, v_scale, values, next}, head_dim, scores, out);
+  const Ahead next{reinterpret_cast<const char*>(next_keys), int(head_dim * sizeof(T) * W::kEach)};
+  if (std::is_same_v<T, float> || x.count <= 2 * kQueryBlock) {
+    const Ahead values{reinterpret_cast<const char*>(rows.v), int(n * sizeof(T) * W::kEach)};
+    return attend_blocks(x, Chunk<ValueRows<T>>{start, n, keys, rows, k_scale, v_scale, values, next}, scores, out);
   }
-  float* wide = scratch.values.data();  // many queries: convert the values once
-  for (int i = 0; i < n * head_dim; i += kLanes) store(wide + i, load_value(v + i));
-  attend_blocks(x, Chunk<float>{start, n, keys, wide, k_scale, v_scale, {}, next}, head_dim, scores, out);
+  float* words = scratch.values.data();
+  for (int t = 0; t < (n + W::kEach - 1) / W::kEach; t++)
+    for (int d = 0; d < head_dim; d += kLanes) W::store(words + size_t(t) * head_dim + d, rows.at(t, d));
+  const MadeValues<W> made{words, n, head_dim};
+  attend_blocks(x, Chunk<MadeValues<W>>{start, n, keys, made, k_scale, v_scale, {}, next}, scores, out);
 }
 
 }  // namespace gf

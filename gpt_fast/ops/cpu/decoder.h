@@ -394,7 +394,8 @@ class Decoder final : public Job {
       if (head < model_.n_head) {
         if (w.q_norm) norm_row(x, w.q_norm, D, model_.norm_eps, x);
         rotate(x, token.position);
-        scale_into(x, q_.data() + (size_t(row + m) * model_.n_head + head) * D);
+        float* q = q_.data() + (size_t(row + m) * model_.n_head + head) * D;
+        store_query(q, x, 1.44269504f / std::sqrt(float(D)), D, CacheType(input_.cache_type));  // exp2 for exp
       } else if (head < model_.n_head + model_.n_kv_head) {
         if (w.k_norm) norm_row(x, w.k_norm, D, model_.norm_eps, x);
         rotate(x, token.position);
@@ -417,11 +418,6 @@ class Decoder final : public Job {
       x[2 * i] = even * cos[i] - odd * sin[i];
       x[2 * i + 1] = odd * cos[i] + even * sin[i];
     }
-  }
-
-  void scale_into(const float* x, float* q) const {
-    const float scale = 1.44269504f / std::sqrt(float(model_.head_dim));  // exp2 instead of exp
-    for (int d = 0; d < model_.head_dim; d += kLanes) store(q + d, load(x + d) * splat(scale));
   }
 
   // The first position of a slot's KV head, counted in positions.

@@ -53,7 +53,7 @@ inline constexpr ptrdiff_t kLoneDistance = 4096;
 
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
-#pragma GCC unroll 16
+    GF_UNROLL
   for (int i = 0; i < kBytes / (kShare ? 128 : 64); i++) {
     if constexpr (kShare) prefetch(q + ahead.distance + i * ahead.stride);
     else prefetch_once(q + kLoneDistance + i * 64);
@@ -133,34 +133,48 @@ template <class W, int MR, int NR, bool kShare>
 void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
                    const Prefetch& ahead) {
   f32x16 sum[MR][NR];
-  for (auto& s : sum)
-    for (auto& v : s) v = splat(0.0f);
+  GF_UNROLL
+  for (int m = 0; m < MR; m++)
+    GF_UNROLL
+    for (int n = 0; n < NR; n++) sum[m][n] = splat(0.0f);
   const int8_t* xq[MR];
+  GF_UNROLL
   for (int m = 0; m < MR; m++) xq[m] = x.q(row + m);
   for (int g = 0; g < groups; g++) {
     i32x16 block[MR][NR];
+    GF_UNROLL
     for (int m = 0; m < MR; m++)
+      GF_UNROLL
       for (int n = 0; n < NR; n++) block[m][n] = splat_i(W::start(x, row + m, g));
-#pragma GCC unroll 4
+    GF_UNROLL
     for (int j = 0; j < 4; j++) {
       i32x16 a[NR], b[NR];
+      GF_UNROLL
       for (int n = 0; n < NR; n++) w[n].vectors(j, a[n], b[n]);
+      GF_UNROLL
       for (int m = 0; m < MR; m++) {
         const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
+        GF_UNROLL
         for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], a[n], xa);
         const i32x16 xb = splat_i(read_as<int32_t>(xq[m] + 8 * j + 4));
+        GF_UNROLL
         for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], b[n], xb);
       }
     }
+    GF_UNROLL
     for (int n = 0; n < NR; n++) {
       fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
       w[n].load_scales(g);
+      GF_UNROLL
       for (int m = 0; m < MR; m++) sum[m][n] = w[n].add(sum[m][n], block[m][n], x, row + m, g);
       w[n].q += 2 * W::kBlock;
     }
+    GF_UNROLL
     for (int m = 0; m < MR; m++) xq[m] += kGroup;
   }
+  GF_UNROLL
   for (int m = 0; m < MR; m++)
+    GF_UNROLL
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, w[n].finish(sum[m][n]));
 }
 
@@ -175,27 +189,37 @@ template <class W, int MR, int NR, bool kShare>
 void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
                    const Prefetch& ahead) {
   f32x16 sum[MR][NR];
-  for (auto& s : sum)
-    for (auto& v : s) v = splat(0.0f);
+  GF_UNROLL
+  for (int m = 0; m < MR; m++)
+    GF_UNROLL
+    for (int n = 0; n < NR; n++) sum[m][n] = splat(0.0f);
   const uint16_t* xb[MR];
+  GF_UNROLL
   for (int m = 0; m < MR; m++) xb[m] = x.bf16(row + m);
   for (int g = 0; g < groups; g++) {
-#pragma GCC unroll 16
+    GF_UNROLL
     for (int j = 0; j < kGroup / 2; j++) {
       i32x16 pair[NR];
+      GF_UNROLL
       for (int n = 0; n < NR; n++) pair[n] = load_i(w[n].q + 64 * j);
+      GF_UNROLL
       for (int m = 0; m < MR; m++) {
         const i32x16 xa = splat_i(read_as<int32_t>(xb[m] + 2 * j));
+        GF_UNROLL
         for (int n = 0; n < NR; n++) sum[m][n] = dot2_bf16(sum[m][n], pair[n], xa);
       }
     }
+    GF_UNROLL
     for (int n = 0; n < NR; n++) {
       fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
       w[n].q += 2 * W::kBlock;
     }
+    GF_UNROLL
     for (int m = 0; m < MR; m++) xb[m] += kGroup;
   }
+  GF_UNROLL
   for (int m = 0; m < MR; m++)
+    GF_UNROLL
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, sum[m][n]);
 }
 

@@ -12,6 +12,9 @@ namespace gf {
 
 inline constexpr int kLanes = 16;
 
+// Before a loop over registers: gcc keeps an array in registers only where the loops over it are unrolled early.
+#define GF_UNROLL _Pragma("GCC unroll 16")
+
 // A vector whose first element starts a cache line, so that 64-byte loads never straddle two.
 template <class T>
 struct LineAllocator {

@@ -118,6 +118,21 @@ inline void store_bf16(uint16_t* p, f32x16 a) {  // nearest, ties to even
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
 }
 
+// Lane i: low[i], and high[i] above it.
+inline i32x16 interleave_bf16(const uint16_t* low, const uint16_t* high) {
+  const auto half = [](const uint16_t* a, const uint16_t* b) {
+    return _mm256_or_si256(_mm256_cvtepu16_epi32(load128(a)), _mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(b)), 16));
+  };
+  return {half(low, high), half(low + 8, high + 8)};
+}
+// The same of floats that bfloat16 holds exactly.
+inline i32x16 pair_exact(f32x16 low, f32x16 high) {
+  const auto half = [](__m256 a, __m256 b) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_castps_si256(b), 0xaa);
+  };
+  return {half(low.lo, high.lo), half(low.hi, high.hi)};
+}
+
 // Each lane adds the four products of its unsigned bytes of w with its signed bytes of x. Without VNNI even and odd
 // bytes are multiplied as 16-bit numbers, because the byte instruction saturates.
 inline __m256i dot4_half(__m256i sum, __m256i w, __m256i x) {

@@ -64,11 +64,27 @@ inline void store_i8(int8_t* p, i32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.r));
 }
 inline void store_bf16(uint16_t* p, f32x16 a) {  // nearest, ties to even
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.r));
+#else
   const __m512i bits = _mm512_castps_si512(a.r);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
   const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+#endif
+}
+// Lane i: low[i], and high[i] above it.
+inline i32x16 interleave_bf16(const uint16_t* low, const uint16_t* high) {
+  const auto wide = [](const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  };
+  return {_mm512_or_si512(wide(low), _mm512_slli_epi32(wide(high), 16))};
+}
+// The same of floats that bfloat16 holds exactly.
+inline i32x16 pair_exact(f32x16 low, f32x16 high) {
+  const __m512i below = _mm512_srli_epi32(_mm512_castps_si512(low.r), 16);
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, below, _mm512_castps_si512(high.r))};
 }
 
 // Each lane adds the four products of its unsigned bytes of w with its signed bytes of x.
