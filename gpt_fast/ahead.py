@@ -1,20 +1,23 @@
 """AheadRunner: a decode begins before it is planned, and while rows are greedy before the last one's tokens are known.
+A step's prompts and decodes are one forward.
 
 The host's work between two steps (sampling, events, text, planning) would leave the memory idle. A model that can work
 on its own, as the fused CPU decoder can, uses that time: what the plan says next is nearly always known. A guess that
 proves wrong costs one step's work and changes nothing, for rows are independent and a slot holds what the scheduler
-says it holds, not what was written behind that.
+says it holds, not what was written behind that. While a prompt prefills, nothing begins: the next step is not known.
 
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from gpt_fast.budget import JoinedBudget
 from gpt_fast.engine import Forward, Runner
 from gpt_fast.sampling import needs_edit
 from gpt_fast.scheduler import SampledToken, Sequence, StepPlan
@@ -52,18 +55,43 @@ class Ahead(NamedTuple):
 
 
 class AheadRunner(Runner):
-    """A Runner whose decode is Startable."""
+    """A Runner whose decode is Startable, and takes rows of any lengths at no cost for their padding."""
 
     decode: Startable
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.budget = JoinedBudget(self.chunks[-1])
         self.ahead: Ahead | None = None
+        self.more = False  # a prompt has tokens left behind the step that runs
+
+    def chunk_beside(self, decodes: list[Sequence]) -> int:
+        """0 where their step has begun: it brings their tokens now, and the prompt joins them in the next."""
+        return 0 if self.ahead and self.ahead.covers(decodes) else super().chunk_beside(decodes)
 
     def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
         if self.ahead and (plan.clears or plan.copies):
             self.ahead.step.result()  # it writes to the cache
-        return super().run(plan)
+        self.more = plan.more
+        if not plan.chunks:
+            return super().run(plan)
+        super().run(replace(plan, chunks=(), decodes=()))
+        return self._join(plan)
+
+    @torch.inference_mode()
+    def _join(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
+        """The plan's decodes and chunks in one forward, which reads the weights once. No proposals are verified:
+        proposers catch up with tokens that came without them, as after a rest."""
+        self.ahead = None
+        chunks = sorted(plan.chunks, key=lambda chunk: not chunk.last)
+        rows = [*plan.decodes, *(chunk.sequence for chunk in chunks)]
+        counts = [1] * len(plan.decodes) + [chunk.count for chunk in chunks]
+        tokens = [s.tokens(s.computed, s.computed + count) for s, count in zip(rows, counts, strict=True)]
+        inputs = self._inputs(tokens, [s.computed for s in rows], [s.slot for s in rows], size=max(counts))
+        step = self.decode.start(**inputs)
+        ready = len(plan.decodes) + sum(chunk.last for chunk in chunks)
+        logits_BV, best_B = step.result(), step.best()
+        return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
 
     @torch.inference_mode()
     def run_ahead(self, sequences: list[Sequence]) -> None:
@@ -81,7 +109,7 @@ class AheadRunner(Runner):
         if ahead is None or not ahead.covers(sequences):
             ahead = self._start(sequences)
         # A sequence that has ended must not go on: its slot may be another's by then.
-        same = ahead.step.latest and len(ahead.rows) == len(sequences)
+        same = ahead.step.latest and len(ahead.rows) == len(sequences) and not self.more
         if same and self._plain_next(sequences) and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
             self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
         index = [ahead.rows.index((s, s.computed)) for s in sequences]

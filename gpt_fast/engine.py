@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gpt_fast.budget import ChunkBudget
 from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
@@ -67,6 +68,7 @@ class Runner:
         self.device = cache.k_LNHTD.device
         self.rows = buckets(cache.slots, 1)
         self.chunks = buckets(prefill_chunk, 16)
+        self.budget = ChunkBudget(self.chunks)
         self.lengths = buckets(cache.max_seq_len, 128)
         self.speculator = speculator
 
@@ -131,8 +133,18 @@ class Runner:
             self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
         return sampled
 
+    def chunk_beside(self, decodes: list[Sequence]) -> int:
+        """How many prompt tokens the next step, which decodes these, should compute."""
+        return self.budget.tokens(len(decodes))
+
+    def learn(self, plan: StepPlan, sampled: dict[str, list[SampledToken]], seconds: float) -> None:
+        """How long the plan's streams waited for its tokens, or without a stream how long it took."""
+        burst = 1 if self.speculator else max((len(sampled[s.id]) for s in plan.decodes), default=1)
+        prompt_tokens = sum(chunk.count for chunk in plan.chunks)
+        self.budget.learn(prompt_tokens=prompt_tokens, decodes=len(plan.decodes), seconds=seconds / burst)
+
     def run_ahead(self, sequences: list[Sequence]) -> None:
-        """These decode next, unless one is aborted: a runner that can begin meanwhile may do so (see ahead.py)."""
+        """These alone run next, unless one is aborted or a request comes: a runner may begin meanwhile (ahead.py)."""
 
     def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
         """The logits after each sequence's last token [B, V], and where known their argmax [B]."""
@@ -260,9 +272,7 @@ class EngineCore:
             reuse_prefix=reuse_prefix,
         )
         self.graphs_at_start = compiled_graphs()
-        self.chunk_beside_decode = runner.chunks[0]
-        self.decode_seconds = 0.0
-        self.prefill_seconds_per_token = 0.0
+        self.ended = 0.0  # when the last step had its tokens
 
     @property
     def max_seq_len(self) -> int:
@@ -297,29 +307,14 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Advance everything by one step; the tokens it produced."""
-        plan = self.scheduler.schedule(chunk=self.runner.chunks[-1], chunk_beside_decode=self.chunk_beside_decode)
+        beside = self.runner.chunk_beside(self.scheduler.decoding)
+        plan = self.scheduler.schedule(chunk=self.runner.chunks[-1], chunk_beside_decode=beside)
         if not plan:
             return []
-        started = time.perf_counter()
+        since = self.ended if plan.decodes else time.perf_counter()
         sampled = self.runner.run(plan)
-        self._measure(plan, time.perf_counter() - started)
+        self.ended = time.perf_counter()
+        self.runner.learn(plan, sampled, self.ended - since)
         events = self.scheduler.commit(plan, sampled)
-        self.runner.run_ahead(self.scheduler.decoding)
+        self.runner.run_ahead([] if self.scheduler.prefilling else self.scheduler.decoding)
         return events
-
-    def _measure(self, plan: StepPlan, seconds: float) -> None:
-        """Size the chunk that runs beside decodes so that it costs about as much as the decodes themselves."""
-        prompt_tokens = sum(chunk.count for chunk in plan.chunks)
-        if plan.decodes and not prompt_tokens:
-            self.decode_seconds = smooth(self.decode_seconds, seconds)
-        elif prompt_tokens and not plan.decodes:
-            self.prefill_seconds_per_token = smooth(self.prefill_seconds_per_token, seconds / prompt_tokens)
-        if self.decode_seconds and self.prefill_seconds_per_token:
-            affordable = self.decode_seconds / self.prefill_seconds_per_token
-            fitting = [size for size in self.runner.chunks if size <= affordable]
-            self.chunk_beside_decode = fitting[-1] if fitting else self.runner.chunks[0]
-
-
-def smooth(average: float, value: float) -> float:
-    """Exponential moving average over about eight values; the first value starts it."""
-    return value if average == 0.0 else average + (value - average) / 8

@@ -68,12 +68,16 @@ class PrefixCopy:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes, in this order: slots to zero, copies, chunks, one token for each decoding sequence."""
+    """What one step computes: after slots to zero and copies, chunks and one token for each decoding sequence.
+
+    `more`: a prompt has tokens left behind it.
+    """
 
     copies: tuple[PrefixCopy, ...]
     chunks: tuple[Chunk, ...]
     decodes: tuple[Sequence, ...]
     clears: tuple[int, ...] = ()
+    more: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.chunks or self.decodes)
@@ -156,6 +160,11 @@ class Scheduler:
         """The sequences that the next step decodes, unless one is aborted before."""
         return [s for s in self.running.values() if s.output]
 
+    @property
+    def prefilling(self) -> bool:
+        """Whether a prompt is there for the next step to advance."""
+        return len(self.decoding) < len(self.running) or bool(self.waiting and self.free)
+
     # ------------------------------------------------------------------------------- one step
 
     def schedule(self, *, chunk: int, chunk_beside_decode: int) -> StepPlan:
@@ -163,7 +172,8 @@ class Scheduler:
         clears = self._admit()
         decodes = tuple(self.decoding)
         copies, chunks = self._prefill(chunk_beside_decode if decodes else chunk)
-        return StepPlan(copies, chunks, decodes, clears)
+        more = len(decodes) + sum(chunk.last for chunk in chunks) < len(self.running)
+        return StepPlan(copies, chunks, decodes, clears, more)
 
     def commit(self, plan: StepPlan, sampled: Mapping[str, list[SampledToken]]) -> list[TokenEvent]:
         """Record what the step computed and sampled; `sampled` covers every decode and every last chunk.
