@@ -118,6 +118,10 @@ class AheadRunner(Runner):
             return logits_BV[: len(index)], best_B[: len(index)]
         return logits_BV[index], best_B[index]
 
+    def _score(self, block: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        step = self.decode.start(**block)
+        return step.result(), step.best()
+
     def _plain_next(self, sequences: list[Sequence]) -> bool:
         """Whether the next step verifies no proposals."""
         return self.speculator is None or self.speculator.rests(sequences)

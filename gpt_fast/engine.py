@@ -20,8 +20,9 @@ from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import NO_TOKEN, Chunk, SampledToken, Scheduler, Sequence, StepPlan, TokenEvent
-from gpt_fast.speculative import Proposal, draws_of, judge, on_device
+from gpt_fast.speculative import Proposal, draws_of, on_device
 from gpt_fast.speculator import Speculator
+from gpt_fast.verdict import judge
 
 
 class Forward(Protocol):
@@ -122,12 +123,8 @@ class Runner:
         if self.speculator is None or proposal is None:
             sampled = self._sample(sequences, *self._decode(sequences))
         else:
-            size = 1 + bucket_of([0, *self.speculator.controller.counts], proposal.draft_BK.shape[1])
-            tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
-            starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
-            fed_BK = proposal.draft_BK
-            logits = self.forward(self.decode, tokens, starts, slots, size=size, fed_BK=fed_BK, every=True)
-            sampled = self._verify(sequences, logits[:, : fed_BK.shape[1] + 1], proposal, self.speculator)
+            found = self._score(self._block(sequences, proposal))
+            sampled = self._verify(sequences, *found, proposal, self.speculator)
         if self.speculator:
             accepted = [len(sampled[s.id]) - 1 for s in sequences]
             self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
@@ -151,6 +148,18 @@ class Runner:
         last = [[s.output[-1]] for s in sequences]
         starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
         return self.forward(self.decode, last, starts, slots, size=1), None
+
+    def _block(self, sequences: list[Sequence], proposal: Proposal) -> dict[str, Any]:
+        """Arguments of the Forward of each sequence's last token and its proposals."""
+        counts = self.speculator.controller.counts if self.speculator else []
+        size = 1 + bucket_of([0, *counts], proposal.draft_BK.shape[1])
+        tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
+        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+        return self._inputs(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
+
+    def _score(self, block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The logits of every token [B, S, V], and where known their argmax [B, S]."""
+        return self.decode(**block), None
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -213,15 +222,19 @@ class Runner:
         }
 
     def _verify(
-        self, sequences: list[Sequence], logits_BSV: Tensor, proposal: Proposal, speculator: Speculator
-    ) -> dict[str, list[SampledToken]]:
-        """Each row's proposals that stand, and the token after them."""
-        edited_BSV = logits_BSV
+        self, sequences: list[Sequence], logits_BSV: Tensor, best_BS: Tensor | None, proposal: Proposal,
+        speculator: Speculator,
+    ) -> dict[str, list[SampledToken]]:  # fmt: skip
+        """Each row's proposals that stand, and the token after them. best_BS: the logits' argmax, where known."""
+        rows, scored = len(sequences), proposal.draft_BK.shape[1] + 1
+        edited_BSV = logits_BSV = logits_BSV[:rows, :scored]
+        best_BS = None if best_BS is None else best_BS[:rows, :scored]
         if any(needs_edit(s.params, len(s.output)) for s in sequences):  # such rows have no proposals
             first_BV = self._edit(sequences, logits_BSV[:, 0])
-            edited_BSV = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1)
+            edited_BSV, best_BS = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1), None
         params = sampling_tensors([s.params for s in sequences], self.device)
-        verdict = judge(edited_BSV, params, proposal, draws_of(sequences, self.device), speculator.verify)
+        draws = draws_of(sequences, self.device)
+        verdict = judge(edited_BSV, params, proposal, draws, speculator.verify, best_BS)
         sampled = {}
         packed = torch.cat((verdict.accepted_B[:, None], verdict.next_B[:, None], proposal.draft_BK), 1).tolist()
         for s, logits_SV, (accepted, following, *draft) in zip(sequences, logits_BSV, packed, strict=True):

@@ -96,7 +96,8 @@ def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, th
     device = cache.k_LNHTD.device
     proposers: dict[str, Proposer] = {}
     if "draft" in config.proposers:
-        proposers["draft"] = DraftProposer(load_draft(config, cache, target, threads))
+        draft = load_draft(config, cache, target, threads)
+        proposers["draft"] = DraftProposer(draft, start=draft.decode.start if isinstance(draft, AheadRunner) else None)
     if "ngram" in config.proposers:
         proposers["ngram"] = NGramProposer(device)
     controller = Controller(buckets(config.speculate_k, 1))
@@ -115,7 +116,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     draft_cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
-    runner = Runner(
+    runner = path.runner(
         decode=path.decode, prefill=path.prefill, cache=draft_cache, eos_ids=loaded.config.eos_ids,
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gpt_fast.chain import Chain
 from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
 from gpt_fast.scheduler import PrefixCopy, Sequence
 from gpt_fast.speculative import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
@@ -127,10 +128,13 @@ class DraftRunner(Protocol):
 
 
 class DraftProposer:
-    """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to."""
+    """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
-    def __init__(self, runner: DraftRunner) -> None:
-        self.runner = runner
+    start: begins a step of the draft (ahead.Startable), where it can; greedy proposals are then a Chain.
+    """
+
+    def __init__(self, runner: DraftRunner, *, start: Callable | None = None) -> None:
+        self.runner, self.start = runner, start
         self.device = runner.cache.k_LNHTD.device
         self.held: dict[int, Held] = {}
         self.counts: list[int] = []
@@ -146,7 +150,18 @@ class DraftProposer:
 
     def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
         self.counts, caught_up = self._catch_up(sequences, counts)
+        if self.start and any(self.counts) and all(s.params.temperature == 0 for s in sequences):
+            return Proposal(self._chain(self.start, sequences).tokens().clamp(min=0), self.counts, caught_up=caught_up)
         return self._decode(sequences, self.counts, caught_up)
+
+    def _chain(self, start: Callable, sequences: Seq[Sequence]) -> Chain:
+        """The rows' proposals under way, after the one or two tokens that the draft has not seen."""
+        known = [min(self._known(s), s.length - 1) for s in sequences]
+        tokens = [s.tokens(at, s.length) for s, at in zip(sequences, known, strict=True)]
+        return Chain(
+            start, self.runner.cache, tokens=tokens, starts=known, slots=[s.slot for s in sequences],
+            counts=self.counts,
+        )  # fmt: skip
 
     def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
         for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):

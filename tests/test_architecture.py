@@ -19,7 +19,7 @@ LAYERS = [
     {"config", "serve.stream", "safetensors_file", "manifest", "guide_check"},
     {"ops"},
     {"model", "attention", "cache", "sampling", "scheduler", "speculative", "proposers", "controller", "speculator",
-     "chain", "budget", "parallel", "quantize", "ops.cpu", "ops.gpu"},
+     "chain", "verdict", "budget", "parallel", "quantize", "ops.cpu", "ops.gpu"},
     {"engine", "ahead", "bursts"},
     {"checkpoint", "hf_config", "convert", "quantize.convert", "quantize.gguf", "tokenizer", "gguf_tokenizer", "chat"},
     {"guide", "load", "llm"},

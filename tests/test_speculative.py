@@ -15,7 +15,8 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.draft.statistics import chi_square, total_variation
 from gpt_fast.sampling import invert_cdf, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import NO_TOKEN
-from gpt_fast.speculative import SAMPLE, Draws, Proposal, judge, match, verify
+from gpt_fast.speculative import SAMPLE, Draws, Proposal, match, verify
+from gpt_fast.verdict import judge
 
 N = 100_000
 

@@ -16,8 +16,9 @@ from gpt_fast.engine import EngineCore, Runner
 from gpt_fast.proposers import DraftProposer, NGramProposer
 from gpt_fast.sampling import best_token, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.scheduler import Sequence
-from gpt_fast.speculative import Proposal, draws_of, is_matched, judge, on_device
+from gpt_fast.speculative import Proposal, draws_of, is_matched, on_device
 from gpt_fast.speculator import Speculator
+from gpt_fast.verdict import judge
 
 V, K = 5000, 3
 KINDS = {

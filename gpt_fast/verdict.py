@@ -1,0 +1,63 @@
+"""The verdict on a step's blocks: each row by its own way to sample, whatever stands beside it.
+
+Shapes: B rows, K proposals of a row, S = K + 1 positions verified, V vocabulary, N = B * S,
+L rows whose proposals stand so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt_fast.sampling import SamplingTensors, normalized, on_device, sample, weights
+from gpt_fast.scheduler import NO_TOKEN
+from gpt_fast.speculative import SAMPLE, Draws, Proposal, Verdict, match, verify
+
+
+def judge(
+    logits_BSV: Tensor, params: SamplingTensors | None, proposal: Proposal, draws: Draws, verify: Callable = verify,
+    best_BS: Tensor | None = None,
+) -> Verdict:  # fmt: skip
+    """The verdict on a step's block; params as `sampling_tensors` gives them for the B rows. K = 0 is plain decode.
+    best_BS: the logits' argmax, where known, NO_TOKEN where none is finite."""
+    if params is None and best_BS is not None:
+        return match(best_BS, proposal.draft_BK, on_device(proposal.counts, best_BS.device))
+    B, S, V = logits_BSV.shape
+    if params is not None and proposal.q_BKV is None and logits_BSV.device.type == "cpu":
+        return match_in_turn(logits_BSV, params, proposal, draws)
+    flat = None if params is None else params.of(torch.arange(B, device=logits_BSV.device).repeat_interleave(S))
+    count_B = on_device(proposal.counts, logits_BSV.device)
+    logits_NV = logits_BSV.reshape(B * S, V)
+    weight_NV = None if flat is None else weights(logits_NV, flat)
+    uniform_N = None if flat is None else draws.uniform(SAMPLE, S).flatten()
+    target_BS = sample(logits_NV, flat, uniform_N, weight_NV).view(B, S)
+    matched = match(target_BS, proposal.draft_BK, count_B)
+    if proposal.q_BKV is None or proposal.matched_B is None or weight_NV is None:
+        return matched
+    p_BSV = normalized(weight_NV).view(B, S, V)
+    accepted_B, next_B = verify(p_BSV, proposal.q_BKV, proposal.draft_BK, count_B, draws)
+    ill_B = target_BS.gather(1, accepted_B[:, None])[:, 0] == NO_TOKEN
+    next_B = torch.where(ill_B, NO_TOKEN, next_B)
+    exact_B = proposal.matched_B  # greedy rows among them: their p_BSV is that of temperature 1
+    return Verdict(torch.where(exact_B, matched.accepted_B, accepted_B), torch.where(exact_B, matched.next_B, next_B))
+
+
+def match_in_turn(logits_BSV: Tensor, params: SamplingTensors, proposal: Proposal, draws: Draws) -> Verdict:
+    """`match`, drawing from the target only as far as a row's proposals stand: where looking at a result costs nothing
+    (the CPU), a token costs no more sampling than in plain decode."""
+    B, S, _ = logits_BSV.shape
+    accepted_B, next_B = torch.zeros(2, B, dtype=torch.int64)
+    live_L = torch.arange(B)
+    count_B, uniform_BS = torch.tensor(proposal.counts), draws.uniform(SAMPLE, S)
+    for i in range(S):
+        token_L = sample(logits_BSV[live_L, i], params.of(live_L), uniform_BS[live_L, i])
+        next_B[live_L] = token_L
+        if i == S - 1:
+            break
+        live_L = live_L[(count_B[live_L] > i) & (token_L == proposal.draft_BK[live_L, i])]
+        accepted_B[live_L] += 1
+        if not len(live_L):
+            break
+    return Verdict(accepted_B, next_B)
