@@ -8,14 +8,16 @@ from _quantized import logits_of, model_of_state, quantized_model, random_model,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_fast.quantize import QuantizationError, Scheme
+from gpt_fast.quantize import QuantizationError, Scheme, gptq, triangle
 from gpt_fast.quantize.blocks import BlockRunner, GPTQOptions, gptq_model
-from gpt_fast.quantize.gptq import Hessian, gptq_int4, inverse_factor
+from gpt_fast.quantize.gptq import Hessian, InputSizes, damped_factor, gptq_int4
 from gpt_fast.quantize.grid import fit_grid
 from gpt_fast.quantize.rtn import dequantize_weight, int4_grid, nearest_int4, quantize_weight
+from gpt_fast.quantize.streamed import HiddenStates
 from gpt_fast.quantize.structure import plan
+from gpt_fast.quantize.triangle import Triangle
 
-DEFAULTS = {"percdamp": 0.01, "blocksize": 128, "act_order": True, "name": "w"}
+CPU = torch.device("cpu")
 
 
 def trained_like(rows=96, columns=192, tokens=1500, seed=0):
@@ -27,10 +29,17 @@ def trained_like(rows=96, columns=192, tokens=1500, seed=0):
     return torch.randn(rows, columns, generator=generator) * 0.02, inputs
 
 
-def hessian_of(inputs):
-    hessian = Hessian(inputs.shape[-1], inputs.device)
+def hessian_of(inputs, *, act_order=True):
+    sizes = InputSizes(inputs.shape[-1], CPU)
+    sizes.add(inputs)
+    hessian = Hessian(inputs.shape[-1], CPU, sizes.order() if act_order else None)
     hessian.add(inputs)
-    return hessian.sum_KK
+    return hessian
+
+
+def gptq_of(weight, inputs, *, groupsize, act_order=True, blocksize=128):
+    factor = damped_factor(hessian_of(inputs, act_order=act_order), percdamp=0.01, name="w")
+    return gptq_int4(weight, factor, groupsize=groupsize, blocksize=blocksize, device=CPU, name="w")
 
 
 def output_error(weight, quantized, inputs):
@@ -43,8 +52,7 @@ def test_outputs_on_unseen_inputs_are_far_closer_than_rounding_to_nearest(groups
     weight, inputs = trained_like()
     seen, unseen = inputs[:1000], inputs[1000:]
     scheme = Scheme(4, groupsize)
-    options = DEFAULTS | {"act_order": act_order}
-    gptq = dequantize_weight(gptq_int4(weight, hessian_of(seen), groupsize=groupsize, **options), scheme)
+    gptq = dequantize_weight(gptq_of(weight, seen, groupsize=groupsize, act_order=act_order), scheme)
     rtn = dequantize_weight(quantize_weight(weight, scheme, name="w"), scheme)
     assert output_error(weight, gptq, unseen) < 0.6 * output_error(weight, rtn, unseen)
 
@@ -54,7 +62,7 @@ def test_act_order_helps_where_few_inputs_dominate():
     inputs[:, ::16] *= 20
     errors = []
     for act_order in (False, True):
-        tensors = gptq_int4(weight, hessian_of(inputs), groupsize=64, **DEFAULTS | {"act_order": act_order})
+        tensors = gptq_of(weight, inputs, groupsize=64, act_order=act_order)
         errors.append(output_error(weight, dequantize_weight(tensors, Scheme(4, 64)), inputs))
     assert errors[1] < errors[0]
 
@@ -62,10 +70,7 @@ def test_act_order_helps_where_few_inputs_dominate():
 @pytest.mark.parametrize("act_order", [False, True])
 def test_blocksize_changes_speed_not_the_result(act_order):
     weight, inputs = trained_like(columns=160)
-    results = [
-        gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS | {"blocksize": size, "act_order": act_order})
-        for size in (1, 64, 1024)
-    ]
+    results = [gptq_of(weight, inputs, groupsize=32, act_order=act_order, blocksize=size) for size in (1, 64, 1024)]
     for other in results[1:]:
         close = dequantize_weight(other, Scheme(4, 32)) - dequantize_weight(results[0], Scheme(4, 32))
         assert float((close != 0).float().mean()) < 0.01  # a sum in another order may tip a tie
@@ -78,14 +83,14 @@ def test_a_four_bit_weight_comes_back_exactly(act_order):
     q = torch.randint(0, 16, (8, 6, 32), generator=generator)
     q[..., 0], q[..., 31] = 0, 15
     weight = (q * torch.rand(8, 6, 1, generator=generator).half().float() - 0.5).flatten(1)
-    tensors = gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS | {"act_order": act_order})
+    tensors = gptq_of(weight, inputs, groupsize=32, act_order=act_order)
     assert torch.equal(dequantize_weight(tensors, Scheme(4, 32)), weight)
 
 
 def test_the_last_group_may_be_short():
     weight, inputs = trained_like(columns=176)
     for act_order in (False, True):
-        tensors = gptq_int4(weight, hessian_of(inputs), groupsize=128, **DEFAULTS | {"act_order": act_order})
+        tensors = gptq_of(weight, inputs, groupsize=128, act_order=act_order)
         assert tensors["scale"].shape == (96, 2)
         assert output_error(weight, dequantize_weight(tensors, Scheme(4, 128)), inputs) < 0.01
 
@@ -96,26 +101,96 @@ def test_the_last_group_may_be_short():
 def test_fewer_tokens_than_inputs_and_silent_inputs():
     weight, inputs = trained_like(columns=192, tokens=40)
     inputs[:, 17] = 0
-    tensors = gptq_int4(weight, hessian_of(inputs), groupsize=64, **DEFAULTS)
+    tensors = gptq_of(weight, inputs, groupsize=64)
     result = dequantize_weight(tensors, Scheme(4, 64))
     assert result.isfinite().all()
     step = tensors["scale"].float()[:, 0]
     assert ((weight - result)[:, 17].abs() <= 8 * step).all()  # a silent input is rounded, not dropped
 
 
-def test_damping_grows_until_there_is_a_factor():
-    hessian = torch.ones(64, 64)  # rank one, and percdamp 0 adds nothing at first
-    factor = inverse_factor(hessian, percdamp=0.0, name="w")
+def with_matrix(matrix_KK):
+    """A Hessian that holds this symmetric matrix."""
+    hessian = Hessian(len(matrix_KK), CPU)
+    for first, panel in hessian.sum_KK.row_blocks(triangle.PANEL):
+        panel.copy_(matrix_KK[first : first + len(panel), first:])
+    return hessian
+
+
+def dense(upper: Triangle):
+    rows = upper.row_blocks(triangle.PANEL)
+    return torch.cat([torch.nn.functional.pad(panel, (upper.columns - panel.shape[1], 0)) for _, panel in rows])
+
+
+@pytest.mark.parametrize("panel", [16, 32, 100])
+def test_damping_grows_until_there_is_a_factor(panel, monkeypatch):
+    monkeypatch.setattr(triangle, "PANEL", panel)
+    ones = torch.ones(80, 80)  # rank one, and percdamp 0 adds nothing at first
+    factor = dense(damped_factor(with_matrix(ones), percdamp=0.0, name="w").upper_KK)
     assert factor.isfinite().all() and torch.equal(factor, factor.triu())
+    added = factor @ factor.T - ones
+    torch.testing.assert_close(added, added.diagonal().diag(), atol=1e-5, rtol=0)
+    assert added.diagonal().min() > 0 and added.diagonal().max() < 0.1
     with pytest.raises(QuantizationError, match=r"^w: the Hessian of its inputs has no Cholesky factor even with"):
-        inverse_factor(-1e12 * torch.eye(8), percdamp=0.0, name="w")
+        damped_factor(with_matrix(-1e12 * torch.eye(80)), percdamp=0.0, name="w")
+
+
+@settings(max_examples=40)
+@given(columns=st.integers(1, 90), panel=st.sampled_from([16, 32, 64, 128]), seed=st.integers(0, 2**31))
+def test_a_triangle_in_panels_is_factored_or_left_as_it_was(columns, panel, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triangle, "PANEL", panel)
+        triangles = [hessian_of(inputs, act_order=False).sum_KK for _ in range(2)]
+        expected = inputs.T @ inputs
+        torch.testing.assert_close(dense(triangles[0]).triu(), expected.triu())
+        assert triangles[0].factor()
+        factor = dense(triangles[0])
+        assert torch.equal(factor, factor.triu())
+        torch.testing.assert_close(factor @ factor.T, expected, atol=1e-4 * float(expected.max()), rtol=0)
+        sunk = torch.zeros(columns)
+        sunk[int(torch.randint(columns, (1,), generator=generator))] = -1e4
+        triangles[1].add_to_diagonal(sunk)
+        assert not triangles[1].factor()
+        torch.testing.assert_close(dense(triangles[1]).triu(), (expected + sunk.diag()).triu(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_panels_and_bands_change_memory_not_the_result(act_order, monkeypatch):
+    weight, inputs = trained_like(columns=176)
+    whole = gptq_of(weight, inputs, groupsize=32, act_order=act_order)
+    monkeypatch.setattr(triangle, "PANEL", 64)
+    monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 30 * 176)
+    monkeypatch.setattr(gptq, "ELEMENTS_FITTED_AT_ONCE", 7 * 176)
+    parts = gptq_of(weight, inputs, groupsize=32, act_order=act_order)
+    differs = dequantize_weight(parts, Scheme(4, 32)) != dequantize_weight(whole, Scheme(4, 32))
+    assert float(differs.float().mean()) < 0.02  # a sum in another order may tip a tie
+
+
+def test_the_values_are_those_of_the_paper(monkeypatch):
+    """Its own recurrence, with the factor of the inverse, in float64 and on the same grids."""
+    monkeypatch.setattr(triangle, "PANEL", 64)
+    weight, inputs = trained_like(rows=24)
+    tensors = gptq_of(weight, inputs, groupsize=32)
+    order = inputs.square().sum(0).argsort(descending=True, stable=True)
+    ordered = inputs[:, order].double()
+    hessian = ordered.T @ ordered
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(192)
+    factor = torch.linalg.cholesky(hessian.inverse(), upper=True)
+    scale, minimum = (tensors[part].double().repeat_interleave(32, 1)[:, order] for part in ("scale", "min"))
+    work, result = weight.double()[:, order], torch.empty(24, 192).double()
+    for i in range(192):
+        result[:, i] = nearest_int4(work[:, i], scale[:, i], minimum[:, i]) * scale[:, i] + minimum[:, i]
+        work[:, i:] -= ((work[:, i] - result[:, i]) / factor[i, i])[:, None] * factor[i, i:]
+    got = dequantize_weight(tensors, Scheme(4, 32))[:, order]
+    assert float(((got - result).abs() > 1e-6).double().mean()) < 0.01  # float32 may tip a tie
 
 
 def test_inputs_that_are_not_finite_are_refused_by_name():
     weight, inputs = trained_like()
     inputs[3, 5] = float("inf")
     with pytest.raises(QuantizationError, match=r"w: the Hessian of its inputs: row \d+ holds NaN or infinity"):
-        gptq_int4(weight, hessian_of(inputs), groupsize=32, **DEFAULTS)
+        gptq_of(weight, inputs, groupsize=32)
 
 
 @settings(max_examples=25)
@@ -173,10 +248,11 @@ def test_blocks_run_as_the_model_does():
     """The hidden states that calibrate block i are those the model itself gives it, also where layers slide."""
     model = random_model(small_config(n_layer=3, sliding_window=5, sliding_layers=(1,)))
     tokens = torch.randint(0, 96, (3, 40))
-    hidden = model.tok_embeddings(tokens)
+    hidden = HiddenStates(3, 40, model.config.dim)
+    hidden.write(0, model.tok_embeddings(tokens))
     for index in range(3):
-        BlockRunner(model.config, index, model.state_dict().__getitem__, hidden).advance()
-    torch.testing.assert_close(model.output(model.norm(hidden)), logits_of(model, tokens))
+        BlockRunner(model.config, index, model.state_dict().__getitem__, hidden, CPU).advance()
+    torch.testing.assert_close(model.output(model.norm(hidden.read(0, 9))), logits_of(model, tokens))
 
 
 def test_an_expert_without_tokens_is_rounded_to_nearest():

@@ -96,8 +96,8 @@ def quantize_checkpoint(
 ) -> Path:
     """Write e.g. model_int4.g32.safetensors beside the checkpoint's weights, list it in the manifest, return its path.
 
-    The same source and options give the same bytes. Peak memory is one tensor of the source and its quantized form,
-    plus for int4-gptq one float32 block and the hidden states of the calibration windows.
+    The same source and options give the same bytes. Peak memory is one tensor of the source and its quantized form;
+    for int4-gptq one quantized layer and half of the largest Hessian (see blocks.py).
 
     Args:
         path: the converted checkpoint's directory, or its weights file.
@@ -204,7 +204,9 @@ def gptq_of(
     source: Source, schemes: Mapping[str, Scheme], calibration: Calibration, options: GPTQOptions, device: torch.device
 ) -> Iterator[tuple[str, Parts]]:
     int4 = {name: scheme for name, scheme in schemes.items() if scheme.bits == 4}
-    return gptq_model(source.config, source.read, int4, calibration.tokens_CS.to(device), options=options)
+    tokens_CS = calibration.tokens_CS.to(device)
+    scratch = source.weights.parent
+    return gptq_model(source.config, source.read, int4, tokens_CS, options=options, scratch=scratch)
 
 
 def with_gptq(otherwise: MakeParts, results: Iterator[tuple[str, Parts]]) -> MakeParts:
