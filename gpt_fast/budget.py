@@ -1,13 +1,13 @@
 """How many prompt tokens a step computes beside running streams, learned from how long they wait. Plain Python.
 
 The promise: a stream's token comes at most twice as late as usual while a prompt prefills. What is usual is known by
-the number of streams, from the steps without a prompt; every 32nd step beside a prompt is one of those, to stay true.
+the number of streams, from the steps without a prompt; every 17th step beside a prompt is one of those, to stay true.
 """
 
 from __future__ import annotations
 
 TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was judged by
-REFRESH = 32  # steps beside a prompt between two without
+REFRESH = 16  # steps beside a prompt between two without
 
 
 class ChunkBudget:
@@ -33,8 +33,7 @@ class ChunkBudget:
             self._beside(prompt_tokens, decodes, seconds)
         else:
             self.since = 0
-            known = self.usual.get(decodes, seconds)
-            self.usual[decodes] = known + (min(seconds, 2 * known) - known) / 4  # a hiccup must not decide
+            self.usual[decodes] = smooth(self.usual.get(decodes, 0.0), seconds)
 
     def tokens(self, decodes: int) -> int:
         """Prompt tokens beside so many streams; 0 for a step that is to show what is usual."""
@@ -57,25 +56,30 @@ class ChunkBudget:
 class JoinedBudget(ChunkBudget):
     """Chunks and decodes are one forward, in which any number of tokens costs what it is.
 
-    A forward of twice the tokens takes at most twice as long, so the rate of one that took less than the target, tokens
-    of prompts and streams over seconds, is safe to go by for a longer one; from forward to forward it converges to
-    the target without passing it, whatever part of the time is fixed and however attention grows with the context.
+    A forward of twice the tokens takes at most twice as long, so what a token of prompt or stream took in one below
+    the target bounds what more of them take: the steps grow to the target and stop there, whatever part of their time
+    is fixed and however attention grows with the context. Where already the fixed part is too much (a long context
+    is read whole for any token), prompts still advance by LEAST, of which the last costs next to nothing.
     """
 
+    LEAST = 2
+
     def __init__(self, largest: int) -> None:
-        super().__init__(list(range(1, largest + 1)))
+        super().__init__(list(range(min(self.LEAST, largest), largest + 1)))
+        self.cost = 0.0  # seconds a token; 0: not known
 
     def _affordable(self, usual: float, decodes: int) -> float:
-        return TARGET * usual * self.rate - decodes
+        return TARGET * usual / self.cost - decodes if self.cost else 0.0
 
     def _alone(self, prompt_tokens: int, seconds: float) -> None:
-        """Longer chunks at other contexts say little about short ones."""
+        """Chunks without a stream are far longer, which says little about short ones."""
 
     def _beside(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
-        usual, rate = self.usual.get(decodes), (decodes + prompt_tokens) / seconds
-        if usual is None:
-            return
-        if seconds > TARGET * usual:
-            self.rate = max(rate, self.rate / 2)  # at once, but a hiccup must not decide
-        else:
-            self.rate = max(self.rate, (self.rate + rate) / 2)
+        usual, cost = self.usual.get(decodes, 0.0), seconds / (decodes + prompt_tokens)
+        if not self.cost or cost < self.cost or seconds > TARGET * usual:  # else only too short a chunk to tell
+            self.cost = smooth(self.cost, cost)
+
+
+def smooth(average: float, value: float) -> float:
+    """Moving average of about four values, in which a hiccup counts as twice the usual; 0: none yet."""
+    return average + (min(value, 2 * average) - average) / 4 if average else value
