@@ -166,19 +166,17 @@ class Decoder final : public Job {
     const LayerWeights& w = layers_[index];
     Scratch& s = scratch_[thread];
     switch (phase % kLayerPhases) {
-      case kNormalizeAttention: return normalize(w.attention_norm, chunk, s);
       case kQkv: return qkv(w, index, chunk, s);
       case kAttend: return attend(w, index, chunk, s);
-      case kMerge: return merge_and_quantize(chunk);
-      case kOut: return add_product(w.out, out_split_, attended_q_, chunk, s, w.gate_up, gate_up_split_);
-      case kNormalizeFfn: return normalize(w.ffn_norm, chunk, s);
-      case kGateUp: return gate_up(w, chunk, s);
-      default: return down(w, index + 1, chunk, s);
+      case kOut: return out(w, index, chunk, s);
+      case kGateUp: return gate_up(w, index, chunk, s);
+      case kDown: return down(w, index + 1, chunk, s);
+      default: return make_shared_inputs(phase, chunk, s);
     }
   }
 
  private:
-  enum { kNormalizeAttention, kQkv, kAttend, kMerge, kOut, kNormalizeFfn, kGateUp, kDown, kLayerPhases };
+  enum LayerPhase { kNormalizeAttention, kQkv, kAttend, kMerge, kOut, kNormalizeFfn, kGateUp, kDown, kLayerPhases };
 
   struct Token {
     int id, position, slot, out;  // `out`: its place among the logits; -1: not wanted
@@ -203,7 +201,9 @@ class Decoder final : public Job {
   };
 
   struct Scratch {
-    Buffer<float> out, norm;
+    Buffer<float> out, row;
+    Activations input;  // of few rows, see input()
+    uint64_t made = 0;
     AttentionScratch attention;
     std::vector<const float*> q;
     std::vector<int> position;
@@ -213,7 +213,7 @@ class Decoder final : public Job {
   static constexpr int kRowBlock = 48;        // rows whose products are finished before going on
   static constexpr int kSpanTokens = 16;      // tokens of a slot attended together
   static constexpr int kSplitBelow = 9;       // spans this short are shared out by chunks of keys
-  static constexpr int kNormRows = 4;         // rows to a chunk of the small phases
+  static constexpr int kFewRows = 4;          // rows to a chunk of the small phases
 
   // ---- Setting up
 
@@ -260,14 +260,15 @@ class Decoder final : public Job {
     down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
     head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
     best_.assign(selected_.size() * head_split_.tile_chunks(), {});
-    const int row_chunks = (rows + kNormRows - 1) / kNormRows;
+    const int row_chunks = few() ? 0 : (rows + kFewRows - 1) / kFewRows;
     chunks_[kNormalizeAttention] = chunks_[kNormalizeFfn] = chunks_[kMerge] = row_chunks;
+    planned_++;
     chunks_[kQkv] = qkv_split_.chunks();
     chunks_[kAttend] = int(items_.size());
     chunks_[kOut] = out_split_.chunks();
     chunks_[kGateUp] = gate_up_split_.chunks();
     chunks_[kDown] = down_split_.chunks();
-    chunks_[kLayerPhases] = (int(selected_.size()) + kNormRows - 1) / kNormRows;
+    chunks_[kLayerPhases] = (int(selected_.size()) + kFewRows - 1) / kFewRows;
     chunks_[kLayerPhases + 1] = head_split_.chunks();
     resize_buffers(rows);
   }
@@ -289,7 +290,9 @@ class Decoder final : public Job {
   void resize_scratch(Scratch& s, int rows) {
     const int queries = std::min(rows, kSpanTokens) * group();
     s.out.resize(size_t(std::min(rows, kRowBlock)) * std::max(model_.head_dim, 4 * kLanes));
-    s.norm.resize(size_t(round_up(model_.dim, kGroup)));
+    const int widest = round_up(std::max(model_.dim, model_.n_head * model_.head_dim), kGroup);
+    s.row.resize(size_t(widest));
+    s.input.resize(kind_, kFewRows, widest);
     s.attention.resize(model_.head_dim, queries);
     s.q.resize(size_t(queries));
     s.position.resize(size_t(queries));
@@ -365,21 +368,44 @@ class Decoder final : public Job {
     }
   }
 
-  void normalize(const float* weight, int chunk, Scratch& s) {
-    const int rows = int(tokens_.size());
-    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++)
-      normalize_row(weight, m, m, s);
+  // What a product reads is made of x or of the attention's results. Many rows: in a phase of their own, shared out.
+  // Few: by every thread for itself when it first needs them, for that takes less time than waiting for each other.
+  bool few() const { return tokens_.size() <= kFewRows; }
+
+  const Activations& input(int layer, LayerPhase made_in, const Activations& shared, Scratch& s) {
+    if (!few()) return shared;
+    const int phase = layer * kLayerPhases + made_in;
+    const uint64_t wanted = planned_ << 32 | uint64_t(phase);
+    if (std::exchange(s.made, wanted) != wanted)
+      for (int m = 0; m < int(tokens_.size()); m++) make_input(phase, m, s.input, s);
+    return s.input;
+  }
+
+  void make_shared_inputs(int phase, int chunk, Scratch& s) {
+    Activations& out = phase % kLayerPhases == kMerge ? attended_q_ : normal_q_;
+    for (int m = chunk * kFewRows; m < std::min(int(tokens_.size()), (chunk + 1) * kFewRows); m++)
+      make_input(phase, m, out, s);
+  }
+
+  void make_input(int phase, int row, Activations& out, Scratch& s) {
+    const LayerWeights& w = layers_[phase / kLayerPhases];
+    if (phase % kLayerPhases != kMerge)
+      return normalize(phase % kLayerPhases == kNormalizeFfn ? w.ffn_norm : w.attention_norm, row, row, out, s);
+    const int width = model_.n_head * model_.head_dim;
+    const float* attended = attended_.data() + size_t(row) * width;
+    if (split_index_[row] >= 0) attended = merge_token(row, s);
+    out.put_row(row, attended, width);
   }
 
   void normalize_selected(int chunk, Scratch& s) {
     const int rows = int(selected_.size());
-    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++)
-      normalize_row(model_.norm, selected_[m], m, s);
+    for (int m = chunk * kFewRows; m < std::min(rows, (chunk + 1) * kFewRows); m++)
+      normalize(model_.norm, selected_[m], m, normal_q_, s);
   }
 
-  void normalize_row(const float* weight, int from, int to, Scratch& s) {
-    norm_row(x_.data() + size_t(from) * model_.dim, weight, model_.dim, model_.norm_eps, s.norm.data());
-    normal_q_.put_row(to, s.norm.data(), model_.dim);
+  void normalize(const float* weight, int from, int to, Activations& out, Scratch& s) {
+    norm_row(x_.data() + size_t(from) * model_.dim, weight, model_.dim, model_.norm_eps, s.row.data());
+    out.put_row(to, s.row.data(), model_.dim);
   }
 
   // One head's query, key or value of some rows.
@@ -387,7 +413,8 @@ class Decoder final : public Job {
     const Split::Part part = qkv_split_.part(chunk);
     const int D = model_.head_dim, row = part.row, head = part.tile * kLanes / D;
     const uint8_t* next = upcoming(w.qkv, qkv_split_, w.out, out_split_, chunk);
-    multiply(w.qkv, part.tile, part.tiles, normal_q_, row, part.rows, s.out.data(), D, next);
+    const Activations& from = input(layer, kNormalizeAttention, normal_q_, s);
+    multiply(w.qkv, part.tile, part.tiles, from, row, part.rows, s.out.data(), D, next);
     for (int m = 0; m < part.rows; m++) {
       float* x = s.out.data() + size_t(m) * D;
       const Token& token = tokens_[row + m];
@@ -495,8 +522,10 @@ class Decoder final : public Job {
         if (item.whole) merge(s.state[i], s.partial[i], D);
       }
     }
-    for (int i = 0; item.whole && i < queries.count; i++)
-      finish_query(s.state[i], item.span.first + i / G, item.kv_head * G + i % G);
+    for (int i = 0; item.whole && i < queries.count; i++) {
+      const int token = item.span.first + i / G, head = item.kv_head * G + i % G;
+      finish_query(s.state[i], attended_.data() + (size_t(token) * model_.n_head + head) * D);
+    }
   }
 
   Partial stored_partial(int token, int head, int chunk) {
@@ -504,32 +533,26 @@ class Decoder final : public Job {
     return partial_at(partials_.data(), index, model_.head_dim);
   }
 
-  void finish_query(const Partial& p, int token, int head) {
-    const int D = model_.head_dim;
-    float* out = attended_.data() + (size_t(token) * model_.n_head + head) * D;
+  void finish_query(const Partial& p, float* out) const {
     const f32x16 inverse = splat(1.0f / *p.sum);
-    for (int d = 0; d < D; d += kLanes) store(out + d, load(p.o + d) * inverse);
+    for (int d = 0; d < model_.head_dim; d += kLanes) store(out + d, load(p.o + d) * inverse);
   }
 
-  void merge_and_quantize(int chunk) {
-    const int rows = int(tokens_.size()), width = model_.n_head * model_.head_dim;
-    for (int m = chunk * kNormRows; m < std::min(rows, (chunk + 1) * kNormRows); m++) {
-      if (split_index_[m] >= 0) merge_token(m);
-      attended_q_.put_row(m, attended_.data() + size_t(m) * width, width);
-    }
-  }
-
-  void merge_token(int token) {
-    const int chunks = tokens_[token].position / kChunk + 1;
+  // All heads of a token from the partial results of its chunks: in s.row.
+  const float* merge_token(int token, Scratch& s) {
+    const int chunks = tokens_[token].position / kChunk + 1, D = model_.head_dim;
+    const Partial total = partial_at(s.attention.state.data(), 0, D);
     for (int head = 0; head < model_.n_head; head++) {
-      const Partial total = stored_partial(token, head, 0);
-      for (int chunk = 1; chunk < chunks; chunk++) {
-        const Partial next = stored_partial(token, head, chunk);
-        if (*total.max == -INFINITY) std::memcpy(total.o, next.o, sizeof(float) * (model_.head_dim + 2));
-        else merge(total, next, model_.head_dim);
-      }
-      finish_query(total, token, head);
+      clear(total, D);
+      for (int chunk = 0; chunk < chunks; chunk++) merge(total, stored_partial(token, head, chunk), D);
+      finish_query(total, s.row.data() + head * D);
     }
+    return s.row.data();
+  }
+
+  void out(const LayerWeights& w, int layer, int chunk, Scratch& s) {
+    const Activations& from = input(layer, kMerge, attended_q_, s);
+    add_product(w.out, out_split_, from, chunk, s, w.gate_up, gate_up_split_);
   }
 
   // x += product: the output and down projections.
@@ -554,10 +577,11 @@ class Decoder final : public Job {
   }
 
   // silu(gate) * up of 32 hidden values at a time, which are one group of the down projection's input.
-  void gate_up(const LayerWeights& w, int chunk, Scratch& s) {
+  void gate_up(const LayerWeights& w, int layer, int chunk, Scratch& s) {
+    const Activations& from = input(layer, kNormalizeFfn, normal_q_, s);
     const uint8_t* next = upcoming(w.gate_up, gate_up_split_, w.down, down_split_, chunk);
     for_blocks(w.gate_up, gate_up_split_.part(chunk), 4, next, [&](const Split::Part& p, const uint8_t* following) {
-      multiply(w.gate_up, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 4 * kLanes, following);
+      multiply(w.gate_up, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 4 * kLanes, following);
       for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 4 * kLanes;
         const f32x16 a = silu(load(out)) * load(out + kLanes);
@@ -643,7 +667,7 @@ class Decoder final : public Job {
   StepInput queued_{};
   bool has_queued_ = false, running_ = false;
   std::atomic<StepError> failed_{kFine};  // of a step that had waited
-  uint64_t started_ = 0;
+  uint64_t started_ = 0, planned_ = 0;
   std::atomic<uint64_t> finished_{0};
 
   std::vector<Token> tokens_;
