@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,18 +224,30 @@ class ModelPath(NamedTuple):
 def choose_path(
     config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None
 ) -> ModelPath:
-    """The fastest path that computes what was asked for; its name says why where it is the plain one.
+    """The fastest path that computes what was asked for; its name says why where it is not the fused one.
 
-    A draft runs `beside` its target, on the same threads.
+    compile, compile_prefill: on a GPU they are about what the fused kernels leave to PyTorch's operators, on a CPU they
+    take the fused path's place. A GPU that has no fused kernels decodes compiled, asked for or not. A draft runs
+    `beside` its target, on the same threads.
     """
     model = loaded.model
-    if config.compile or config.compile_prefill:
+    device, asked = model.norm.weight.device, config.compile or config.compile_prefill
+    if asked and device.type == "cpu":
         return compiled_path(config, model, threads)
     path = fused_path(config, loaded, threads, beside=beside)
     if isinstance(path, ModelPath):
         return path
+    if asked or (config.kernels == "auto" and compiles_unasked(model, device)):
+        path_config = config if asked else dataclasses.replace(config, compile=True)
+        compiled = compiled_path(path_config, model, threads)
+        return compiled._replace(name=f"{compiled.name} ({path})")
     prepare_modules(model)
     return ModelPath(f"plain ({path})", model, model, threads, warm_up=False)
+
+
+def compiles_unasked(model: Transformer, device: torch.device) -> bool:
+    """Whether torch.compile can stand in for the fused kernels: on CUDA and ROCm, where it needs Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
 
 
 def fused_path(
@@ -265,21 +279,24 @@ def fused_path(
 
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
-    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators; or why not."""
+    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators, compiled if so asked; or why not."""
     from gpt_fast.bursts import BurstRunner
     from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
 
     if reason := unavailable(model.norm.weight.device) or unsupported(model):
         return reason
-    if torch_dtype(config.kv_cache) not in (None, model.norm.weight.dtype):
-        return f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type"
+    if torch_dtype(config.kv_cache) not in (None, model.norm.weight.dtype, torch.int8):
+        return f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type and int8"
     try:
         fused = GpuDecoder(model)
     except ValueError as error:
         return str(error)
+    name = "fused GPU decoder"
+    if config.compile_prefill:
+        fused.prefill, name = compiled_path(config, model, threads).prefill, f"{name}, compiled prefill"
     prepare_modules(model)
     runner = Runner if config.proposers else partial(BurstRunner, decoder=fused)
-    return ModelPath("fused GPU decoder", fused, fused, threads, runner=runner)
+    return ModelPath(name, fused, fused, threads, runner=runner)
 
 
 def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:

@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt_fast.ops.gpu.layer_cache import LayerCache
 from gpt_fast.ops.gpu.pack import GpuLinear, pack_fp8, pack_linear
 from gpt_fast.ops.int4 import pack_nibbles
 
@@ -31,3 +32,14 @@ def weight(kind, rows, columns, *, seed, group=32, dtype=torch.bfloat16) -> GpuL
     scale = (torch.rand(rows, columns // group, generator=generator) * size / 4).half()
     minimum = (-7.5 * scale.float()).half()
     return pack_linear(pack_nibbles(q).to(DEVICE), scale.to(DEVICE), minimum.to(DEVICE), groupsize=group)
+
+
+def layer_cache(slots, heads, positions, head_dim, *, seed, dtype=torch.bfloat16) -> LayerCache:
+    """Full of numbers; of torch.int8, codes with a scale each."""
+    shape = (slots, heads, positions, head_dim)
+    if dtype != torch.int8:
+        return LayerCache(*(normal(*shape, seed=seed + i, dtype=dtype) for i in range(2)))
+    generator = torch.Generator().manual_seed(seed)
+    codes = [torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(DEVICE) for _ in range(2)]
+    scales = [(torch.rand(shape[:-1], generator=generator) / 64).to(DEVICE) for _ in range(2)]
+    return LayerCache(*codes, *scales)

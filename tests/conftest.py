@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the GPU kernels run on the CPU, in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: GPU kernels in its interpreter
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=100, derandomize=True, **_COMMON)

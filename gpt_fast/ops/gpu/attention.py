@@ -1,6 +1,6 @@
 """Decode attention: a few tokens over what their slots have cached, split over positions, and nothing else read.
 
-Shapes: M tokens, H query heads, D head_dim; caches NHTD: slots, KV heads, positions of a slot, head_dim.
+Shapes: M tokens, H query heads, D head_dim, K KV heads, G query heads of one, T positions.
 
 Flash-decoding (Dao et al., 2023): each program takes one share of the positions of one KV head, for all query heads
 that share it, and keeps a running softmax; the last program of a KV head to finish combines the shares.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.gpu.launch import Launch, is_native, power_of_two
+from gpt_fast.ops.gpu.layer_cache import LayerCache
 
 POSITIONS = 64  # of a step of the loop: 32 KiB of keys and values at head_dim 128
 
@@ -40,7 +41,7 @@ def attention_workspace(
 
 
 def decode_attention(
-    q_MHD: Tensor, k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, slots_M: Tensor, lengths_M: Tensor,
+    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
     workspace: AttentionWorkspace, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
 ) -> None:  # fmt: skip
     """softmax(scale * q k^T) v of each token over positions 0..length-1 of its slot.
@@ -51,46 +52,43 @@ def decode_attention(
     ValueError where M is no multiple of it.
     """
     attention_launch(
-        q_MHD, k_cache_NHTD, v_cache_NHTD, slots_M, lengths_M, workspace, out_MHD,
+        q_MHD, cache, slots_M, lengths_M, workspace, out_MHD,
         scale=scale, splits=splits, rows_per_slot=rows_per_slot,
     ).run()  # fmt: skip
 
 
 def decode_attention_reference(
-    q_MHD: Tensor, k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, slots_M: Tensor, lengths_M: Tensor,
+    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
     workspace: AttentionWorkspace | None, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
 ) -> None:  # fmt: skip
     """In float32, a token at a time; workspace, splits and rows_per_slot change nothing."""
-    kv_heads = k_cache_NHTD.shape[1]
+    kv_heads = cache.k_NHTD.shape[1]
     for row, (slot, length) in enumerate(zip(slots_M.tolist(), lengths_M.tolist(), strict=True)):
         q_KGD = q_MHD[row].float().unflatten(0, (kv_heads, -1))
-        k_KTD, v_KTD = k_cache_NHTD[slot, :, :length].float(), v_cache_NHTD[slot, :, :length].float()
+        k_KTD, v_KTD = (x_KTD.float() for x_KTD in cache.read(slot, length))
         weight_KGT = (scale * q_KGD @ k_KTD.transpose(1, 2)).softmax(-1)
         out_MHD[row] = (weight_KGT @ v_KTD).flatten(0, 1)
 
 
 def attention_launch(
-    q_MHD: Tensor, k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, slots_M: Tensor, lengths_M: Tensor,
+    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
     workspace: AttentionWorkspace, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
 ) -> Launch:  # fmt: skip
     from gpt_fast.ops.gpu.attention_triton import decode_attention_kernel
 
     tokens, q_heads, head_dim = q_MHD.shape
-    kv_heads = k_cache_NHTD.shape[1]
+    kv_heads = cache.k_NHTD.shape[1]
     group = q_heads // kv_heads
     if tokens % rows_per_slot:
         raise ValueError(f"rows_per_slot: must divide the tokens (got {rows_per_slot}, {tokens} tokens)")
-    if k_cache_NHTD.stride() != v_cache_NHTD.stride() or not k_cache_NHTD[0, 0].is_contiguous():
-        raise ValueError("k_cache, v_cache: each head's positions must be contiguous, in both alike")
-    slot_stride, head_stride, _, _ = k_cache_NHTD.stride()
     arguments = {
-        "q": q_MHD, "k_cache": k_cache_NHTD, "v_cache": v_cache_NHTD, "slots": slots_M, "lengths": lengths_M,
-        **workspace._asdict(), "out": out_MHD, "scale": scale, "splits": splits, "rows": tokens, "q_heads": q_heads,
-        "kv_heads": kv_heads, "slot_stride": slot_stride, "head_stride": head_stride,
+        "q": q_MHD, **cache.arguments(), "slots": slots_M, "lengths": lengths_M, **workspace._asdict(), "out": out_MHD,
+        "scale": scale, "splits": splits, "rows": tokens, "q_heads": q_heads, "kv_heads": kv_heads,
     }  # fmt: skip
     constants = {
         "ROWS": rows_per_slot, "GROUP": group, "QUERIES": max(power_of_two(rows_per_slot * group), 16),
-        "HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim), "POSITIONS": POSITIONS, "NATIVE": is_native(q_MHD),
+        "HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim), "POSITIONS": POSITIONS,
+        "SCALED": cache.k_scale_NHT is not None, "NATIVE": is_native(q_MHD),
     }  # fmt: skip
     grid = (tokens // rows_per_slot * kv_heads, splits)
     return Launch(decode_attention_kernel, grid, arguments, constants, num_warps=4, num_stages=3)

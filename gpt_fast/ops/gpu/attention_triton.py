@@ -12,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def decode_attention_kernel(
-    q, k_cache, v_cache, slots, lengths, partial, best, total, arrived, out, scale, splits, rows, q_heads, kv_heads,
-    slot_stride, head_stride,
+    q, k_cache, v_cache, k_scale, v_scale, slots, lengths, partial, best, total, arrived, out, scale, splits, rows,
+    q_heads, kv_heads, slot_stride, head_stride,
     ROWS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    POSITIONS: tl.constexpr, NATIVE: tl.constexpr,
+    POSITIONS: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): share s of the positions that the i-th (slot, KV head) reads. The last to finish combines all."""
     first_row = tl.program_id(0) // kv_heads * ROWS
@@ -33,8 +33,9 @@ def decode_attention_kernel(
     cache = tl.load(slots + first_row).to(tl.int64) * slot_stride + kv_head * head_stride
     q_QD = tl.load(q + at_QD, real_QD, 0.0)
     best_Q, total_Q, sum_QD = attend(
-        q_QD, k_cache + cache, v_cache + cache, length_Q, split * share, tl.minimum(longest, split * share + share),
-        scale, QUERIES, HEAD_DIM, WIDTH, POSITIONS, NATIVE,
+        q_QD, k_cache + cache, v_cache + cache, k_scale + cache // HEAD_DIM, v_scale + cache // HEAD_DIM, length_Q,
+        split * share, tl.minimum(longest, split * share + share), scale,
+        QUERIES, HEAD_DIM, WIDTH, POSITIONS, SCALED, NATIVE,
     )  # fmt: skip
     if splits > 1:
         place = split * rows * q_heads
@@ -54,10 +55,14 @@ def decode_attention_kernel(
 
 @triton.jit
 def attend(
-    q_QD, k_cache, v_cache, length_Q, begin, end, scale,
-    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, POSITIONS: tl.constexpr, NATIVE: tl.constexpr,
+    q_QD, k_cache, v_cache, k_scale, v_scale, length_Q, begin, end, scale,
+    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Positions begin..end-1: each query's largest score (base 2), its sum of weights, its weighted sum of values."""
+    """Positions begin..end-1: each query's largest score (base 2), its sum of weights, its weighted sum of values.
+
+    SCALED: integers, exact in q's dtype; a position's two scales multiply its scores and its weights instead.
+    """
     best_Q = tl.full((QUERIES,), float("-inf"), tl.float32)
     total_Q = tl.zeros((QUERIES,), tl.float32)
     sum_QD = tl.zeros((QUERIES, WIDTH), tl.float32)
@@ -66,15 +71,19 @@ def attend(
         position_T = start + tl.arange(0, POSITIONS)
         inside_TD = (position_T < end)[:, None] & (element_D < HEAD_DIM)[None, :]
         at_TD = position_T[:, None] * HEAD_DIM + element_D[None, :]
-        k_TD = tl.load(k_cache + at_TD, inside_TD, 0.0)
-        v_TD = tl.load(v_cache + at_TD, inside_TD, 0.0)
+        k_TD = tl.load(k_cache + at_TD, inside_TD, 0)
+        v_TD = tl.load(v_cache + at_TD, inside_TD, 0)
         score_QT = product(q_QD, tl.trans(k_TD), NATIVE) * (scale * 1.4426950408889634)
+        if SCALED:
+            score_QT *= tl.load(k_scale + position_T, position_T < end, 0.0)[None, :]
         score_QT = tl.where(position_T[None, :] < length_Q[:, None], score_QT, float("-inf"))
         now_Q = tl.maximum(best_Q, tl.max(score_QT, 1))
         finite_Q = tl.where(now_Q == float("-inf"), 0.0, now_Q)  # a query that reads nothing here
         weight_QT = tl.exp2(score_QT - finite_Q[:, None])
         keep_Q = tl.exp2(best_Q - finite_Q)
         total_Q = total_Q * keep_Q + tl.sum(weight_QT, 1)
+        if SCALED:
+            weight_QT *= tl.load(v_scale + position_T, position_T < end, 0.0)[None, :]
         sum_QD = sum_QD * keep_Q[:, None] + product(weight_QT.to(q_QD.dtype), v_TD, NATIVE)
         best_Q = now_Q
     return best_Q, total_Q, sum_QD

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gpt_fast.ops.gpu.attention import attention_workspace
 from gpt_fast.ops.gpu.capture import Captured
+from gpt_fast.ops.gpu.layer_cache import LayerCache, head_workspace
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.pack import GpuLinear, interleave, pack_fp8, pack_linear
 
@@ -51,7 +52,7 @@ def unsupported(model: Transformer) -> str | None:
     c = model.config
     refused = {
         f"n_expert={c.n_expert}: the GPU decoder has no mixture of experts": c.n_expert,
-        f"head_dim={c.head_dim}: the GPU decoder needs a multiple of 32 up to 128": c.head_dim % 32 or c.head_dim > 128,
+        f"head_dim={c.head_dim}: the GPU decoder needs a multiple of 16 up to 128": c.head_dim % 16 or c.head_dim > 128,
         f"sliding_window={c.sliding_window}: the GPU decoder sees everything": c.sliding_window and c.sliding_layers,
         "qk_norm: the GPU decoder has none": c.qk_norm,
         "the GPU decoder has no biases": c.qkv_bias or c.attention_out_bias or c.mlp_bias,
@@ -150,6 +151,7 @@ class GpuDecoder:
         self.workspace = attention_workspace(
             MAX_TOKENS, model.config.n_head, model.config.head_dim, splits=most, device=self.device
         )
+        self.heads = head_workspace(MAX_TOKENS, model.config.n_kv_head, model.config.head_dim, self.device)
         self.graphs: dict[tuple[Any, ...], Captured] = {}
 
     def forward(
@@ -222,13 +224,13 @@ class GpuDecoder:
         s = self.scratch.first(M)
         self.embed(inputs.tokens_M, s.x_MD)
         for index, layer in enumerate(self.layers):
-            k_NHTD, v_NHTD = cache.k_LNHTD[index], cache.v_LNHTD[index]
+            held = LayerCache.of(cache, index)
             self.ops.norm_qkv_rope_write(
                 s.x_MD, layer.attention_norm, layer.qkv, self.cos_sin, inputs.positions_M, inputs.slots_M,
-                k_NHTD, v_NHTD, s.q_MHE, eps=eps,
+                held, self.heads, s.q_MHE, eps=eps,
             )  # fmt: skip
             self.ops.attention(
-                s.q_MHE, k_NHTD, v_NHTD, inputs.slots_M, inputs.lengths_M, self.workspace, s.attended_MHE,
+                s.q_MHE, held, inputs.slots_M, inputs.lengths_M, self.workspace, s.attended_MHE,
                 scale=self.config.head_dim**-0.5, splits=reach, rows_per_slot=size,
             )  # fmt: skip
             self.ops.linear_residual(s.attended_MHE.flatten(1), layer.out, s.x_MD, s.y_MD)

@@ -1,7 +1,7 @@
 """The GEMV family: every product with a weight in a decode step, fused with what stands before and after it.
 
 Shapes: M tokens (1..16), N rows of the weight, K inputs, D model dim, H query heads, E head_dim, I feed-forward dim,
-V vocabulary, P positions; caches NHTD: slots, KV heads, positions of a slot, head_dim.
+V vocabulary, P positions.
 
 Each operation writes tensors that its caller allocated, and has a twin `*_reference` of the same signature in plain
 PyTorch, which computes in float32 from the same packed weights and rounds once. Kernels: linear_triton.py.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_fast.ops.gpu.launch import Launch, divide_up, is_native, power_of_two
+from gpt_fast.ops.gpu.layer_cache import HeadWorkspace, LayerCache
 from gpt_fast.ops.gpu.pack import GpuLinear, dequantize
 
 MAX_TOKENS = 16
@@ -54,15 +55,16 @@ FEW_TOKENS = {
 
 def norm_qkv_rope_write(
     x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, out_q_MHD: Tensor, *, eps: float,
+    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
 ) -> None:  # fmt: skip
     """RMSNorm, the fused query/key/value projection, RoPE on neighbouring pairs; keys and values go to the cache.
 
     cos_sin_P2E: float32, of the rotated pairs (model.rope_table). A token's keys and values land at
-    [slots_M, :, positions_M]; no two tokens of one call may share a place. Head sizes a multiple of 32.
+    [slots_M, :, positions_M]; no two tokens of one call may share a place. Head sizes a multiple of 16.
+    workspace: needed by an int8 cache only.
     """
     qkv_launch(
-        x_MD, norm_D, qkv, cos_sin_P2E, positions_M, slots_M, k_cache_NHTD, v_cache_NHTD, out_q_MHD, eps=eps
+        x_MD, norm_D, qkv, cos_sin_P2E, positions_M, slots_M, cache, workspace, out_q_MHD, eps=eps
     ).run()  # fmt: skip
 
 
@@ -86,15 +88,14 @@ def norm_head(x_MD: Tensor, norm_D: Tensor, head: GpuLinear, out_logits_MV: Tens
 
 def norm_qkv_rope_write_reference(
     x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, out_q_MHD: Tensor, *, eps: float,
+    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
 ) -> None:  # fmt: skip
-    q_heads, kv_heads, head_dim = out_q_MHD.shape[1], k_cache_NHTD.shape[1], k_cache_NHTD.shape[3]
-    qkv_MHD = (rms_norm(x_MD, norm_D, eps) @ dequantize(qkv).T).view(len(x_MD), -1, head_dim)
+    (_, q_heads, head_dim), kv_heads = out_q_MHD.shape, cache.k_NHTD.shape[1]
+    qkv_MHD = (rms_norm(x_MD, norm_D, eps) @ dequantize(qkv).T).unflatten(1, (-1, head_dim))
     q_MHD, k_MHD, v_MHD = qkv_MHD.split((q_heads, kv_heads, kv_heads), dim=1)
     cos_sin_M2E = cos_sin_P2E[positions_M]
     out_q_MHD.copy_(rotate(q_MHD, cos_sin_M2E))
-    k_cache_NHTD[slots_M, :, positions_M] = rotate(k_MHD, cos_sin_M2E).to(k_cache_NHTD.dtype)
-    v_cache_NHTD[slots_M, :, positions_M] = v_MHD.to(v_cache_NHTD.dtype)
+    cache.write(slots_M, positions_M, rotate(k_MHD, cos_sin_M2E), v_MHD)
 
 
 def linear_residual_reference(x_MK: Tensor, w: GpuLinear, residual_MN: Tensor, out_MN: Tensor) -> None:
@@ -147,34 +148,41 @@ def gate_up_launch(x_MD: Tensor, norm_D: Tensor, gate_up: GpuLinear, out_MI: Ten
 
 def qkv_launch(
     x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    k_cache_NHTD: Tensor, v_cache_NHTD: Tensor, out_q_MHD: Tensor, *, eps: float,
+    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
 ) -> Launch:  # fmt: skip
     from gpt_fast.ops.gpu.linear_triton import norm_qkv_rope_write_kernel
 
-    _, kv_heads, _, head_dim = k_cache_NHTD.shape
-    if head_dim % 32:
-        raise ValueError(f"head_dim: the QKV kernel's programs hold rows of one head (got {head_dim}, allowed n * 32)")
-    slot_stride, head_stride, _, _ = k_cache_NHTD.stride()
-    if k_cache_NHTD.stride() != v_cache_NHTD.stride() or not k_cache_NHTD[0, 0].is_contiguous():
-        raise ValueError("k_cache, v_cache: each head's positions must be contiguous, in both alike")
+    _, kv_heads, _, head_dim = cache.k_NHTD.shape
+    if head_dim % 16:
+        raise ValueError(f"head_dim: the QKV kernel's programs hold rows of one head (got {head_dim}, allowed n * 16)")
+    scaled = cache.k_scale_NHT is not None
+    if scaled and workspace is None:
+        raise ValueError("workspace: an int8 cache needs one")
+    between = workspace._asdict() if scaled and workspace else {"heads": out_q_MHD, "arrived": out_q_MHD}
     extra = {
-        "cos_sin": cos_sin_P2E, "positions": positions_M, "slots": slots_M, "k_cache": k_cache_NHTD,
-        "v_cache": v_cache_NHTD, "out_q": out_q_MHD, "slot_stride": slot_stride, "head_stride": head_stride,
-        "q_heads": out_q_MHD.shape[1], "kv_heads": kv_heads,
+        "cos_sin": cos_sin_P2E, "positions": positions_M, "slots": slots_M, **cache.arguments(), **between,
+        "out_q": out_q_MHD, "q_heads": out_q_MHD.shape[1], "kv_heads": kv_heads,
     }  # fmt: skip
-    constants = {"HEAD_DIM": head_dim, "ROTARY": 2 * cos_sin_P2E.shape[-1]}
-    return launch(norm_qkv_rope_write_kernel, x_MD, norm_D, qkv, extra, constants, eps)
+    constants = {
+        "HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim), "ROTARY": 2 * cos_sin_P2E.shape[-1], "SCALED": scaled,
+    }  # fmt: skip
+    return launch(norm_qkv_rope_write_kernel, x_MD, norm_D, qkv, extra, constants, eps, row_unit=head_dim)
 
 
 def launch(
-    kernel: Any, x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, extra: dict, constants: dict, eps: float
-) -> Launch:
-    """What every kernel of the family shares. ValueError for more tokens than MAX_TOKENS."""
+    kernel: Any, x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, extra: dict, constants: dict, eps: float,
+    *, row_unit: int = ANY,
+) -> Launch:  # fmt: skip
+    """What every kernel of the family shares. row_unit: no program's rows may lie on both sides of a multiple of it.
+
+    ValueError for more tokens than MAX_TOKENS.
+    """
     if not 1 <= len(x_MK) <= MAX_TOKENS:
         raise ValueError(f"tokens: what the small-M kernels hold (got {len(x_MK)}, allowed 1..{MAX_TOKENS})")
     one = len(x_MK) == 1
     weight = w.weight.view(torch.int32) if one and w.kind in ("int8", "int4") else w.weight
     tile = tile_for(w, one=one)
+    rows = min(tile.rows, row_unit & -row_unit)  # the largest power of two that divides it
     columns = min(tile.row_bytes // weight.element_size(), power_of_two(weight.shape[1]))
     columns = max(columns, 16 * tile.warps)  # a share of K feeds at least one tensor-core instruction
     unused = x_MK
@@ -185,11 +193,11 @@ def launch(
     }  # fmt: skip
     shared = {
         "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group,
-        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": tile.rows,
+        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": rows,
         "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
         "NATIVE": is_native(x_MK),
     }  # fmt: skip
-    return Launch(kernel, (divide_up(w.n, tile.rows),), arguments, shared | constants, tile.warps, tile.stages)
+    return Launch(kernel, (divide_up(w.n, rows),), arguments, shared | constants, tile.warps, tile.stages)
 
 
 def tile_for(w: GpuLinear, *, one: bool) -> Tile:

@@ -318,13 +318,16 @@ def norm_gate_up_silu_kernel(
 
 @triton.jit
 def norm_qkv_rope_write_kernel(
-    x, norm, weight, scale, zero, cos_sin, positions, slots, k_cache, v_cache, out_q, tokens, k, eps,
-    slot_stride, head_stride, q_heads, kv_heads,
-    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    x, norm, weight, scale, zero, cos_sin, positions, slots, k_cache, v_cache, k_scale, v_scale, heads, arrived, out_q,
+    tokens, k, eps, slot_stride, head_stride, q_heads, kv_heads,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr, SCALED: tl.constexpr,
     KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head: rotate neighbouring pairs of queries and keys, then queries to out_q, the rest to the cache."""
+    """Rows of one head: rotate neighbouring pairs of queries and keys, then queries to out_q, the rest to the cache.
+
+    SCALED: the last program of a head to finish quantizes all of it; the others leave their rows in `heads`.
+    """
     rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     out_MN = dots(
         x, norm, weight, scale, zero, rows_N, tokens, k, eps,
@@ -352,4 +355,28 @@ def norm_qkv_rope_write_kernel(
         kv_head = (head - q_heads) % kv_heads
         at_M = slot_M * slot_stride + kv_head * head_stride + position_M * HEAD_DIM
         cache = k_cache if head < q_heads + kv_heads else v_cache
-        tl.store(cache + at_M[:, None] + element_N[None, :], out_MN.to(cache.dtype.element_ty), inside_M[:, None])
+        if SCALED:
+            held_M = ((head - q_heads) * tokens + token_M) * HEAD_DIM
+            tl.store(heads + held_M[:, None] + element_N[None, :], out_MN, inside_M[:, None])
+            tl.debug_barrier()  # every thread's part is written before one thread says so
+            if tl.atomic_add(arrived + head - q_heads, 1, sem="acq_rel") == HEAD_DIM // ROWS - 1:
+                steps = k_scale if head < q_heads + kv_heads else v_scale
+                write_int8(heads + held_M, cache + at_M, steps + at_M // HEAD_DIM, inside_M, HEAD_DIM, WIDTH)
+                tl.store(arrived + head - q_heads, 0)  # ready for the next launch
+        else:
+            tl.store(cache + at_M[:, None] + element_N[None, :], out_MN.to(cache.dtype.element_ty), inside_M[:, None])
+
+
+@triton.jit
+def write_int8(from_M, to_M, to_step_M, inside_M, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """A head of every token: its largest is 127 steps; the step goes to to_step_M. NaN or infinity make the step NaN.
+
+    Read past the L1, which knows no other program.
+    """
+    element_D = tl.arange(0, WIDTH)
+    inside_MD = inside_M[:, None] & (element_D < HEAD_DIM)[None, :]
+    x_MD = tl.load(from_M[:, None] + element_D[None, :], inside_MD, 0.0, cache_modifier=".cg")
+    step_M = tl.maximum(tl.div_rn(tl.max(tl.abs(x_MD), 1), 127.0), 1.1754943508222875e-38) + tl.sum(x_MD * 0.0, 1)
+    q_MD = low_bits(tl.div_rn(x_MD, step_M[:, None])).to(tl.int8)
+    tl.store(to_M[:, None] + element_D[None, :], q_MD, inside_MD)
+    tl.store(to_step_M, step_M, inside_M)
