@@ -95,7 +95,7 @@ class AheadRunner(Runner):
 
     @torch.inference_mode()
     def run_ahead(self, sequences: list[Sequence]) -> None:
-        if sequences and not self.ahead and self._plain_next(sequences):
+        if sequences and not self.ahead and self._plain_next(sequences, unknown=0):
             self.ahead = self._start(sequences)
 
     def forget(self) -> None:
@@ -110,7 +110,8 @@ class AheadRunner(Runner):
             ahead = self._start(sequences)
         # A sequence that has ended must not go on: its slot may be another's by then.
         same = ahead.step.latest and len(ahead.rows) == len(sequences) and not self.more
-        if same and self._plain_next(sequences) and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences):
+        greedy = same and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences)
+        if greedy and self._plain_next(sequences, unknown=1):
             self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
         index = [ahead.rows.index((s, s.computed)) for s in sequences]
         logits_BV, best_B = ahead.step.result(), ahead.step.best()
@@ -119,12 +120,13 @@ class AheadRunner(Runner):
         return logits_BV[index], best_B[index]
 
     def _score(self, block: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        self.ahead = None  # of other sequences
         step = self.decode.start(**block)
         return step.result(), step.best()
 
-    def _plain_next(self, sequences: list[Sequence]) -> bool:
+    def _plain_next(self, sequences: list[Sequence], *, unknown: int) -> bool:
         """Whether the next step verifies no proposals."""
-        return self.speculator is None or self.speculator.rests(sequences)
+        return self.speculator is None or self.speculator.plain_next(sequences, unknown=unknown)
 
     def _start(self, sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
         """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""

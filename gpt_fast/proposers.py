@@ -88,7 +88,8 @@ class NGramProposer:
             index.extend(sequence.tokens(len(index.tokens), sequence.length))
             tokens, length = index.propose(limit)
             self.found.append(tokens)
-            offers.append(Offer(len(tokens), kind=length.bit_length()))  # lengths 1, 2-3, 4-7, 8-15, ...
+            # Lengths 1, 2-3, 4-7, 8-15, ...
+            offers.append(Offer(len(tokens), kind=length.bit_length(), then=(length + 1).bit_length()))
         return offers
 
     def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:

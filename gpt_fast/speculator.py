@@ -17,11 +17,13 @@ from gpt_fast.speculative import Proposal, verify
 
 class Offer(NamedTuple):
     """What a proposer could do for a row: up to `limit` tokens, of a `kind` whose acceptance is learned apart, after
-    first computing `lag` tokens it has not seen."""
+    first computing `lag` tokens it has not seen. then: the kind it will have if the next token is the one it expects,
+    None: it can propose whatever comes."""
 
     limit: int
     kind: int = 0
     lag: int = 0
+    then: int | None = None
 
 
 class Proposer(Protocol):
@@ -64,12 +66,25 @@ class Totals:
             self.positions[i][1] += i < accepted
 
 
+class Decision(NamedTuple):
+    """What the next step of `rows`, each of a sequence and the length it will have, does; choice None: plain."""
+
+    rows: list[tuple[Sequence, int]]
+    choice: Choice | None
+    offers: Seq[Offer]
+    foreseen: bool = False  # one step before, so that it begins while its last tokens are unknown
+
+
 class Speculator:
-    """Proposers, controller and acceptance estimates of one engine. `propose` before a decode step, `learn` after."""
+    """Proposers, controller and acceptance estimates of one engine. `propose` before a decode step, `learn` after.
+
+    A runner that can begin a plain step ahead asks `plain_next` first.
+    """
 
     PRIOR = 0.6  # acceptance assumed before anything is known: worth a try
     REQUEST_WEIGHT, REQUEST_KEEP = 3.0, 0.96  # how long a request believes its prior; how fast it forgets
     POOL_WEIGHT, POOL_KEEP = 2.0, 0.99
+    GAP = 0.25  # plain steps: the host's time between two steps counts up to this; more is a prompt or a pause
 
     def __init__(
         self, proposers: Mapping[str, Proposer], controller: Controller | Fixed, *, max_seq_len: int,
@@ -79,57 +94,71 @@ class Speculator:
         self.totals = Totals()
         self.pool: dict[tuple[str, int], Acceptance] = {}
         self.requests: dict[Sequence, dict[tuple[str, int], Acceptance]] = {}
-        self.choice: Choice | None = None
-        self.offers: Seq[Offer] = ()
+        self.next: Decision | None = None  # where it is made before the step
+        self.last = Decision([], None, ())
+        self.chains = False  # whether the runner can begin a greedy step before the last one's tokens are known
         self.idle = 0  # plain steps and vain probes in a row
         self.resting = 0  # steps until the next look
-        self.rested = False  # the last step was one of them
+        self.gap, self.ended = 0.0, 0.0  # seconds between the last two steps; when the last one had its tokens
 
-    def rests(self, sequences: Seq[Sequence]) -> bool:
-        """Whether the next step of these sequences is plain, whatever this one brings: it may begin ahead."""
-        return self.resting > 0 and all(s in self.requests for s in sequences)
+    def plain_next(self, sequences: Seq[Sequence], *, unknown: int) -> bool:
+        """Whether the next step of these sequences is plain, so that it may begin now; then it will be. `unknown`: how
+        many tokens each is to get before: with 1 it is foreseen from what may be proposed after the likely token."""
+        if not self.controller.foresees:
+            return False
+        self.chains = self.chains or unknown > 0
+        found = self._look(sequences, unknown)
+        if found.choice is None or not unknown:
+            self.next = found
+        return found.choice is None
 
     def propose(self, sequences: Seq[Sequence]) -> Proposal | None:
-        """This step's proposals; None for a plain step. After idle steps it looks less often."""
-        if self.rests(sequences):
-            self.rested, self.choice, self.resting = True, None, self.resting - 1
+        """This step's proposals; None for a plain step."""
+        self.gap = time.perf_counter() - self.ended
+        made = self.next is not None and self.next.rows == [(s, s.length) for s in sequences]
+        self.last, self.next = self.next if self.next and made else self._look(sequences, 0), None
+        if self.last.choice is None:
             return None
-        self.rested = False
-        # Every decoding sequence is in every step, so one that is missing has ended.
-        self.requests = {s: self.requests.get(s, {}) for s in sequences}
-        self._choose(sequences)
-        self.idle = 0 if self.choice and not self.controller.probing else self.idle
-        self.resting = self.controller.rest(self.idle)
-        if self.choice is None:
-            return None
-        arm, count = self.choice
-        counts = [min(count, offer.limit) for offer in self.offers]
+        arm, count = self.last.choice
+        counts = [min(count, offer.limit) for offer in self.last.offers]
         return self.proposers[arm].propose(sequences, counts) if any(counts) else None
 
-    def _choose(self, sequences: Seq[Sequence]) -> None:
+    def _look(self, sequences: Seq[Sequence], unknown: int) -> Decision:
+        """What the proposers could do, and what the controller makes of it. After idle steps it looks less often."""
+        rows = [(s, s.length + unknown) for s in sequences]
+        if self.resting and all(s in self.requests for s in sequences):
+            self.resting -= 1
+            return Decision(rows, None, (), unknown > 0)
+        # Every decoding sequence is in every step, so one that is missing has ended.
+        self.requests = {s: self.requests.get(s, {}) for s in sequences}
         limits = [self._limit(s) for s in sequences]
         offers = {arm: proposer.offers(sequences, limits) for arm, proposer in self.proposers.items()}
-        self.choice = self.controller.choose(
-            len(sequences), {arm: self._candidates(arm, sequences, offers[arm]) for arm in offers}
-        )
-        self.offers = offers[self.choice.arm] if self.choice else ()
+        candidates = {arm: self._candidates(arm, sequences, offers[arm], unknown) for arm in offers}
+        choice = self.controller.choose(len(sequences), candidates)
+        if choice is None or not unknown:
+            self.idle = 0 if choice and not self.controller.probing else self.idle
+            self.resting = self.controller.rest(self.idle)
+        return Decision(rows, choice, offers[choice.arm] if choice else (), unknown > 0)
 
     def learn(
         self, sequences: Seq[Sequence], proposal: Proposal | None, accepted: Seq[int], seconds: float
     ) -> None:  # fmt: skip
         """What became of them; called before the accepted tokens join their sequences."""
+        self.ended = time.perf_counter()
         tokens = sum(accepted) + len(accepted)
         self.idle = 0 if any(accepted) else self.idle + 1
-        if self.rested:  # it may have begun ahead, so its time says nothing
-            seconds = self.controller.costs.plain(len(sequences)) or seconds
-        if proposal is None or self.choice is None:
-            self.controller.learn(None, len(sequences), tokens, seconds)
+        seconds += min(self.gap, self.GAP * (self.controller.costs.plain(len(sequences)) or 0.0))
+        choice = self.last.choice
+        if proposal is None or choice is None:
+            chained = self.chains and all(s.params.temperature == 0 for s in sequences)
+            late = chained and not self.last.foreseen
+            self.controller.learn(None, len(sequences), tokens, seconds, late=late)
             return
-        self.controller.learn(self.choice, len(sequences), tokens, seconds, caught_up=proposal.caught_up)
-        self.proposers[self.choice.arm].learn(sequences, accepted)
-        for sequence, offer, count, stood in zip(sequences, self.offers, proposal.counts, accepted, strict=True):
+        self.controller.learn(choice, len(sequences), tokens, seconds, caught_up=proposal.caught_up)
+        self.proposers[choice.arm].learn(sequences, accepted)
+        for sequence, offer, count, stood in zip(sequences, self.last.offers, proposal.counts, accepted, strict=True):
             if count:
-                self._learn_row(sequence, (self.choice.arm, offer.kind), count, stood)
+                self._learn_row(sequence, (choice.arm, offer.kind), count, stood)
 
     def measure(self, decode: Callable[[list[Sequence]], object], rows: int) -> None:
         """Time plain decode and every choice on `rows` made-up sequences; the controller starts from that.
@@ -160,11 +189,16 @@ class Speculator:
         left = min(self.max_seq_len - sequence.length, sequence.params.max_new_tokens - len(sequence.output))
         return min(left - 1, self.controller.counts[-1])
 
-    def _candidates(self, arm: str, sequences: Seq[Sequence], offers: Seq[Offer]) -> list[Candidate]:
-        return [
-            Candidate(offer.limit, self._rate(sequence, (arm, offer.kind)), offer.lag)
-            for sequence, offer in zip(sequences, offers, strict=True)
-        ]
+    def _candidates(
+        self, arm: str, sequences: Seq[Sequence], offers: Seq[Offer], unknown: int
+    ) -> list[Candidate]:  # fmt: skip
+        return [self._candidate(arm, *row, unknown) for row in zip(sequences, offers, strict=True)]
+
+    def _candidate(self, arm: str, sequence: Sequence, offer: Offer, unknown: int) -> Candidate:
+        rate = self._rate(sequence, (arm, offer.kind))
+        if not unknown or offer.then is None:
+            return Candidate(offer.limit, rate, offer.lag)
+        return Candidate(offer.limit, self._rate(sequence, (arm, offer.then)), offer.lag, chance=rate)
 
     def _rate(self, sequence: Sequence, key: tuple[str, int]) -> float:
         pooled = self.pool.get(key, Acceptance()).rate(prior=self.PRIOR, weight=self.POOL_WEIGHT)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.controller import PLAIN, Candidate, Choice, Controller, expected_tokens
-from gpt_fast.proposers import NGramIndex
+from gpt_fast.controller import LATE, PLAIN, Acceptance, Candidate, Choice, Controller, expected_tokens
+from gpt_fast.proposers import NGramIndex, NGramProposer
 from gpt_fast.scheduler import Sequence
 from gpt_fast.speculative import Proposal
 from gpt_fast.speculator import Offer, Speculator, Totals
@@ -234,18 +234,69 @@ def test_a_useless_proposer_is_asked_less_and_less(guessing):
     assert guessing.controller.balance > -guessing.controller.overdraft - 1
 
 
-def test_a_rest_ends_with_a_new_sequence_and_may_run_ahead_until_then(guessing):
+def test_a_rest_ends_with_a_new_sequence(guessing):
     row = sequence()
     decode(guessing, [row], 400)
-    while not guessing.rests([row]):
+    while not guessing.resting:
         decode(guessing, [row], 1)
     asked = guessing.proposers["draft"].asked
     decode(guessing, [row], 1)
-    assert guessing.proposers["draft"].asked == asked  # the step that was promised plain was not even looked at
-    other = sequence()
-    assert not guessing.rests([row, other])
-    guessing.propose([row, other])
+    assert guessing.proposers["draft"].asked == asked  # the step was not even looked at
+    decode(guessing, [row], 10)
+    while not guessing.resting:
+        decode(guessing, [row], 1)
+    asked = guessing.proposers["draft"].asked
+    guessing.propose([row, sequence()])
     assert guessing.proposers["draft"].asked == asked + 1
+
+
+def test_a_step_that_is_foreseen_to_be_plain_is_plain(guessing):
+    """Half of the looks come one step before, as a runner asks that begins ahead."""
+    row, plain = sequence(), 0
+    for i in range(400):
+        promised = i % 2 and guessing.plain_next([row], unknown=0)
+        plain += promised
+        assert decode(guessing, [row], 1) >= promised
+        if i % 2 == 0 and guessing.plain_next([row], unknown=1):
+            row.output += [0]
+            assert guessing.propose([row]) is None and guessing.last.foreseen
+            guessing.learn([row], None, [0], 1.0)
+    assert plain > 100
+    assert guessing.controller.balance > -guessing.controller.overdraft - 1
+
+
+def test_a_promise_to_other_sequences_binds_nobody(guessing):
+    """Some have ended or were aborted since: what is left is looked at anew."""
+    first, second = sequence(), sequence()
+    decode(guessing, [first, second], 400)
+    while not guessing.plain_next([first, second], unknown=0):
+        decode(guessing, [first, second], 1)
+    guessing.resting, guessing.proposers["draft"].right = 0, True
+    guessing.controller.balance = 1e9
+    assert guessing.propose([second]) is not None
+
+
+@pytest.mark.parametrize(("accepted", "waits"), [(0.9, True), (0.02, False)])
+def test_a_lookup_is_waited_for_where_its_next_token_is_likely(accepted, waits):
+    """Match of one token: whether the next step begins ahead depends on how often such matches go on."""
+    controller = Controller([4])
+    for choice, cost in ((PLAIN, 1.0), (Choice("ngram", 4), 1.3)):
+        controller.costs.learn(choice, 1, cost)
+    speculator = Speculator({"ngram": NGramProposer(torch.device("cpu"))}, controller, max_seq_len=1 << 20)
+    row = Sequence("r", [5, 6, 7, 8, 9, 2, 3], SamplingParams(max_new_tokens=1 << 20), 0, output=[5])
+    speculator.pool = {("ngram", kind): Acceptance(accepted * 1000, 1000) for kind in range(1, 6)}
+    assert speculator.plain_next([row], unknown=1) != waits
+    row.output += [6]
+    assert (speculator.propose([row]) is not None) == waits
+
+
+def test_plain_steps_that_could_not_begin_ahead_are_paid_from_the_account():
+    controller = Controller([4])
+    controller.costs.learn(PLAIN, 1, 1.0)
+    for _ in range(50):
+        controller.learn(None, 1, 1, 1.04, late=True)
+    assert controller.costs.plain(1) == 1.0 and controller.costs.relative(LATE, 1) == pytest.approx(1.04)
+    assert controller.balance == pytest.approx(50 * (controller.allowance - 0.04))
 
 
 def test_a_proposer_that_turns_good_is_noticed_despite_rests(guessing):

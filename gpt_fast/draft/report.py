@@ -252,7 +252,7 @@ def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
     lagging = True
     while lagging:
         core.runner.advance(list(rows))
-        lagging = any(offer.lag for offer in core.runner.speculator.offers) if core.runner.speculator else False
+        lagging = any(offer.lag for offer in core.runner.speculator.last.offers) if core.runner.speculator else False
 
 
 def forward(runner: Runner, rows: Sequence[Row], size: int) -> list:
