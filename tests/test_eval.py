@@ -92,7 +92,8 @@ def some_windows(count=3, length=96):
 def test_a_model_against_itself_differs_in_nothing(model):
     report, tokens = compare(side_of(model), side_of(random_model(small_config())), some_windows())
     assert report["tokens"] == len(tokens.kl) == 3 * 95
-    assert report["perplexity_ratio"] == 1 and report["mean_kl"] == report["p99_kl"] == 0
+    assert report["perplexity_ratio"] == 1 and report["perplexity_ratio_error"] == 0
+    assert report["mean_kl"] == report["p99_kl"] == 0
     assert report["top1_agreement"] == 1 and report["greedy_divergence"] == [64, 64, 64]
     assert report["layers"] == [{"layer": i, "weight_sqnr_db": None, "hidden_sqnr_db": None} for i in range(2)]
 
@@ -105,6 +106,9 @@ def test_figures_are_those_of_the_logits(model):
     targets = torch.tensor(windows)[:, 1:, None]
     assert report["perplexity"] == pytest.approx(math.exp(-a.gather(-1, targets).mean()), rel=1e-4)
     assert report["perplexity_against"] == pytest.approx(math.exp(-b.gather(-1, targets).mean()), rel=1e-4)
+    change = (b - a).gather(-1, targets)
+    error = report["perplexity_ratio"] * float(change.std()) / math.sqrt(change.numel())
+    assert report["perplexity_ratio_error"] == pytest.approx(error, rel=1e-2)
     kl = (b.exp() * (b - a)).sum(-1)
     assert report["mean_kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert report["p99_kl"] == pytest.approx(float(kl.flatten().quantile(0.99)), rel=1e-2)
@@ -150,7 +154,8 @@ def test_the_command_shows_records_and_prints_json_last(checkpoints, capsys, tmp
     report = json.loads(lines[-1])
     assert lines[0] == "model_int8.safetensors against model.safetensors, 254 tokens of pydoc_data.topics"
     assert report["windows"] == 2 and report["length"] == 128 and report["dtype"] == "float32"
-    assert (report["kv_cache"], report["path"], report["against_path"]) == ("auto", *["plain (kernels: plain)"] * 2)
+    assert report["kv_cache"] == report["against_kv_cache"] == "float32"  # weights alone, not as served
+    assert report["path"] == report["against_path"] == "plain (kernels: plain)"
     assert report["bytes"] == int8.stat().st_size < report["against_bytes"]
     assert json.loads(report_path(int8).read_text()) == report
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -186,7 +191,7 @@ def test_a_cache_of_int8_has_a_report_and_a_gate_of_its_own(checkpoints, capsys)
     source = int8.with_name("model.safetensors")
     main(["--quality", str(source), "--kv_cache", "int8", *FLAGS])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["kv_cache"] == "int8" and report["against_kv_cache"] == "auto"
+    assert report["kv_cache"] == "int8" and report["against_kv_cache"] == "float32"
     assert 0 < report["mean_kl"] < 1e-3 and report["perplexity_ratio"] == pytest.approx(1, abs=2e-3)
     assert json.loads(source.with_name("model.kv_int8.quality.json").read_text()) == report
     check_quality(source, {"max_mean_kl": 1e-3}, kv_cache="int8")

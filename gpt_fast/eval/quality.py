@@ -51,6 +51,7 @@ def compare(a: Side, b: Side, windows: list[list[int]]) -> tuple[dict[str, Any],
         "perplexity": perplexity_a,
         "perplexity_against": perplexity_b,
         "perplexity_ratio": perplexity_a / perplexity_b,
+        "perplexity_ratio_error": ratio_error(figures),
         "mean_kl": float(figures.kl.double().mean()),
         "p99_kl": float(figures.kl.quantile(0.99)),
         "top1_agreement": float(figures.same_top.double().mean()),
@@ -60,6 +61,12 @@ def compare(a: Side, b: Side, windows: list[list[int]]) -> tuple[dict[str, Any],
         "layers": layer_figures(a, b, windows[0]),
     }
     return report, figures
+
+
+def ratio_error(figures: TokenFigures) -> float:
+    """The standard error of the perplexity ratio: that of the mean difference of the tokens' log-likelihoods."""
+    difference = figures.nll_a.double() - figures.nll_b.double()
+    return float(difference.mean().exp() * difference.std() / math.sqrt(len(difference)))
 
 
 def window_figures(a: Scorer, b: Scorer, window: list[int]) -> Iterator[TokenFigures]:

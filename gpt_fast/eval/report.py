@@ -71,10 +71,17 @@ def load_run(config: EngineConfig, length: int) -> Run:
 
 
 def side(run: Run, length: int) -> Side:
-    weight = run.loaded.model.norm.weight
-    dtype = cache_dtype(run.config, run.loaded)
-    scorer = Scorer(run.forward, run.loaded.config, rows=ROWS, max_seq_len=length, dtype=dtype, device=weight.device)
+    device = run.loaded.model.norm.weight.device
+    dtype = cache_of(run)
+    scorer = Scorer(run.forward, run.loaded.config, rows=ROWS, max_seq_len=length, dtype=dtype, device=device)
     return Side(run.loaded.model, scorer)
+
+
+def cache_of(run: Run) -> torch.dtype:
+    """As served; but where weights alone are judged (kernels: plain) in the dtype computed in, unless one is named."""
+    if (run.config.kernels, run.config.kv_cache) == ("plain", "auto"):
+        return run.loaded.model.norm.weight.dtype
+    return cache_dtype(run.config, run.loaded)
 
 
 def describe(a: Run, b: Run, passage: Passage, count: int) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "sha256": weights_sha256(weights),
         "bytes": weights_bytes(weights),
         "dtype": str(run.loaded.model.norm.weight.dtype).removeprefix("torch."),
-        "kv_cache": run.config.kv_cache,
+        "kv_cache": str(cache_of(run)).removeprefix("torch."),
         "path": run.path,
     }
 
@@ -120,7 +127,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['checkpoint']} against {report['against']}, {report['tokens']} tokens of {report['text']}",
         f"  size                 {report['bytes'] / 1e6:10.1f} MB   (against {report['against_bytes'] / 1e6:.1f} MB)",
         f"  perplexity           {report['perplexity']:10.4f}      (against {report['perplexity_against']:.4f}, "
-        f"ratio {report['perplexity_ratio']:.4f})",
+        f"ratio {report['perplexity_ratio']:.4f} +- {report['perplexity_ratio_error']:.4f})",
         f"  KL, mean             {report['mean_kl']:10.5f} nats",
         f"  KL, 99th percentile  {report['p99_kl']:10.5f} nats",
         f"  top-1 agreement      {report['top1_agreement']:10.2%}",

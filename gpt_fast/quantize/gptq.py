@@ -28,7 +28,8 @@ from gpt_fast.quantize.triangle import Triangle
 
 DAMPING_STEPS = 6
 ELEMENTS_AT_ONCE = 1 << 26  # of a weight that are rounded together: 256 MiB in float32
-ELEMENTS_FITTED_AT_ONCE = 1 << 20  # of those whose grid is searched together: some 25 temporaries of 4 MiB
+# Of those whose grid is searched together: as much as a core's cache holds, or as keeps a GPU busy.
+ELEMENTS_FITTED_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class InputSizes:
@@ -169,7 +170,7 @@ class Rounding:
 def fit_rows(weight_NK: Tensor, cost_K: Tensor, groupsize: int, *, name: str, first_row: int) -> tuple[Tensor, Tensor]:
     """fit_grid, some rows at a time, after they were checked: scale_GN and min_GN, float16's values in float32."""
     grids = []
-    rows = max(1, ELEMENTS_FITTED_AT_ONCE // weight_NK.shape[1])
+    rows = max(1, ELEMENTS_FITTED_AT_ONCE[weight_NK.device.type] // weight_NK.shape[1])
     for first, part_NK in zip(range(0, len(weight_NK), rows), weight_NK.split(rows), strict=True):
         part_NK = part_NK.float()
         check_finite(part_NK, name=name, first_row=first_row + first)
