@@ -6,6 +6,8 @@ the number of streams, from the steps without a prompt; every 17th step beside a
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was judged by
 REFRESH = 16  # steps beside a prompt between two without
 
@@ -40,7 +42,8 @@ class ChunkBudget:
         usual = self.usual.get(decodes)
         if usual is None or self.since >= REFRESH:
             return 0
-        return max((size for size in self.sizes if size <= self._affordable(usual, decodes)), default=self.sizes[0])
+        fitting = bisect_right(self.sizes, self._affordable(usual, decodes))
+        return self.sizes[max(fitting - 1, 0)]
 
     def _affordable(self, usual: float, decodes: int) -> float:
         return (TARGET - 1) * usual * self.rate
@@ -76,10 +79,12 @@ class JoinedBudget(ChunkBudget):
 
     def _beside(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
         usual, cost = self.usual.get(decodes, 0.0), seconds / (decodes + prompt_tokens)
-        if not self.cost or cost < self.cost or seconds > TARGET * usual:  # else only too short a chunk to tell
+        if seconds > TARGET * usual:
+            self.cost = smooth(self.cost, cost, weight=0.5)  # a context grows
+        elif not self.cost or cost < self.cost:  # else only too short a chunk to tell
             self.cost = smooth(self.cost, cost)
 
 
-def smooth(average: float, value: float) -> float:
-    """Moving average of about four values, in which a hiccup counts as twice the usual; 0: none yet."""
-    return average + (min(value, 2 * average) - average) / 4 if average else value
+def smooth(average: float, value: float, *, weight: float = 0.25) -> float:
+    """Moving average in which a hiccup counts as twice the usual; 0: none yet."""
+    return average + (min(value, 2 * average) - average) * weight if average else value
