@@ -120,7 +120,7 @@ class Controller:
     allowance: float = 0.01
     margin: float = 1.02
     overdraft: float = 6.0  # plain steps
-    savings: float = 2.0  # plain steps, at most: what one text gained is not lost on the next
+    savings: float = 3.0  # plain steps, at most: what one text gained is not lost on the next
     prefill_seconds: dict[str, float] = field(default_factory=dict)  # a caught-up token, by arm
     costs: Costs = field(default_factory=Costs)
     balance: float = 0.0  # seconds
