@@ -4,18 +4,21 @@
     python scripts/loadgen.py --url http://127.0.0.1:8080/predictions/gpt-fast --streams 1 4 16 --seconds 30
 
 Every answer is compared with the one the same prompt got alone before; exit code 1 when any failed or differs.
+Other servers on the same machine are loaded in turn with --peer; what differs there is counted, and no failure.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.bench import machine
-from gpt_fast.bench.client import NativeApi, OpenAIApi
-from gpt_fast.bench.load import Load, ask_alone, check, metrics, run
+from gpt_fast.bench.client import Api, NativeApi, OpenAIApi
+from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
 from gpt_fast.bench.report import show, write_json
 from gpt_fast.bench.sample import Case
 
@@ -27,6 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--api", choices=("native", "openai"), default="native", help="openai: /v1/completions, other servers too")
     add("--model", help="the model's name, where the server asks for one (openai)")
     add("--token", default="", help="the inference key, where the server asks for one")
+    add("--peer", action="append", default=[], metavar="NAME=URL", help="another server's /v1/completions")
+    add("--rounds", type=int, default=1, help="the servers take turns so often")
     add("--streams", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="requests in flight, one run each")
     add("--seconds", type=float, default=30.0, help="of each run; requests under way are let finish")
     add("--requests", type=int, help="end each run after so many requests instead")
@@ -36,7 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=128)
     add("--out", type=Path, help="write the JSON here, indented")
     args = parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
-    for name in ("seconds", "prompts", "prompt_len", "vocabulary", "max_new_tokens"):
+    if bad := next((peer for peer in args.peer if not all(peer.partition("=")[::2])), None):
+        parser.error(f"--peer: must be NAME=URL (got {bad!r})")
+    for name in ("seconds", "rounds", "prompts", "prompt_len", "vocabulary", "max_new_tokens"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name}: must be above 0 (got {getattr(args, name)})")
     if min(args.streams) < 1 or (args.requests is not None and args.requests < 1):
@@ -44,41 +51,86 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@dataclass
+class Server:
+    """One that is loaded. `oracle`: what it answers to each prompt alone."""
+
+    name: str
+    url: str
+    api: Api
+    token: str
+    oracle: dict[Prompt, str]
+
+
+OURS = "gpt-fast"
+
+
+def servers(args: argparse.Namespace) -> list[Server]:
+    ours = Server(OURS, args.url, NativeApi() if args.api == "native" else OpenAIApi(args.model), args.token, {})
+    peers = (peer.partition("=")[::2] for peer in args.peer)
+    return [ours, *(Server(name, url, OpenAIApi(), "", {}) for name, url in peers)]
+
+
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The oracle, then one run for each number of streams."""
-    api = NativeApi() if args.api == "native" else OpenAIApi(args.model)
+    """What each server answers alone; then for each number of streams every server in turn."""
     case = Case(args.prompt_len, args.max_new_tokens, args.prompts, vocabulary=args.vocabulary)
     prompts = [tuple(prompt) for prompt in case.prompts()]
-    loads = [
-        Load(args.url, api, streams, args.max_new_tokens, args.seconds, args.requests, args.token)
-        for streams in args.streams
-    ]
-    oracle = await ask_alone(loads[0], prompts)
-    meter = machine.CpuMeter(machine.server_processes(args.url))
+    targets = servers(args)
+    for server in targets:
+        alone = Load(server.url, server.api, 1, args.max_new_tokens, token=server.token)
+        try:
+            server.oracle = await ask_alone(alone, prompts)
+        except RuntimeError as error:
+            raise RuntimeError(f"{server.url}: {error}") from error
     runs = []
-    for load in loads:
-        before = meter.read()
-        outcomes, duration = await run(load, prompts)
-        foreign = {"foreign_load": machine.foreign_share(before, meter.read())}
-        runs.append(metrics(outcomes, load, duration) | check(outcomes, oracle) | foreign)
-        print(line(runs[-1]), flush=True)
+    for streams in args.streams:
+        for turn in range(args.rounds):
+            for server in targets[:: 1 if turn % 2 == 0 else -1]:
+                runs.append(await measure_run(server, streams, prompts, args))
+                print(line(runs[-1]), flush=True)
     told = machine.description("python scripts/loadgen.py", args.arguments)
     settings = {"prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "prompts": args.prompts}
-    return told | settings | {"runs": runs}
+    return told | settings | {"runs": runs, "ratios": ratios(runs)}
 
 
-HEADING = f"{'streams':>7} {'requests':>8} {'tokens/s':>9}" + "".join(
+async def measure_run(server: Server, streams: int, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, Any]:
+    load = Load(server.url, server.api, streams, args.max_new_tokens, args.seconds, args.requests, server.token)
+    pids = machine.server_processes(server.url)
+    meter, shares = machine.CpuMeter(pids), machine.ShareMeter(pids)
+    before = meter.read()
+    outcomes, duration = await run(load, prompts)
+    told = {"server": server.name, "foreign_load": machine.foreign_share(before, meter.read()), "cpu": shares.read()}
+    return told | metrics(outcomes, load, duration) | check(outcomes, server.oracle)
+
+
+def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our tokens/s over each peer's, round by round, for each number of streams."""
+    rates: dict[tuple[int, str], list[float]] = {}
+    for figures in runs:
+        rates.setdefault((figures["max_concurrency"], figures["server"]), []).append(figures["output_throughput"])
+    found = []
+    for (streams, name), theirs in rates.items():
+        if name != OURS:
+            each = [a / b for a, b in zip(rates[streams, OURS], theirs, strict=True) if b > 0]
+            found.append({"streams": streams, "peer": name, "output_throughput_ratio": {
+                "median": statistics.median(each) if each else None, "rounds": each}})  # fmt: skip
+    return found
+
+
+HEADING = f"{'server':<14} {'streams':>7} {'requests':>8} {'tokens/s':>9}" + "".join(
     f" {name + ' p50 ms':>12} {'p99':>8}" for name in ("TTFT", "TPOT", "ITL", "E2EL")
-) + f" {'failed':>7} {'differ':>7} {'mixed up':>8} {'foreign':>8}"  # fmt: skip
+) + f" {'failed':>7} {'differ':>7} {'mixed up':>8} {'foreign':>8}   CPU by process"  # fmt: skip
 
 
 def line(figures: dict[str, Any]) -> str:
-    cells = [f"{figures['max_concurrency']:7d} {figures['completed']:8d} {figures['output_throughput']:9.1f}"]
+    cells = [f"{figures['server']:<14} {figures['max_concurrency']:7d} {figures['completed']:8d}"]
+    cells.append(f"{figures['output_throughput']:9.1f}")
     for name in ("ttft", "tpot", "itl", "e2el"):
         median, worst = figures[f"median_{name}_ms"], figures[f"p99_{name}_ms"]
         cells.append(f"{show(median, '.2f'):>12} {show(worst, '.2f'):>8}")
     cells.append(f"{figures['failed']:7d} {figures['mismatched']:7d} {figures['mixed_up']:8d}")
-    cells.append(f"{show(figures['foreign_load'], '.1%'):>8}")
+    cells.append(f"{show(figures['foreign_load'], '.1%'):>8}  ")
+    cells += [f"{name} {share:.1%}" for name, share in figures["cpu"].items()]
     return " ".join(cells)
 
 
@@ -88,8 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = asyncio.run(measure(args))
     except RuntimeError as error:
-        sys.exit(f"error: {args.url}: {error}")
-    problems = [run["first_problem"] for run in result["runs"] if run["first_problem"]]
+        sys.exit(f"error: {error}")
+    ours = [run for run in result["runs"] if run["server"] == OURS]
+    problems = [run["first_problem"] for run in ours if run["first_problem"]]
+    for found in result["ratios"]:
+        ratio = show(found["output_throughput_ratio"]["median"], ".2f")
+        print(f"{found['streams']} streams: {ratio} times {found['peer']}'s tokens/s")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if args.out:

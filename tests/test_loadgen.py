@@ -185,6 +185,32 @@ def test_the_script_against_the_real_rounds(api, tmp_path):
         assert figures["foreign_load"] is None or 0 <= figures["foreign_load"] <= 1
 
 
+def test_peers_are_loaded_in_turn():
+    with RoundServer() as server, RoundServer() as other:
+        arguments = [
+            "--url", server.url, "--peer", f"other={other.url}/v1/completions", "--rounds", "2", "--streams", "1", "2",
+            "--requests", "4", "--prompts", "2", "--prompt_len", "8", "--max_new_tokens", "5", "--vocabulary", "200",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "scripts/loadgen.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    order = [(run["max_concurrency"], run["server"]) for run in result["runs"]]
+    assert order == [(n, name) for n in (1, 2) for name in ("gpt-fast", "other", "other", "gpt-fast")]
+    assert {run["completed"] for run in result["runs"]} == {4} and "generator" in result["runs"][0]["cpu"]
+    rates = [run["output_throughput"] for run in result["runs"]]
+    assert [(r["streams"], r["peer"]) for r in result["ratios"]] == [(1, "other"), (2, "other")]
+    assert result["ratios"][0]["output_throughput_ratio"]["rounds"] == [rates[0] / rates[1], rates[3] / rates[2]]
+
+
+@pytest.mark.parametrize("bad", ["name", "=http://x", "name="])
+def test_a_peer_without_name_or_url_is_refused(bad):
+    done = subprocess.run([sys.executable, "scripts/loadgen.py", "--url", "http://x", "--peer", bad], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 2 and f"--peer: must be NAME=URL (got {bad!r})" in done.stderr
+
+
 def test_a_server_that_is_not_there_is_one_line():
     arguments = ["--url", "http://127.0.0.1:9/x", "--streams", "1"]
     done = subprocess.run(

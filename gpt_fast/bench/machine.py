@@ -84,6 +84,34 @@ def process_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+class ShareMeter:
+    """What share of the machine's CPUs this process and each of `pids` use, by program name, from now to `read`."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.names = {pid: process_name(pid) for pid in pids}
+        self.before = self._seconds()
+        self.started = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        available = (time.perf_counter() - self.started) * (os.cpu_count() or 1)
+        after = self._seconds()
+        return {name: (after[name] - self.before[name]) / available for name in after}
+
+    def _seconds(self) -> dict[str, float]:
+        total = {"generator": time.process_time()} | dict.fromkeys(self.names.values(), 0.0)
+        for pid, name in self.names.items():
+            total[name] += process_seconds(pid)
+        return total
+
+
+def process_name(pid: int) -> str:
+    """As the system calls it; "ended" when it has."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "ended"
+
+
 def process_tree(root: int) -> list[int]:
     """`root` and all its descendants that run now."""
     parents = {}
