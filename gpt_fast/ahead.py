@@ -83,13 +83,12 @@ class AheadRunner(Runner):
         """The plan's decodes and chunks in one forward, which reads the weights once. No proposals are verified:
         proposers catch up with tokens that came without them, as after a rest."""
         self.ahead = None
-        chunks = sorted(plan.chunks, key=lambda chunk: not chunk.last)
-        rows = [*plan.decodes, *(chunk.sequence for chunk in chunks)]
-        counts = [1] * len(plan.decodes) + [chunk.count for chunk in chunks]
+        rows = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        counts = [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
         tokens = [s.tokens(s.computed, s.computed + count) for s, count in zip(rows, counts, strict=True)]
         inputs = self._inputs(tokens, [s.computed for s in rows], [s.slot for s in rows], size=max(counts))
         step = self.decode.start(**inputs)
-        ready = len(plan.decodes) + sum(chunk.last for chunk in chunks)
+        ready = len(plan.decodes) + sum(chunk.last for chunk in plan.chunks)  # only the final chunk may be unfinished
         logits_BV, best_B = step.result(), step.best()
         return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
 

@@ -1,5 +1,7 @@
 """The chunk beside running streams: as large as their patience allows, on machines of every kind."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,7 +87,7 @@ def test_whatever_was_measured_prompts_advance_within_the_largest_chunk(kind, st
     counts = [count for count, _ in prefill(budget, lambda *_: 0.01, 5000, decodes)]
     assert max(counts) <= budget.sizes[-1] and all(count in (0, *budget.sizes) for count in counts[:-1])
     pauses = [index for index, count in enumerate(counts) if count == 0]
-    assert all(later - earlier == REFRESH + 1 for earlier, later in zip(pauses, pauses[1:], strict=False))
+    assert all(later - earlier == REFRESH + 1 for earlier, later in itertools.pairwise(pauses))
 
 
 def test_a_slower_machine_is_noticed_during_a_prefill():
