@@ -83,7 +83,7 @@ def test_greedy_passes_and_a_wrong_token_fails(build, monkeypatch):
         accepted_B = torch.minimum((draft_BK[:, :1] >= 0).sum(-1), count_B)
         return Verdict(accepted_B, target_BS.gather(1, accepted_B[:, None])[:, 0])
 
-    monkeypatch.setattr("gpt_fast.speculative.match", accepts_one_too_many)
+    monkeypatch.setattr("gpt_fast.verdict.match", accepts_one_too_many)
     check = check_greedy(build(), DRAFT, prompts, max_new_tokens=20)
     assert not check.passed and check.figures["different"] > 5
 
