@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -95,6 +96,17 @@ def test_stored_q4_1_comes_back_without_loss() -> None:
 def test_int4_refuses_an_unknown_group() -> None:
     with pytest.raises(ValueError, match="group must be one of"):
         pack.pack_int4(torch.zeros(16, 192, dtype=torch.uint8), torch.zeros(16, 4), torch.zeros(16, 4), group=48)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_packed_weights_lie_where_huge_pages_may_be() -> None:
+    buffer = pack.huge_buffer(8 << 20)
+    assert buffer.data_ptr() % pack.HUGE_PAGE == 0 and len(buffer) == 8 << 20
+    areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) .*?^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(),
+                       re.MULTILINE | re.DOTALL)
+    (access, flags), = ((access, flags.split()) for start, end, access, flags in areas
+                        if int(start, 16) <= buffer.data_ptr() < int(end, 16))
+    assert access == "rw-p" and "hg" in flags  # private, huge pages wanted
 
 
 # ------------------------------------------------------------------------------------------ the model

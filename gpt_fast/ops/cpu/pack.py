@@ -183,9 +183,18 @@ class Arena:
         return place.view(tensor.dtype).view(tensor.shape)
 
 
+HUGE_PAGE = 1 << 21
+
+
 def huge_buffer(nbytes: int) -> Tensor:
-    """Zeroed uint8 memory, touched only when written; freed with its last tensor."""
-    memory = mmap.mmap(-1, nbytes + padding(nbytes, 1 << 21))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    """Zeroed uint8 memory at a huge page's start, touched only when written; freed with its last tensor.
+
+    Private: Python's default, shared memory, gets huge pages only where the system's administrator allows them.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    start = padding(buffer.data_ptr(), HUGE_PAGE)
+    return buffer[start : start + nbytes]
