@@ -53,7 +53,7 @@ inline constexpr ptrdiff_t kLoneDistance = 4096;
 
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
-    GF_UNROLL
+  GF_UNROLL
   for (int i = 0; i < kBytes / (kShare ? 128 : 64); i++) {
     if constexpr (kShare) prefetch(q + ahead.distance + i * ahead.stride);
     else prefetch_once(q + kLoneDistance + i * 64);
