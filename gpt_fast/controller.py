@@ -92,10 +92,15 @@ class Costs:
         return known[nearest(known, rows)] if known else None
 
     def relative(self, choice: Choice, rows: int) -> float | None:
-        """k c + v + o: the choice's step in plain steps."""
-        known = self.seconds.get(choice)
-        if not known:
+        """k c + v + o: the choice's step in plain steps. At most that of a larger k, which does more: a k that is seldom
+        used may have been measured at a bad time, and would never be used again."""
+        if choice not in self.seconds:
             return None
+        larger = [c for c in self.seconds if c.arm == choice.arm and c.k >= choice.k]
+        return min((cost for c in larger if (cost := self._measured(c, rows)) is not None), default=None)
+
+    def _measured(self, choice: Choice, rows: int) -> float | None:
+        known = self.seconds[choice]
         base = nearest(known, rows)
         plain = self.plain(base)
         return None if plain is None else known[base] / plain

@@ -163,6 +163,14 @@ def test_costs_of_unmeasured_rows_follow_the_nearest():
     assert controller.costs.plain(6) == 1.0
 
 
+def test_fewer_proposals_never_cost_more():
+    costs = Controller([1, 4, 8]).costs
+    for choice, seconds in ((PLAIN, 1.0), (Choice("ngram", 1), 1.1), (Choice("ngram", 4), 9.0),
+                            (Choice("ngram", 8), 1.5), (Choice("draft", 8), 1.2)):  # fmt: skip
+        costs.learn(choice, 1, seconds)
+    assert [costs.relative(Choice("ngram", k), 1) for k in (1, 4, 8)] == [1.1, 1.5, 1.5]
+
+
 @given(rate=st.floats(0, 1), k=st.integers(0, 16))
 def test_expected_tokens_is_the_sum_of_the_powers(rate, k):
     assert expected_tokens(rate, k) == pytest.approx(sum(rate**i for i in range(k + 1)), rel=1e-6)
