@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.bench import __main__ as command
-from gpt_fast.bench import machine, report
+from gpt_fast.bench import long_prompt, machine, report
 from gpt_fast.bench.bandwidth import Bandwidth
 from gpt_fast.bench.engine import EngineTarget, neighbours
 from gpt_fast.bench.machine import CpuMeter, Reading, foreign_share, foreign_shares
@@ -398,12 +398,23 @@ def test_quality_comes_from_the_report_of_these_weights(tiny_checkpoint):
         path.unlink()
 
 
+def test_a_stream_beside_a_prompt_is_compared_with_itself():
+    rounds = [
+        long_prompt.Round([0.002] * 200, [0.003] * 50 + [0.004], alone=1.0, beside=2.0, foreign=0.1),
+        long_prompt.Round([0.002] * 199 + [0.1], [0.003] * 49, alone=3.0, beside=4.0),
+    ]
+    told = long_prompt.figures(rounds, 4096)
+    assert (told["usual_ms_p50"], told["during_ms_p50"], told["over_usual"]) == pytest.approx((2, 3, 1.5))
+    assert 2 == told["usual_ms_p90"] <= told["usual_ms_p99"] < 100 and 3 < told["during_ms_p99"] < 4
+    assert (told["alone_s"], told["beside_s"], told["foreign_load"], told["rounds"]) == (2, 3, 0.1, 2)
+
+
 # --------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    model = random_model(small_config(vocab_size=257, max_position=128))
+    model = random_model(small_config(vocab_size=257, max_position=512))
     return write_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", model, tokenizer=True)
 
 
@@ -414,7 +425,7 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
             "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
             "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
             "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
-            "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
+            "--long_prompt", "40", "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
         ]  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-m", "gpt_fast.bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -436,6 +447,11 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     told = result["targets"]["engine"]
     assert told["recompiles"] == 0 and told["peak_rss_mb"] > 10 and told["quality"] == "no report"
     assert list(told["verify_ms"]) == [str(m) for m in range(1, 9)] and told["verify_ms"]["1"]["ratio"] == 1
+    beside = told["long_prompt"]
+    assert (beside["prompt_len"], beside["rounds"]) == (40, 2) and beside["alone_s"] > 0 and beside["beside_s"] > 0
+    assert beside["over_usual"] == beside["during_ms_p50"] / beside["usual_ms_p50"] > 0
+    assert beside["usual_ms_p50"] <= beside["usual_ms_p99"] and beside["during_ms_p50"] <= beside["during_ms_p99"]
+    assert any("beside a prompt of 40 tokens" in line for line in table)
     assert result["http_over_engine"] > 0 and told["torch"] and result["python"]
     assert result["notes"] == ["ik_llama.cpp: give --peer ik_llama.cpp=PATH (the folder of its llama-bench)"]
     assert sum("engine / http" in line for line in table) == 4

@@ -78,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=0, help="of every target; 0: one a core")
     add("--busy", type=int, default=0, metavar="N", help="measure the engine also beside N programs that never rest")
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
+    add("--long_prompt", type=positive, metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
     add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
     add = parser.add_argument_group("the engine").add_argument
@@ -182,6 +183,8 @@ def process_figures(name: str, target: Remote, args: argparse.Namespace) -> dict
         figures["verify_ms"] = {
             str(m): {"ms": value * 1000, "ratio": value / seconds[1]} for m, value in seconds.items()
         }
+    if name == "engine" and args.long_prompt:
+        figures["long_prompt"] = target.call("long_prompt", args.long_prompt, args.repeat)
     return figures
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gpt_fast.bench import long_prompt
 from gpt_fast.bench.machine import CpuMeter
 from gpt_fast.bench.quality import quality_of
 from gpt_fast.bench.recorder import Recorder
@@ -76,6 +77,11 @@ class EngineTarget:
 
     def recompiles(self) -> int:
         return self.engine.core.recompiles()
+
+    def long_prompt(self, prompt_len: int, rounds: int) -> dict[str, Any]:
+        return long_prompt.measure(
+            self.engine, prompt_len, rounds=rounds, vocabulary=min(1000, self.engine.model_config.vocab_size)
+        )
 
     @torch.inference_mode()
     def verify(self, context: int, sizes: Sequence[int], *, repeat: int = 30) -> dict[int, float]:

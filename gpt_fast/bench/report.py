@@ -41,7 +41,8 @@ def build(
     """The dict that everything below shows.
 
     Args:
-        processes: per target what was measured of its process: peak_rss_mb, start_seconds, recompiles, verify_ms.
+        processes: per target what was measured of its process: peak_rss_mb, start_seconds, recompiles, verify_ms,
+            long_prompt.
         ours: the target that the others are compared with. limit: foreign load above which a segment is noisy.
     """
     cases, described = [], descriptions[ours]  # a target that is ours again, under other conditions, has no own
@@ -116,9 +117,20 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
     if target.get("verify_ms"):
         costs = ", ".join(f"M={m} {cost['ratio']:.2f}x" for m, cost in target["verify_ms"].items() if m != "1")
         parts.append(f"verify of M tokens against one ({target['verify_ms']['1']['ms']:.2f} ms): {costs}")
+    if target.get("long_prompt"):
+        parts.append(long_prompt_text(target["long_prompt"]))
     if "recompiles" in target:
         parts.append(f"recompiles {target['recompiles']}")
     return f"{name}: {'; '.join(parts)}" if parts else ""
+
+
+def long_prompt_text(told: Mapping[str, Any]) -> str:
+    during, usual = told["during_ms_p50"], told["usual_ms_p50"]
+    return (
+        f"a stream's gap beside a prompt of {told['prompt_len']} tokens {during:.2f} ms against {usual:.2f} "
+        f"({told['over_usual']:.2f}x), p99 {told['during_ms_p99']:.2f} against {told['usual_ms_p99']:.2f}; "
+        f"its prefill {told['beside_s']:.2f} s against {told['alone_s']:.2f} alone"
+    )
 
 
 def quality_text(quality: Mapping[str, Any] | str) -> str:

@@ -21,6 +21,8 @@ Factory = tuple[Callable[..., Any], dict[str, Any]]  # what makes a target, and 
 def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -> dict[str, Factory]:
     """By name, in the order in which they take turns."""
     longest, rows = max(args.prompt_len) + args.max_new_tokens, max(args.batch_size)
+    if args.long_prompt:
+        longest, rows = max(longest, args.long_prompt + 256), max(rows, 2)
     found: dict[str, Factory] = {}
     if args.engine:
         options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
