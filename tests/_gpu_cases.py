@@ -25,6 +25,10 @@ def weight(kind, rows, columns, *, seed, group=32, dtype=torch.bfloat16) -> GpuL
         return pack_linear(normal(rows, columns, seed=seed, scale=size, dtype=dtype))
     if kind == "fp8":
         return pack_fp8(normal(rows, columns, seed=seed, scale=size))
+    if kind == "int8g":
+        q = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+        scale = (torch.rand(rows, columns // group, generator=generator) * size / 64).half()
+        return pack_linear(q.to(DEVICE), scale.to(DEVICE), groupsize=group)
     if kind == "int8":
         q = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
         return pack_linear(q.to(DEVICE), (torch.rand(rows, generator=generator) * size / 64).to(DEVICE))

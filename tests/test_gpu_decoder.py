@@ -184,6 +184,7 @@ def test_quantized_modules_keep_their_codes(mode, tied):
     inputs = torch.randint(0, 301, (1, 5)), 30 + torch.arange(5)[None]
     want = model(*inputs, new_cache(model), length=64)
     decoder = GpuDecoder(model)
+    assert decoder.head.kind == ("int8g" if tied and mode == "int4" else mode)
     torch.testing.assert_close(decoder(*inputs, new_cache(model), length=64), want, atol=2e-3, rtol=1e-3)
     pack(model)  # the path for many tokens goes on
     torch.testing.assert_close(model(*inputs, new_cache(model), length=64), want, atol=2e-2, rtol=1e-2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -14,8 +14,9 @@ from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention, de
 from gpt_fast.ops.gpu.layer_cache import head_workspace
 from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
 
-KINDS = ("bf16", "int8", "int4", "fp8")
-few = settings(max_examples=4)
+KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
+quick = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is slow: a failure is not made smaller
+few = settings(quick, max_examples=4)
 
 
 def error(got, want):
@@ -31,7 +32,7 @@ def bound(kind, tokens, dtype, *, norm):
     """
     if tokens == 1:
         return 1e-4 if kind.startswith("int") else 2e-6
-    rounded = dtype == torch.bfloat16 and (norm or kind == "int4")
+    rounded = dtype == torch.bfloat16 and (norm or (kind == "int4" and tokens > 8))
     return 2e-2 if rounded else 2e-6
 
 
@@ -148,7 +149,7 @@ def test_a_token_count_no_kernel_holds_is_refused(tokens):
         linear.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
 
 
-@settings(max_examples=24)
+@settings(quick, max_examples=24)
 @given(
     heads=st.sampled_from([(4, 1), (3, 1), (4, 4), (8, 2), (7, 1), (8, 1)]),
     head_dim=st.sampled_from([64, 80, 96, 128]),
@@ -183,7 +184,7 @@ def test_decode_attention(heads, head_dim, splits, slots, verified, dtype, int8,
         assert not workspace.arrived.any()
 
 
-@settings(max_examples=8)
+@settings(quick, max_examples=8)
 @given(
     rows=st.integers(1, 2),
     vocab=st.sampled_from([1, 97, 128, 3000]),

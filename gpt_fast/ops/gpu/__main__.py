@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from gpt_fast.ops.gpu.attention import AttentionWorkspace, attention_launch
 from gpt_fast.ops.gpu.launch import Launch
+from gpt_fast.ops.gpu.layer_cache import HeadWorkspace, LayerCache
 from gpt_fast.ops.gpu.linear import gate_up_launch, linear_launch, qkv_launch
 from gpt_fast.ops.gpu.pack import FP8, GpuLinear
 from gpt_fast.ops.gpu.sampler import sample_launches, sampler_workspace
@@ -30,6 +32,7 @@ TYPES = {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 DIM, HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 4096, 14336, 128256, 32, 8, 128, 8192
+BITS = {"bf16": 16, "int8": 8, "int8g": 8, "int4": 4, "fp8": 8}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.]+)")
 
 
@@ -44,23 +47,26 @@ class Case(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt_fast.ops.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", required=True, help="compile for sm_90 and report")
-    parser.parse_args()
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it")
+    only = parser.parse_args().only
     print(f"{'kernel':32} registers    stack   shared  16-byte  other loads  instructions/weight")
     for case in cases():
-        print(report(case), flush=True)
+        if only in case.name:
+            print(report(case), flush=True)
 
 
 def cases() -> Iterator[Case]:
-    for kind in ("bf16", "int8", "int4", "fp8"):
+    for kind in ("bf16", "int8", "int8g", "int4", "fp8"):
         for tokens in (1, 5, 16):
             yield from linear_cases(kind, tokens)
-    for tokens in (1, 5):
-        cache = meta(4, KV_HEADS, CONTEXT + 1, HEAD_DIM)
+    for cached, tokens in product(("bf16", "int8"), (1, 5)):
         index, q = meta(tokens, dtype=torch.int64), meta(tokens, HEADS, HEAD_DIM)
         floats, counts = meta(1, dtype=torch.float32), meta(1, dtype=torch.int32)
         shares = AttentionWorkspace(floats, floats, floats, counts)
-        launch = attention_launch(q, cache, cache, index, index, shares, q, scale=0.1, splits=32, rows_per_slot=tokens)
-        yield Case(f"attention M={tokens}", launch, 2 * HEAD_DIM * launch.constants["POSITIONS"])
+        launch = attention_launch(
+            q, layer_cache(cached), index, index, shares, q, scale=0.1, splits=32, rows_per_slot=tokens
+        )
+        yield Case(f"attention {cached} M={tokens}", launch, 2 * HEAD_DIM * launch.constants["POSITIONS"])
     floats, doubles, index = (meta(1, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64))
     workspace = sampler_workspace(1, VOCAB, torch.device("meta"))
     logits = meta(1, VOCAB, dtype=torch.float32)
@@ -70,12 +76,14 @@ def cases() -> Iterator[Case]:
 
 def linear_cases(kind: str, tokens: int) -> Iterator[Case]:
     x, norm, hidden = meta(tokens, DIM), meta(DIM), meta(tokens, HIDDEN)
-    cache, index = meta(4, KV_HEADS, CONTEXT + 1, HEAD_DIM), meta(tokens, dtype=torch.int64)
+    index = meta(tokens, dtype=torch.int64)
+    heads = HeadWorkspace(meta(1, dtype=torch.float32), meta(1, dtype=torch.int32))
     rope = meta(CONTEXT, 2, HEAD_DIM // 2, dtype=torch.float32)
     logits = meta(tokens, VOCAB, dtype=torch.float32)
     qkv, q = weight(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM), meta(tokens, HEADS, HEAD_DIM)
     launches = {
-        "qkv": qkv_launch(x, norm, qkv, rope, index, index, cache, cache, q, eps=1e-5),
+        "qkv": qkv_launch(x, norm, qkv, rope, index, index, layer_cache("bf16"), None, q, eps=1e-5),
+        "qkv to int8": qkv_launch(x, norm, qkv, rope, index, index, layer_cache("int8"), heads, q, eps=1e-5),
         "out": linear_launch(x, None, weight(kind, DIM, DIM), x, x, eps=0.0),
         "gate_up": gate_up_launch(x, norm, weight(kind, 2 * HIDDEN, DIM), hidden, eps=1e-5),
         "down": linear_launch(hidden, None, weight(kind, DIM, HIDDEN), x, x, eps=0.0),
@@ -83,16 +91,26 @@ def linear_cases(kind: str, tokens: int) -> Iterator[Case]:
     }
     for name, launch in launches.items():
         step = launch.constants["ROWS"] * launch.constants["COLUMNS"] * launch.arguments["weight"].element_size()
-        yield Case(f"{name} {kind} M={tokens}", launch, step * 8 // {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8}[kind])
+        yield Case(f"{name} {kind} M={tokens}", launch, step * 8 // BITS[kind])
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def layer_cache(cached: str) -> LayerCache:
+    shape = (4, KV_HEADS, CONTEXT + 1, HEAD_DIM)
+    if cached == "bf16":
+        return LayerCache(meta(*shape), meta(*shape))
+    codes, steps = meta(*shape, dtype=torch.int8), meta(*shape[:3], dtype=torch.float32)
+    return LayerCache(codes, codes, steps, steps)
+
+
 def weight(kind: str, rows: int, columns: int) -> GpuLinear:
+    scale = meta(rows, columns // 32, dtype=torch.float16)
+    if kind == "int8g":
+        return GpuLinear(kind, meta(rows, columns, dtype=torch.int8), scale, None, rows, columns, 32)
     if kind == "int4":
-        scale = meta(rows, columns // 32, dtype=torch.float16)
         return GpuLinear(kind, meta(rows, columns // 2, dtype=torch.uint8), scale, scale, rows, columns, 32)
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8}[kind]
     scale_N = None if kind == "bf16" else meta(rows, dtype=torch.float32)

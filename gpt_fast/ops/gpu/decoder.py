@@ -291,8 +291,6 @@ def pack(module: Any, fp8: bool = False) -> GpuLinear:
         weight = module.weight.detach()
         return pack_fp8(weight) if fp8 else pack_linear(weight)
     weight, scale, minimum = module.quantized_weight()
-    if minimum is None and module.scheme.groupsize:  # int8 in groups, which only a tied head is: no kernel reads it
-        return pack_linear(module.dequantize().to(module.dtype))
     return pack_linear(weight, scale, minimum, groupsize=module.scheme.groupsize)
 
 

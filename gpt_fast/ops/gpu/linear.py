@@ -20,6 +20,7 @@ from gpt_fast.ops.gpu.layer_cache import HeadWorkspace, LayerCache
 from gpt_fast.ops.gpu.pack import GpuLinear, dequantize
 
 MAX_TOKENS = 16
+INTEGERS = ("int8", "int8g", "int4")
 
 
 class Tile(NamedTuple):
@@ -39,6 +40,7 @@ ONE_TOKEN = {
     "bf16": {2048: Tile(4, 4096, 4), 8192: Tile(4, 2048, 4), ANY: Tile(8, 2048, 4)},
     "fp8": {2048: Tile(4, 2048, 4), 8192: Tile(4, 2048, 4), ANY: Tile(8, 1024, 4)},
     "int8": {8192: Tile(8, 2048, 8), ANY: Tile(16, 1024, 4)},
+    "int8g": {8192: Tile(8, 2048, 8), ANY: Tile(16, 1024, 4)},
     "int4": {8192: Tile(16, 1024, 8), ANY: Tile(32, 512, 4)},
 }
 # Two to sixteen: tensor cores, each warp of a program with a share of K, tiles copied to shared memory ahead of use.
@@ -46,6 +48,7 @@ FEW_TOKENS = {
     "bf16": {8192: Tile(16, 512, 4, 4), ANY: Tile(32, 256, 4, 4)},
     "fp8": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
     "int8": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
+    "int8g": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
     "int4": {8192: Tile(16, 256, 4, 4), ANY: Tile(32, 256, 4, 4)},
 }
 
@@ -180,12 +183,15 @@ def launch(
     if not 1 <= len(x_MK) <= MAX_TOKENS:
         raise ValueError(f"tokens: what the small-M kernels hold (got {len(x_MK)}, allowed 1..{MAX_TOKENS})")
     one = len(x_MK) == 1
-    weight = w.weight.view(torch.int32) if one and w.kind in ("int8", "int4") else w.weight
+    weight = w.weight.view(torch.int32) if one and w.kind in INTEGERS else w.weight
     tile = tile_for(w, one=one)
     rows = min(tile.rows, row_unit & -row_unit)  # the largest power of two that divides it
     columns = min(tile.row_bytes // weight.element_size(), power_of_two(weight.shape[1]))
     columns = max(columns, 16 * tile.warps)  # a share of K feeds at least one tensor-core instruction
-    unused = x_MK
+    unused, most = x_MK, 1 if one else 8 if len(x_MK) <= 8 else 16
+    group_bytes = w.group // (2 if w.kind == "int4" else 1)
+    in_groups = w.kind == "int8g" or (w.kind == "int4" and most == 8)  # where a share must be of one group
+    shares = max(tile.warps, columns // group_bytes) if in_groups else tile.warps
     arguments = {
         "x": x_MK, "norm": unused if norm_K is None else norm_K, "weight": weight,
         "scale": unused if w.scale is None else w.scale, "zero": unused if w.zero is None else w.zero,
@@ -193,8 +199,8 @@ def launch(
     }  # fmt: skip
     shared = {
         "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group,
-        "TOKENS": 1 if one else 8 if len(x_MK) <= 8 else 16, "ROWS": rows,
-        "COLUMNS": columns, "SHARES": tile.warps, "EVEN": weight.shape[1] % columns == 0,
+        "TOKENS": most, "ROWS": rows,
+        "COLUMNS": columns, "SHARES": shares, "EVEN": weight.shape[1] % columns == 0,
         "NATIVE": is_native(x_MK),
     }  # fmt: skip
     return Launch(kernel, (divide_up(w.n, rows),), arguments, shared | constants, tile.warps, tile.stages)

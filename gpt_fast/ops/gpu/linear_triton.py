@@ -22,12 +22,21 @@ def dots(
     COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """norm(x) times rows_N of the weight: float32 [TOKENS, ROWS]. COLUMNS elements of `weight` a row and step."""
-    if TOKENS > 1:
-        out_MN = dots_tensor_cores(
+    if TOKENS == 16 and KIND == "int4":
+        out_MN = dots_dequantized(
+            x, norm, weight, scale, zero, rows_N, tokens, k, eps,
+            NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
+        )  # fmt: skip
+    elif TOKENS > 1 and GROUP > 0:
+        out_MN = dots_groups(
             x, norm, weight, scale, zero, rows_N, tokens, k, eps,
             KIND, NORM, GROUP, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE,
         )  # fmt: skip
-    elif KIND == "int8" or KIND == "int4":
+    elif TOKENS > 1:
+        out_MN = dots_tensor_cores(
+            x, norm, weight, rows_N, tokens, k, eps, NORM, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE
+        )  # fmt: skip
+    elif KIND == "int8" or KIND == "int8g" or KIND == "int4":
         out_MN = dots_planes(
             x, norm, weight, scale, zero, rows_N, k, eps, KIND, NORM, GROUP, ROWS, COLUMNS, EVEN, NATIVE
         )[None, :]  # fmt: skip
@@ -72,7 +81,7 @@ def dots_planes(
 
     `weight` is seen as int32 words of 4 (int8) or 8 (int4) inputs, COLUMNS of them a step.
     """
-    PER_WORD: tl.constexpr = 4 if KIND == "int8" else 8
+    PER_WORD: tl.constexpr = 8 if KIND == "int4" else 4
     CHUNKS: tl.constexpr = COLUMNS // 4
     words = k // (4 * PER_WORD) * 4  # so written, the compiler sees that rows start at 16 bytes
     row_N = weight + rows_N.to(tl.int64) * words
@@ -82,7 +91,7 @@ def dots_planes(
         at_W = start + tl.arange(0, COLUMNS)
         inside_W = (at_W < words) | EVEN
         w_NW = tl.load(row_N[:, None] + at_W[None, :], inside_W[None, :], 0, eviction_policy="evict_first")
-        if KIND == "int8":
+        if KIND != "int4":
             a0, a1, a2, a3, squares_a = load_four(x, norm, at_W * 4, inside_W, NORM)
             inverse_W, scale_C = plane_scale(largest(a0, a1, a2, a3), CHUNKS)
             high_W, low_W = planes(a0, a1, a2, a3, inverse_W)
@@ -101,15 +110,15 @@ def dots_planes(
             dot_NW = dp4a(even_NW, low_a[None, :], dp4a(odd_NW, low_b[None, :], dot_NW, NATIVE), NATIVE)
             squares_W += squares_a + squares_b
         part_NC = tl.sum(tl.reshape(dot_NW, (ROWS, CHUNKS, 4)), 2).to(tl.float32) * scale_C[None, :]
+        if GROUP > 0:
+            chunk_C = start // 4 + tl.arange(0, CHUNKS)
+            group_NC = rows_N[:, None] * (k // GROUP) + (chunk_C // (GROUP // (4 * PER_WORD)))[None, :]
+            inside_C = ((chunk_C * 4 < words) | EVEN)[None, :]
+            part_NC *= tl.load(scale + group_NC, inside_C, 0.0).to(tl.float32)
         if KIND == "int4":
             total_W = (a0 + a1) + (a2 + a3) + ((b0 + b1) + (b2 + b3))
             total_C = tl.sum(tl.reshape(total_W, (CHUNKS, 4)), 1)
-            chunk_C = start // 4 + tl.arange(0, CHUNKS)
-            group_NC = rows_N[:, None] * (k // GROUP) + (chunk_C // (GROUP // 32))[None, :]
-            inside_C = ((chunk_C * 4 < words) | EVEN)[None, :]
-            scale_NC = tl.load(scale + group_NC, inside_C, 0.0).to(tl.float32)
-            zero_NC = tl.load(zero + group_NC, inside_C, 0.0).to(tl.float32)
-            part_NC = part_NC * scale_NC + zero_NC * total_C[None, :]
+            part_NC += tl.load(zero + group_NC, inside_C, 0.0).to(tl.float32) * total_C[None, :]
         sum_NC += part_NC
     out_N = tl.sum(sum_NC, 1)
     if NORM:
@@ -178,17 +187,92 @@ def dp4a(a, b, c, NATIVE: tl.constexpr):
 
 @triton.jit
 def dots_tensor_cores(
+    x, norm, weight, rows_N, tokens, k, eps, NORM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Two to sixteen tokens: weights become x's dtype, tensor cores multiply, each share of K sums for itself."""
+    PART: tl.constexpr = COLUMNS // SHARES
+    row_N = weight + rows_N.to(tl.int64) * k
+    sum_SNM = tl.zeros((SHARES, ROWS, TOKENS), tl.float32)
+    squares_M = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, k, COLUMNS):
+        at_SK = start + tl.arange(0, SHARES)[:, None] * PART + tl.arange(0, PART)[None, :]
+        inside_SK = (at_SK < k) | EVEN
+        inside_S1K = inside_SK[:, None, :]
+        w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0.0, eviction_policy="evict_first")
+        x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
+        sum_SNM = dot(w_SNK, x_SKM, sum_SNM, NATIVE)
+        squares_M += part_M
+    out_MN = tl.trans(tl.sum(sum_SNM, 0))
+    if NORM:
+        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
+    return out_MN
+
+
+@triton.jit
+def dots_groups(
     x, norm, weight, scale, zero, rows_N, tokens, k, eps,
     KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Two to sixteen tokens: weights become x's dtype, tensor cores multiply, each share of K sums for itself.
+    """As dots_tensor_cores, against codes in groups: a share is of one group, whose scale multiplies what it sums.
 
-    For int4 a step holds COLUMNS bytes: the inputs of their low halves, then those of their high halves.
+    So tensor cores see the codes, exact in x's dtype, and scales stay float32. For int4 a step holds COLUMNS bytes: the
+    inputs of their low halves, then those of their high halves; zero multiplies the sum of a group's inputs, which a
+    product with ones is.
     """
     PART: tl.constexpr = COLUMNS // SHARES
     PER_BYTE: tl.constexpr = 2 if KIND == "int4" else 1
+    OFFSET: tl.constexpr = 128 if NATIVE and x.dtype.element_ty == tl.bfloat16 else 0  # see codes
     columns = k // PER_BYTE
+    row_N = weight + rows_N.to(tl.int64) * columns
+    sum_SNM = tl.zeros((SHARES, ROWS, TOKENS), tl.float32)
+    squares_M = tl.zeros((TOKENS,), tl.float32)
+    ones_SNK = tl.full((SHARES, ROWS, PART), 1.0, tl.float32)
+    for start in range(0, columns, COLUMNS):
+        first_S = start + tl.arange(0, SHARES) * PART
+        at_SK = first_S[:, None] + tl.arange(0, PART)[None, :]
+        inside_SK = (at_SK < columns) | EVEN
+        inside_S1K = inside_SK[:, None, :]
+        w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0, eviction_policy="evict_first")
+        group_SN = rows_N[None, :] * (k // GROUP) + (first_S * PER_BYTE // GROUP)[:, None]
+        inside_S1 = ((first_S < columns) | EVEN)[:, None]
+        scale_SN = tl.load(scale + group_SN, inside_S1, 0.0).to(tl.float32)
+        none_SNM = tl.zeros((SHARES, ROWS, TOKENS), tl.float32)
+        if KIND == "int4":
+            input_SK = at_SK // 16 * 32 + at_SK % 16
+            x_SKM, low_M = load_tokens(x, norm, input_SK, inside_SK, tokens, k, NORM, TOKENS)
+            part_SNM = dot(codes(w_SNK, 0, x_SKM.dtype, NATIVE), x_SKM, none_SNM, NATIVE)
+            total_SNM = dot(ones_SNK, x_SKM, none_SNM, NATIVE)
+            x_SKM, high_M = load_tokens(x, norm, input_SK + 16, inside_SK, tokens, k, NORM, TOKENS)
+            part_SNM = dot(codes(w_SNK, 4, x_SKM.dtype, NATIVE), x_SKM, part_SNM, NATIVE)
+            total_SNM = dot(ones_SNK, x_SKM, total_SNM, NATIVE)
+            zero_SN = tl.load(zero + group_SN, inside_S1, 0.0).to(tl.float32) - OFFSET * scale_SN
+            sum_SNM = zero_SN[:, :, None] * total_SNM + sum_SNM
+            sum_SNM = scale_SN[:, :, None] * part_SNM + sum_SNM
+            squares_M += low_M + high_M
+        else:
+            x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
+            sum_SNM = scale_SN[:, :, None] * dot(w_SNK, x_SKM, none_SNM, NATIVE) + sum_SNM
+            squares_M += part_M
+    out_MN = tl.trans(tl.sum(sum_SNM, 0))
+    if NORM:
+        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
+    return out_MN
+
+
+@triton.jit
+def dots_dequantized(
+    x, norm, weight, scale, zero, rows_N, tokens, k, eps, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """int4 for more than eight tokens, whose sums would cost more to scale than the weights: these become x's dtype.
+
+    (q - 8) * scale + center, so that the center is small and q - 8 exact.
+    """
+    PART: tl.constexpr = COLUMNS // SHARES
+    OFFSET: tl.constexpr = 128 if NATIVE and x.dtype.element_ty == tl.bfloat16 else 0  # see codes
+    columns = k // 2
     row_N = weight + rows_N.to(tl.int64) * columns
     sum_SNM = tl.zeros((SHARES, ROWS, TOKENS), tl.float32)
     squares_M = tl.zeros((TOKENS,), tl.float32)
@@ -196,27 +280,18 @@ def dots_tensor_cores(
         at_SK = start + tl.arange(0, SHARES)[:, None] * PART + tl.arange(0, PART)[None, :]
         inside_SK = (at_SK < columns) | EVEN
         inside_S1K = inside_SK[:, None, :]
-        w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0.0, eviction_policy="evict_first")
-        if KIND == "int4":
-            first_SK = at_SK // 16 * 32 + at_SK % 16
-            at_SC = start // 16 + tl.arange(0, SHARES)[:, None] * (PART // 16) + tl.arange(0, PART // 16)[None, :]
-            group_SNC = rows_N[None, :, None] * (k // GROUP) + (at_SC // (GROUP // 32))[:, None, :]
-            inside_S1C = ((at_SC * 16 < columns) | EVEN)[:, None, :]
-            scale_SNC = tl.load(scale + group_SNC, inside_S1C, 0.0).to(tl.float32)
-            center_SNC = tl.load(zero + group_SNC, inside_S1C, 0.0).to(tl.float32) + 8 * scale_SNC
-            scale_SNK = sixteen(scale_SNC.to(x.dtype.element_ty))
-            center_SNK = sixteen(center_SNC.to(x.dtype.element_ty))
-            x_SKM, part_M = load_tokens(x, norm, first_SK, inside_SK, tokens, k, NORM, TOKENS)
-            low_SNK = nibbles(w_SNK, scale_SNK, center_SNK, 0, x_SKM.dtype, NATIVE)
-            sum_SNM = dot(low_SNK, x_SKM, sum_SNM, NATIVE)
-            squares_M += part_M
-            x_SKM, part_M = load_tokens(x, norm, first_SK + 16, inside_SK, tokens, k, NORM, TOKENS)
-            high_SNK = nibbles(w_SNK, scale_SNK, center_SNK, 4, x_SKM.dtype, NATIVE)
-            sum_SNM = dot(high_SNK, x_SKM, sum_SNM, NATIVE)
-            squares_M += part_M
-        else:
-            x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
-            sum_SNM = dot(w_SNK, x_SKM, sum_SNM, NATIVE)
+        w_SNK = tl.load(row_N[None, :, None] + at_SK[:, None, :], inside_S1K, 0, eviction_policy="evict_first")
+        at_SC = start // 16 + tl.arange(0, SHARES)[:, None] * (PART // 16) + tl.arange(0, PART // 16)[None, :]
+        group_SNC = rows_N[None, :, None] * (k // GROUP) + (at_SC // (GROUP // 32))[:, None, :]
+        inside_S1C = ((at_SC * 16 < columns) | EVEN)[:, None, :]
+        scale_SNC = tl.load(scale + group_SNC, inside_S1C, 0.0).to(tl.float32)
+        center_SNC = tl.load(zero + group_SNC, inside_S1C, 0.0).to(tl.float32) + 8 * scale_SNC
+        scale_SNK, center_SNK = sixteen(scale_SNC.to(x.dtype.element_ty)), sixteen(center_SNC.to(x.dtype.element_ty))
+        for SHIFT in tl.static_range(0, 8, 4):
+            input_SK = at_SK // 16 * 32 + at_SK % 16 + 4 * SHIFT
+            x_SKM, part_M = load_tokens(x, norm, input_SK, inside_SK, tokens, k, NORM, TOKENS)
+            code_SNK = codes(w_SNK, SHIFT, x_SKM.dtype, NATIVE) - (OFFSET + 8.0)
+            sum_SNM = dot(code_SNK * scale_SNK + center_SNK, x_SKM, sum_SNM, NATIVE)
             squares_M += part_M
     out_MN = tl.trans(tl.sum(sum_SNM, 0))
     if NORM:
@@ -233,21 +308,21 @@ def dot(a, b, c, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def nibbles(w, scale, center, SHIFT: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """(q - 8) * scale + center of each byte's bits SHIFT..SHIFT+3. In x's dtype the center is small and q - 8 exact.
+def codes(w, SHIFT: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """q of each byte's bits SHIFT..SHIFT+3 in x's dtype; 128 + q where that is bfloat16 and NATIVE.
 
     bfloat16 of 128 + q is 0x4300 + q: two byte permutations make it of four bytes, with no conversion.
     """
     if not NATIVE:
-        return (((w >> SHIFT) & 15).to(tl.float32) - 8) * scale + center
+        return ((w >> SHIFT) & 15).to(tl.float32)
     if dtype == tl.bfloat16:
         q = tl.inline_asm_elementwise(
             "{ .reg .b32 t; and.b32 t, $3, 7; shr.b32 t, $2, t; and.b32 t, t, 0x0f0f0f0f;"
             " prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342; }",
             "=r,=r,r,r", [w, tl.full(w.shape, SHIFT, tl.uint8)], dtype=tl.bfloat16, is_pure=True, pack=4,
         )  # fmt: skip
-        return (q - 136.0) * scale.to(dtype) + center.to(dtype)
-    return (((w >> SHIFT) & 15).to(dtype) - 8.0) * scale.to(dtype) + center.to(dtype)
+        return q
+    return ((w >> SHIFT) & 15).to(dtype)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.int4 import dequantize_int4, pack_nibbles, regroup, unpack_nibbles
+from gpt_fast.ops.int8 import dequantize_int8
 
 CHUNK = 32  # inputs of an int4 chunk
 FP8 = torch.float8_e4m3fn
@@ -24,6 +25,7 @@ class GpuLinear(NamedTuple):
     """A weight [n, k] for the kernels of linear.py.
 
     kind "bf16": weight as it computes, any float dtype. "int8", "fp8": weight * scale_N (float32).
+    "int8g": weight * scale_NG (float16), `group` inputs a group.
     "int4": q * scale_NG + zero_NG (float16), q in 0..15, `group` inputs a group; weight is uint8 [n, k/2].
     """
 
@@ -39,20 +41,22 @@ class GpuLinear(NamedTuple):
 def pack_linear(
     weight: Tensor, scale: Tensor | None = None, minimum: Tensor | None = None, *, groupsize: int = 0
 ) -> GpuLinear:
-    """A stored weight for the kernels: floats [N, K], int8 [N, K] with scale_N, or our int4 (ops/int4.py).
+    """A stored weight for the kernels: floats [N, K], int8 [N, K] with scale_N or scale_NG, or our int4 (ops/int4.py).
 
-    Raises ValueError for what no kernel reads: int8 with groups, an int4 row that 32-input groups do not fill.
+    Exact. Raises ValueError for what no kernel reads: int8 rows or groups that 16 inputs do not fill, an int4 row that
+    32-input groups do not fill.
     """
     if weight.dtype == torch.uint8 and scale is not None and minimum is not None:
         return pack_int4(weight, scale, minimum, groupsize=groupsize)
     rows, columns = weight.shape
     if scale is None:
         return GpuLinear("bf16", weight.contiguous(), None, None, rows, columns, 0)
-    if groupsize:
-        raise ValueError(f"groupsize: the GPU's int8 kernels take one scale a row (got {groupsize}, allowed 0)")
     if columns % 16:
         raise ValueError(f"columns: the GPU's int8 kernels read 16 inputs at a time (got {columns})")
-    return GpuLinear("int8", weight.contiguous(), scale.float().contiguous(), None, rows, columns, 0)
+    if not groupsize:
+        return GpuLinear("int8", weight.contiguous(), scale.float().contiguous(), None, rows, columns, 0)
+    scale, even = regroup(scale, columns, groupsize)
+    return GpuLinear("int8g", weight.contiguous(), scale, None, rows, columns, even)
 
 
 def pack_int4(q_NJ: Tensor, scale_NG: Tensor, min_NG: Tensor, *, groupsize: int) -> GpuLinear:
@@ -103,5 +107,5 @@ def dequantize(linear: GpuLinear) -> Tensor:
     if linear.scale is None:
         return linear.weight.float()
     if linear.zero is None:
-        return linear.weight.float() * linear.scale[:, None]
+        return dequantize_int8(linear.weight, linear.scale, groupsize=linear.group)
     return dequantize_int4(unpack_int4(linear), linear.scale, linear.zero, groupsize=linear.group)
