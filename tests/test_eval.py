@@ -271,6 +271,10 @@ def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
         (["--kernels", "fast"], "error: kernels: unknown value (got 'fast', allowed auto, plain)"),
         (["--against_dtype", "half"], "error: dtype: unknown value (got 'half'"),
         (["--windows", "0"], "error: windows: must be a whole number in range (got 0, allowed 1.."),
+        (
+            ["--seq_length", "2048"],
+            "error: seq_length: is beyond the model's positions (got 2048, allowed at most 1024)",
+        ),
         (["--text", "/nowhere"], "error: /nowhere: cannot be read as UTF-8 text"),
         (["--against", "/nowhere"], "error: /nowhere"),
     ],

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from _quantize_memory import peaks, write_random
 from _quantized import (
     CPU,
     dequantized_model,
@@ -100,28 +99,23 @@ def test_bands_of_rows_give_the_bytes_of_the_whole(monkeypatch):
         quantize_in_bands(weight, Scheme(8, 0), device=CPU, name="w")
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-import gpt_fast.quantize.convert as convert
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-before = status("VmRSS")
-convert.quantize_checkpoint(Path(sys.argv[1]), mode=sys.argv[2])
-print(status("VmHWM") - before)
-"""
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_peak_memory_is_a_tensor_not_the_model(mode, tmp_path):
+    config = small_config(dim=1024, intermediate_size=4096, head_dim=64, n_head=16, n_layer=12, vocab_size=4096)
+    layer = write_random(tmp_path, config)
+    peak, anonymous = peaks(tmp_path, mode)
+    print(f"{mode} {layer=} {peak=} {anonymous=}")
+    assert peak < 1.3 * layer + 250e6 < (tmp_path / "model.safetensors").stat().st_size
 
 
-def test_peak_memory_is_a_tensor_not_the_model(tmp_path):
-    config = small_config(dim=1024, intermediate_size=4096, head_dim=64, n_head=16, n_layer=6, vocab_size=4096)
-    directory = write_checkpoint(tmp_path, random_model(config))
-    total = (directory / "model.safetensors").stat().st_size
-    layer = (total - 4096 * 1024 * 4) / 6
-    for mode in ("int8", "int4"):
-        command = [sys.executable, "-c", MEASURE, str(directory), mode]
-        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        print(f"{mode} {total=} {layer=} {peak=}")
-        assert peak < 1.3 * layer + 150e6 < total
+def test_gptq_holds_half_of_one_hessian(tmp_path):
+    """And never a second whole matrix; docs/quantization.md has the figures at 70B's shape."""
+    config = small_config(dim=64, intermediate_size=6144, n_layer=1, tie_embeddings=False)
+    layer = write_random(tmp_path, config)
+    whole = 4 * config.intermediate_size**2
+    peak, anonymous = peaks(tmp_path, "int4-gptq", windows=1, length=64)
+    print(f"{layer=} {whole=} {peak=} {anonymous=}")
+    assert whole / 2 < anonymous < 1.3 * layer + whole + 150e6
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -385,9 +379,15 @@ def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
             "error: --groupsize: int8 has a scale a row (got 64, allowed with int4 and int4-gptq)",
         ),
         (["--gguf", "a.gguf", "--groupsize", "64"], "error: --groupsize: a.gguf has its own blocks (got 64, allowed"),
-        (["--percdamp", "-1"], "error: --percdamp: out of range (got -1.0, allowed 0.0..1.0)"),
+        ([*GPTQ, "--percdamp", "-1"], "error: --percdamp: out of range (got -1.0, allowed 0.0..1.0)"),
+        (["--percdamp", "0.1"], "error: --percdamp: not used to make int8 (allowed with --mode int4-gptq)"),
+        (["--mode", "int4", "--no-act_order"], "error: --act_order: not used to make int4 (allowed with"),
+        ([*GPTQ, "--gguf", "a.gguf"], "error: --calibration_limit: not used to make what a.gguf holds (allowed"),
         (["--device", "abacus"], "error: --device: unknown device (got 'abacus', allowed cpu, cuda, cuda:N)"),
-        ([*GPTQ, "--calibration_seq_length", "9999999"], "error: --calibration_seq_length: out of range"),
+        (
+            [*GPTQ, "--calibration_seq_length", "9999999"],
+            "error: --calibration_seq_length: out of range (got 9999999, allowed 8..64)",
+        ),
         ([*GPTQ, "--calibration_text", "/nowhere"], "error: /nowhere: cannot be read as UTF-8 text"),
         (["--gguf", __file__], "is not a GGUF file"),
     ],

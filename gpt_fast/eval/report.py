@@ -63,6 +63,9 @@ def make_report(
 def load_run(config: EngineConfig, length: int) -> Run:
     device = choose_device(config.device)
     loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=torch_dtype(config.dtype))
+    if length > loaded.config.max_position:
+        problem = "is beyond the model's positions"
+        raise ConfigError("seq_length", problem, got=length, allowed=f"at most {loaded.config.max_position}")
     loaded.model.setup_rope(length, device)
     fused = fused_path(config, loaded, torch.get_num_threads(), beside=None)
     if isinstance(fused, ModelPath):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from gpt_fast.hf_config import load_model_config
 from gpt_fast.quantize.blocks import GPTQOptions
 from gpt_fast.quantize.convert import Calibration, Progress, quantize_checkpoint, repack_gguf
 from gpt_fast.quantize.scheme import QuantizationError
@@ -16,6 +17,10 @@ from gpt_fast.quantize.structure import MODES
 from gpt_fast.quantize.text import Text, calibration_part, default_text, file_text, windows
 
 BUILT_IN = "topics"
+GPTQ_FLAGS = (
+    "calibration_tasks", "calibration_text", "calibration_limit", "calibration_seq_length", "percdamp", "blocksize",
+    "act_order",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Path:
+    check_used(args)
     if args.groupsize is not None and (args.gguf is not None or args.mode == "int8"):
         fixed = "int8 has a scale a row" if args.gguf is None else f"{args.gguf.name} has its own blocks"
         raise QuantizationError(f"--groupsize: {fixed} (got {args.groupsize}, allowed with int4 and int4-gptq)")
@@ -61,7 +67,6 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
         return repack_gguf(args.checkpoint_path, args.gguf, label=args.label, progress=progress)
     check_range("--percdamp", args.percdamp, 0.0, 1.0)
     check_range("--blocksize", args.blocksize, 1, 1 << 16)
-    gptq = args.mode == "int4-gptq"
     return quantize_checkpoint(
         args.checkpoint_path,
         mode=args.mode,
@@ -69,10 +74,21 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
         embedding=args.embedding,
         label=args.label,
         device=parse_device(args.device),
-        calibration=calibration_of(args) if gptq else None,
+        calibration=calibration_of(args) if args.mode == "int4-gptq" else None,
         gptq=GPTQOptions(percdamp=args.percdamp, blocksize=args.blocksize, act_order=args.act_order),
         progress=progress,
     )
+
+
+def check_used(args: argparse.Namespace) -> None:
+    """Refuse a GPTQ flag where nothing is calibrated."""
+    if args.mode == "int4-gptq" and args.gguf is None:
+        return
+    flags = parser()
+    for name in GPTQ_FLAGS:
+        if getattr(args, name) != flags.get_default(name):
+            made = args.mode if args.gguf is None else f"what {args.gguf.name} holds"
+            raise QuantizationError(f"--{name}: not used to make {made} (allowed with --mode int4-gptq)")
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
@@ -80,9 +96,9 @@ def calibration_of(args: argparse.Namespace) -> Calibration:
     from gpt_fast.tokenizer import load_tokenizer
 
     check_range("--calibration_limit", args.calibration_limit, 1, 1 << 20)
-    check_range("--calibration_seq_length", args.calibration_seq_length, 8, 1 << 17)
-    path: Path = args.checkpoint_path
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
+    check_range("--calibration_seq_length", args.calibration_seq_length, 8, load_model_config(directory).max_position)
+    tokenizer = load_tokenizer(directory)
     text = calibration_text(args)
     rows = windows(
         tokenizer.encode(text.content, add_bos=False),
