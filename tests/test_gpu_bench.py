@@ -80,6 +80,22 @@ def test_bytes_are_the_formats(capsys):
     assert read["bf16"] > 3.5 * read["int8"] and read["int8"] > 1.4 * read["int4"]  # bf16 is float32 in a dry run
 
 
+def test_int8_caches_have_rows_of_their_own(capsys):
+    result, lines = dry_run(capsys, "--only", "decode", "verify", "prefill", "--formats", "int8", "fp8",
+                            "--kv_cache", "auto", "int8")  # fmt: skip
+    assert not [row for row in result["rows"] if "error" in row]
+    for form in ("int8", "fp8"):
+        by_cache = [[row for row in result["rows"] if row["format"] == form and row.get("kv_cache") == cached]
+                    for cached in (None, "int8")]  # fmt: skip
+        assert [row["kind"] for row in by_cache[0]] == [row["kind"] for row in by_cache[1]] and by_cache[0]
+        full, small = (row["gb_per_step"] for rows_ in by_cache for row in rows_
+                       if row["kind"] == "decode" and (row["rows"], row["context"]) == (2, 40))  # fmt: skip
+        config, positions = models.TINY["tiny"], 2 * 42
+        saved = config.kv_bytes_per_token(4) - config.kv_bytes_per_token(1) * (1 + 4 / config.head_dim)
+        assert full - small == pytest.approx(saved * positions / 1e9)
+    assert any("fp8, int8 KV" in line for line in lines)
+
+
 def test_a_failing_row_says_why_and_the_rest_go_on(capsys, monkeypatch, tmp_path):
     def broken(*_):
         raise RuntimeError("no such thing\nand more")

@@ -46,6 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of rows; all unless given")
     add("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     add("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
+    add("--kv_cache", nargs="+", choices=("auto", "int8"), default=["auto"], help="auto: as the activations")
     add("--batch_size", nargs="+", type=int, default=[1, 4, 16], metavar="N")
     add("--context", nargs="+", type=int, default=[128, 1024, 8192, 32768], metavar="N", help="cached before the first")
     add("--widths", nargs="+", type=int, default=[1, 5, 8], metavar="M", help="tokens of a verification")
@@ -115,9 +116,12 @@ class Bench:
         except Exception as error:  # the report says why; other models may fit
             self.note({"kind": "model", **key, "error": one_line(error)})
             return
-        for kind, more, measure in self.plan(subject):
-            if kind in self.args.only:
-                self.add({"kind": kind, **key, **more}, measure)
+        for cached in self.args.kv_cache:
+            subject.kv_dtype = torch.int8 if cached == "int8" else self.dtype
+            which = {"kv_cache": cached} if cached != "auto" else {}
+            for kind, more, measure in self.plan(subject):
+                if kind in self.args.only:
+                    self.add({"kind": kind, **key, **which, **more}, measure)
 
     def plan(self, subject: rows.Subject) -> Iterator[tuple[str, report.Row, Measure]]:
         args, effort = self.args, self.effort

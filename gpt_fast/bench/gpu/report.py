@@ -8,7 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-KEYS = ("kind", "model", "format", "rows", "context", "width", "prompt")
+KEYS = ("kind", "model", "format", "kv_cache", "rows", "context", "width", "prompt")
 COLUMNS = {  # name: (key, format)
     "us/step": ("us_per_step", "{:.1f}"),
     "tok/s": ("tokens_per_s", "{:.1f}"),
@@ -25,7 +25,8 @@ def finish(rows: list[Row], ceiling: float | None) -> None:
     for row in rows:
         if ceiling and "gb_s" in row:
             row["percent_of_ceiling"] = 100 * row["gb_s"] / ceiling
-        if row["kind"] == "decode" and "tokens_per_s" in row and (best := best_peer(rows, row)):
+        ours = row["kind"] == "decode" and "tokens_per_s" in row and "kv_cache" not in row  # peers' caches are not int8
+        if ours and (best := best_peer(rows, row)):
             row["over_peer"] = row["tokens_per_s"] / best
 
 
@@ -70,7 +71,8 @@ def table(result: dict[str, Any]) -> str:
 
 def decode_cells(row: Row) -> tuple[str, ...]:
     figures = ("-" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values())
-    return (row["model"], row["format"], str(row["rows"]), str(row["context"]), *figures)
+    form = row["format"] + (f", {row['kv_cache']} KV" if "kv_cache" in row else "")
+    return (row["model"], form, str(row["rows"]), str(row["context"]), *figures)
 
 
 def roofline(result: dict[str, Any], path: Path) -> None:

@@ -35,11 +35,14 @@ class Effort:
 
 
 class Subject:
-    """One model in one format on one device, and what rows need of it."""
+    """One model in one format on one device, and what rows need of it.
+
+    kv_dtype: of the caches it is measured with; the model's own unless changed.
+    """
 
     def __init__(self, model: Transformer, *, fp8: bool = False) -> None:
         self.model, self.config = model, model.config
-        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
+        self.device, self.kv_dtype = model.norm.weight.device, model.norm.weight.dtype
         model.setup_rope(model.config.max_position, self.device)
         self.decoder = GpuDecoder(model, fp8=fp8)
         pack(model)  # for the path of many tokens
@@ -49,15 +52,16 @@ class Subject:
         return weight_bytes(self.decoder)
 
     def kv_bytes(self, positions: int) -> int:
-        """Of keys and values of so many positions."""
-        return self.config.kv_bytes_per_token(self.dtype.itemsize) * positions
+        """Of keys, values and their scales of so many positions."""
+        elements = self.config.kv_bytes_per_token(1) * positions
+        scales = elements // self.config.head_dim if self.kv_dtype == torch.int8 else 0
+        return elements * self.kv_dtype.itemsize + 4 * scales
 
     def cache(self, rows: int, positions: int) -> KVCache:
         """Full of numbers that a model might have left there."""
-        cache = KVCache(self.config, slots=rows, max_seq_len=positions, dtype=self.dtype, device=self.device)
+        cache = KVCache(self.config, slots=rows, max_seq_len=positions, dtype=self.kv_dtype, device=self.device)
         for buffer in cache.buffers():
-            if buffer.is_floating_point():
-                buffer.normal_()
+            buffer.normal_() if buffer.is_floating_point() else buffer.random_(-127, 128)
         return cache
 
 
