@@ -15,15 +15,15 @@ REFRESH = 16  # steps beside a prompt between two without
 class ChunkBudget:
     """`learn` after each step, `tokens` before the next. sizes: chunks that cost what they hold, ascending.
 
-    Chunks and decodes are separate forwards here, padded to `sizes`. Either reads every weight, so a chunk takes about
-    as long as a decode even when it is small: it holds what the machine computes in that time, by its rate where no
-    stream runs beside.
+    Chunks and decodes are separate forwards here, padded to `sizes`. Even a small chunk reads every weight and launches
+    every operator: it holds what the machine computes in that time, by its rate where no stream runs beside.
     """
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
         self.usual: dict[int, float] = {}  # seconds from token to token, by the number of streams
         self.rate = 0.0  # tokens a second; 0: not known
+        self.fixed = 0.0  # seconds that a chunk takes beyond what its tokens do
         self.since = 0  # steps beside a prompt since the last without
 
     def learn(self, *, prompt_tokens: int, decodes: int, seconds: float) -> None:
@@ -46,14 +46,16 @@ class ChunkBudget:
         return self.sizes[max(fitting - 1, 0)]
 
     def _affordable(self, usual: float, decodes: int) -> float:
-        return (TARGET - 1) * usual * self.rate
+        return max((TARGET - 1) * usual, self.fixed) * self.rate
 
     def _alone(self, prompt_tokens: int, seconds: float) -> None:
         share = min(1.0, prompt_tokens / self.sizes[-1]) if self.rate else 1.0  # a full chunk says what a short cannot
         self.rate += (prompt_tokens / seconds - self.rate) * share
 
     def _beside(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
-        """Separate forwards take what they take."""
+        usual = self.usual.get(decodes)
+        if usual and self.rate:
+            self.fixed = smooth(self.fixed, max(0.0, seconds - usual - prompt_tokens / self.rate))
 
 
 class JoinedBudget(ChunkBudget):

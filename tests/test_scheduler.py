@@ -64,15 +64,17 @@ class Machine:
 
     def step(self):
         decoding = {name for name, s in self.scheduler.running.items() if s.output}
+        prefilling = self.scheduler.prefilling
         plan = self.scheduler.schedule(chunk=self.chunk, chunk_beside_decode=self.chunk_beside_decode)
         assert {s.id for s in plan.decodes} == decoding  # nobody who streams ever waits
         budget = self.chunk_beside_decode if decoding else self.chunk
         assert sum(c.count for c in plan.chunks) <= budget and all(c.count > 0 for c in plan.chunks)
-        assert bool(plan) == bool(self.scheduler.running)
+        assert bool(plan) == bool(self.scheduler.running) and bool(plan.chunks) == prefilling
         ids = [c.sequence.id for c in plan.chunks] + [s.id for s in plan.decodes]
         assert len(set(ids)) == len(ids)
         sampled = self.execute(plan)
         events = self.scheduler.commit(plan, sampled)
+        assert plan.more == any(not s.output for s in self.scheduler.running.values())
         for event in events:
             assert event.request_id not in self.reasons  # nothing after the end
             self.answers[event.request_id].append(event.token)
