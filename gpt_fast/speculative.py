@@ -67,11 +67,15 @@ def verify(p_BSV: Tensor, q_BKV: Tensor, draft_BK: Tensor, count_B: Tensor, draw
     p_BV = p_BSV[rows_B, accepted_B]
     q_BV = q_BKV[rows_B, accepted_B.clamp(max=K - 1)]
     rejected_B = accepted_B < count_B
-    residual_BV = torch.where(rejected_B[:, None], (p_BV - q_BV).clamp(min=0), p_BV)
-    # Where p equals q but for rounding, the residual may be empty; p itself is then right to that rounding.
-    residual_BV = torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV, p_BV)
+    residual_BV = torch.where(rejected_B[:, None], residual(p_BV, q_BV), p_BV)
     stream_BS = torch.where(rejected_B[:, None], draws.uniform(RESIDUAL, K + 1), draws.uniform(SAMPLE, K + 1))
     return Verdict(accepted_B, invert_cdf(residual_BV, stream_BS[rows_B, accepted_B]))
+
+
+def residual(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """(p - q)+, not normalized. Where p equals q but for rounding it may be empty; p is then right to that rounding."""
+    rest_NV = (p_NV - q_NV).clamp(min=0)
+    return torch.where(rest_NV.sum(-1, keepdim=True) > 0, rest_NV, p_NV)
 
 
 def match(target_BS: Tensor, draft_BK: Tensor, count_B: Tensor) -> Verdict:

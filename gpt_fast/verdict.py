@@ -11,22 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt_fast.sampling import SamplingTensors, normalized, on_device, sample, weights
+from gpt_fast import speculative
+from gpt_fast.sampling import SamplingTensors, invert_cdf, normalized, on_device, sample, weights
 from gpt_fast.scheduler import NO_TOKEN
-from gpt_fast.speculative import SAMPLE, Draws, Proposal, Verdict, match, verify
+from gpt_fast.speculative import ACCEPT, RESIDUAL, SAMPLE, Draws, Proposal, Verdict, match, residual
 
 
 def judge(
-    logits_BSV: Tensor, params: SamplingTensors | None, proposal: Proposal, draws: Draws, verify: Callable = verify,
-    best_BS: Tensor | None = None,
+    logits_BSV: Tensor, params: SamplingTensors | None, proposal: Proposal, draws: Draws,
+    verify: Callable = speculative.verify, best_BS: Tensor | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on a step's block; params as `sampling_tensors` gives them for the B rows. K = 0 is plain decode.
     best_BS: the logits' argmax where it is on the host, NO_TOKEN where none is finite."""
     if params is None and best_BS is not None:
         return match_best(best_BS, proposal)
     B, S, V = logits_BSV.shape
-    if params is not None and proposal.q_BKV is None and logits_BSV.device.type == "cpu":
-        return match_in_turn(logits_BSV, params, proposal, draws)
+    if params is not None and logits_BSV.device.type == "cpu" and verify is speculative.verify:
+        return judge_in_turn(logits_BSV, params, proposal, draws)
     flat = None if params is None else params.of(torch.arange(B, device=logits_BSV.device).repeat_interleave(S))
     count_B = on_device(proposal.counts, logits_BSV.device)
     logits_NV = logits_BSV.reshape(B * S, V)
@@ -44,23 +45,44 @@ def judge(
     return Verdict(torch.where(exact_B, matched.accepted_B, accepted_B), torch.where(exact_B, matched.next_B, next_B))
 
 
-def match_in_turn(logits_BSV: Tensor, params: SamplingTensors, proposal: Proposal, draws: Draws) -> Verdict:
-    """`match`, drawing from the target only as far as a row's proposals stand: where looking at a result costs nothing
-    (the CPU), a token costs no more sampling than in plain decode."""
+def judge_in_turn(logits_BSV: Tensor, params: SamplingTensors, proposal: Proposal, draws: Draws) -> Verdict:
+    """`judge`, looking at a position only where the proposals before it stand: where looking at a result costs nothing
+    (the CPU), a token costs little more sampling than in plain decode."""
     B, S, _ = logits_BSV.shape
     accepted_B, next_B = torch.zeros(2, B, dtype=torch.int64)
-    live_L = torch.arange(B)
-    count_B, uniform_BS = torch.tensor(proposal.counts), draws.uniform(SAMPLE, S)
+    count_B, live_L = torch.tensor(proposal.counts), torch.arange(B)
     for i in range(S):
-        token_L = sample(logits_BSV[live_L, i], params.of(live_L), uniform_BS[live_L, i])
+        token_L, stands_L = judge_position(logits_BSV, params, proposal, draws, live_L, i, count_B[live_L] > i)
         next_B[live_L] = token_L
-        if i == S - 1:
-            break
-        live_L = live_L[(count_B[live_L] > i) & (token_L == proposal.draft_BK[live_L, i])]
+        live_L = live_L[stands_L]
         accepted_B[live_L] += 1
         if not len(live_L):
             break
     return Verdict(accepted_B, next_B)
+
+
+def judge_position(
+    logits_BSV: Tensor, params: SamplingTensors, proposal: Proposal, draws: Draws, live_L: Tensor, i: int,
+    more_L: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Which live rows' i-th proposal stands, and the token that ends the others' blocks; more_L: who has one."""
+    logits_LV, own = logits_BSV[live_L, i], params.of(live_L)
+    weight_LV = weights(logits_LV, own)
+    token_L, loose_L, fits_L = torch.zeros_like(live_L), torch.zeros_like(more_L), torch.zeros_like(more_L)
+    p_LV = q_LV = weight_LV
+    drafted_L = proposal.draft_BK[live_L, i] if bool(more_L.any()) else token_L
+    if proposal.q_BKV is not None and proposal.matched_B is not None and bool(more_L.any()):
+        loose_L = more_L & ~proposal.matched_B[live_L]
+        p_LV, q_LV, at_L1 = normalized(weight_LV), proposal.q_BKV[live_L, i], drafted_L[:, None]
+        accept_L = draws.uniform(ACCEPT, i + 1)[live_L, i]
+        fits_L = loose_L & (accept_L * q_LV.gather(1, at_L1)[:, 0] < p_LV.gather(1, at_L1)[:, 0])
+    if not bool(fits_L.all()):
+        token_L = sample(logits_LV, own, draws.uniform(SAMPLE, i + 1)[live_L, i], weight_LV)
+    refused_L = loose_L & ~fits_L
+    if bool(refused_L.any()):
+        instead_L = invert_cdf(residual(p_LV, q_LV), draws.uniform(RESIDUAL, i + 1)[live_L, i])
+        token_L = torch.where(refused_L & (token_L != NO_TOKEN), instead_L, token_L)
+    return token_L, torch.where(loose_L, fits_L, more_L & (token_L == drafted_L))
 
 
 def match_best(best_BS: Tensor, proposal: Proposal) -> Verdict:

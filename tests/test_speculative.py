@@ -224,6 +224,33 @@ def test_drawing_in_turn_is_drawing_at_once():
         assert in_turn.accepted_B.max() > 1
 
 
+def at_once(*args):
+    """Another function than speculative.verify, so that nothing is judged in turn."""
+    return verify(*args)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_refusing_in_turn_is_refusing_at_once(seed):
+    """Sampled, seeded, greedy and ill rows, with drafts that stand often or seldom: one verdict on CPU and GPU."""
+    kinds = [SamplingParams(temperature=1.0), SamplingParams(temperature=0.7, top_k=5), SamplingParams(),
+             SamplingParams(temperature=1.0, seed=2), SamplingParams(temperature=1.0, top_p=0.8)]  # fmt: skip
+    rows = kinds * 8
+    logits_BSV, _, draft_BK, _, draws = random_block(len(rows), 4, 20)
+    generator = torch.Generator().manual_seed(seed)
+    logits_BSV = logits_BSV + torch.randn(20, generator=generator) * 3
+    logits_BSV[5, 1] = logits_BSV[7, 0] = float("nan")
+    params = sampling_tensors(rows, torch.device("cpu"))
+    near_BKV = logits_BSV[:, :4].nan_to_num() + torch.randn(len(rows), 4, 20, generator=generator) * (seed / 4)
+    q_BKV = near_BKV.softmax(-1)
+    draft_BK = invert_cdf(q_BKV.flatten(0, 1), torch.rand(len(rows) * 4, generator=generator).double()).view(-1, 4)
+    matched_B = torch.tensor([p.temperature == 0 or p.seed is not None for p in rows])
+    proposal = Proposal(draft_BK, [i % 5 for i in range(len(rows))], q_BKV, matched_B)
+    in_turn, whole = judge(logits_BSV, params, proposal, draws), judge(logits_BSV, params, proposal, draws, at_once)
+    assert in_turn.accepted_B.tolist() == whole.accepted_B.tolist()
+    assert in_turn.next_B.tolist() == whole.next_B.tolist()
+    assert 0 < int(whole.accepted_B.sum()) < sum(proposal.counts)
+
+
 def test_logits_that_are_not_numbers_end_the_block_there():
     logits_BSV, q_BKV, draft_BK, _, draws = random_block(2, 3, 20)
     logits_BSV[:, 0] = -50.0
