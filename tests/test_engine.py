@@ -13,7 +13,7 @@ from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine import EngineCore, Runner, bucket_of, buckets
 from gpt_fast.ops.cpu import CpuDecoder
-from gpt_fast.scheduler import NO_TOKEN
+from gpt_fast.scheduler import NO_TOKEN, SampledToken, StepPlan
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,57 @@ def test_logprobs_are_those_of_a_plain_forward(model, make_core, temperature):
         assert [p for _, p in best] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
         assert [t for t, _ in best] == row.topk(5).indices.tolist()
     assert all(len(e.logprobs) == 1 for e in events["b"]) and all(e.logprobs == () for e in events["c"])
+
+
+# --------------------------------------------------------------------------------- chunks beside streams
+
+
+class Noting:
+    """A budget that keeps what it is told, and always allows `count` tokens."""
+
+    def __init__(self, count):
+        self.count, self.told = count, []
+
+    def learn(self, **figures):
+        self.told.append(tuple(figures.values()))
+
+    def tokens(self, decodes):
+        return self.count
+
+
+def test_a_wait_counts_from_the_streams_last_token(model, make_core, monkeypatch):
+    """Time between steps is the stream's too, but not that of a prompt that came after it."""
+    clock = [0.0]
+    monkeypatch.setattr("gpt_fast.engine.time.perf_counter", lambda: clock[0])
+    core = make_core(model)
+    budget = core.runner.budget = Noting(4)
+    core.add("stream", [5] * 10, SamplingParams(max_new_tokens=4, ignore_eos=True))
+    for now in (3.0, 5.0, 6.0):
+        clock[0] = now
+        core.step()
+    core.add("prompt", list(range(10, 16)), SamplingParams(max_new_tokens=1))
+    for now in (9.0, 19.0):
+        clock[0] = now
+        core.step()
+    assert budget.told == [(10, 0, 0.0), (0, 1, 2.0), (0, 1, 1.0), (4, 1, 3.0), (2, 0, 0.0)]
+
+
+def test_a_bursts_tokens_share_its_time(model, make_core):
+    core = make_core(model)
+    budget = core.runner.budget = Noting(4)
+    rows = tuple(core.add(name, [5], SamplingParams()) for name in ("ends", "goes on"))
+    sampled = {"ends": [SampledToken(7)], "goes on": [SampledToken(7)] * 4}
+    core.runner.learn(StepPlan((), (), rows), sampled, 6.0)
+    assert budget.told == [(0, 2, 1.5)]
+
+
+def test_without_streams_a_prompt_takes_whole_chunks(model, make_core):
+    core = make_core(model)
+    core.runner.budget = Noting(1)
+    core.add("a", [5] * 40, SamplingParams(max_new_tokens=1))
+    for expected in (16, 32, 40):
+        core.step()
+        assert len(core.scheduler.slots[0].tokens) == expected
 
 
 # ------------------------------------------------------------------------------------ the runner
