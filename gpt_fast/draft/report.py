@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from gpt_fast.chain import Chain
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.controller import Choice, expected_tokens
 from gpt_fast.draft.measure import Reader, Run, draft_runner, run, speculating
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.draft.statistics import wilson
 from gpt_fast.engine import EngineCore, Runner
+from gpt_fast.proposers import DraftProposer
 from gpt_fast.scheduler import Sequence as Row
 from gpt_fast.scheduler import Slot
 from gpt_fast.speculator import made_up
@@ -218,8 +220,8 @@ def read_overlap(
 def measure_cost(
     core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, temperature: float = 0.0
 ) -> Cost:
-    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps come several in
-    a row, for where they can they begin ahead."""
+    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps and a draft's
+    come several in a row, for where they can they begin ahead."""
     rows = made_up(batch_size, context, temperature=temperature)
     times: dict[str, list[float]] = {}
 
@@ -229,11 +231,13 @@ def measure_cost(
         times.setdefault(key, []).append(time.perf_counter() - started)
 
     runner = draft_runner(core.runner.speculator)
+    proposer = core.runner.speculator.proposers[arm] if core.runner.speculator else None
+    start = proposer.start if isinstance(proposer, DraftProposer) and temperature == 0 else None
     for _ in range(REPEATS + 1):
         with speculating(core, None):
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
-            timed("draft", lambda: forward(runner, rows, 1))
+            times.setdefault("draft", []).append(draft_step(runner, rows, start))
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
@@ -264,6 +268,18 @@ def plain_step(core: EngineCore, rows: Sequence[Row], steps: int = 4) -> float:
     for row, output, computed in before:
         row.output[:], row.computed = output, computed
     return seconds
+
+
+def draft_step(runner: Runner, rows: Sequence[Row], start: Callable | None, steps: int = 4) -> float:
+    """Seconds of one of several proposals: steps of a chain where they can be begun (`start`), else one by one."""
+    started = time.perf_counter()
+    if start:
+        Chain(start, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
+              slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
+    else:
+        for _ in range(steps):
+            forward(runner, rows, 1)
+    return (time.perf_counter() - started) / steps
 
 
 def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
