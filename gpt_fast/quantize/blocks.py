@@ -68,7 +68,8 @@ def gptq_model(
                 for name, module in runner.linears().items()
                 if name.rpartition(".")[2] in stage and name in schemes
             }
-            yield from quantize_stage(linears, schemes, options, runner.run_past)
+            if linears:
+                yield from quantize_stage(linears, schemes, options, runner.run_past)
         runner.advance()
     if "output" in schemes:
         yield from quantize_head(config, read, hidden, tokens_CS.device, schemes, options)
