@@ -64,7 +64,7 @@ inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
 inline size_t block_index(int tile, int groups) { return size_t(tile / 2) * groups * 2 + tile % 2; }
 
 // One class a format: the bytes of a block (16 outputs x 32 inputs), how its vectors are read, and how a block's
-// integer sum enters the float sum.
+// integer sum enters the float sum. fetch_scales: for a lone block a little ahead, else of the pair that comes next.
 struct Int8Row {
   static constexpr int kBlock = 512;
   const uint8_t* q;
@@ -75,6 +75,7 @@ struct Int8Row {
         row_scale(static_cast<const float*>(w.scale) + tile * kLanes) {}
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
+  template <bool kShare>
   void fetch_scales(int) const {}
   void load_scales(int) {}
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
@@ -87,14 +88,18 @@ struct Int8Group {
   static constexpr int kBlock = 512;
   const uint8_t* q;
   const uint16_t* half;
+  int groups;
   f32x16 scale;
 
   Int8Group(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
-        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes) {}
+        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes), groups(w.groups()) {}
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
-  void fetch_scales(int) const {}  // a sixteenth of what is read: nothing is gained
+  template <bool kShare>
+  void fetch_scales(int g) const {  // a lone block gains nothing by it: they are a sixteenth of what it reads
+    if constexpr (kShare) prefetch(half + (g + groups) * 2 * kLanes);
+  }
   void load_scales(int g) { scale = load_f16(half + g * 2 * kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
     return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
@@ -107,20 +112,24 @@ struct Int4 {
   static constexpr int kBlock = 256;
   const uint8_t* q;
   const uint16_t* half;
-  int blocks_per_scale;
+  int blocks_per_scale, groups;
   f32x16 scale, minimum;
 
   Int4(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
         half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.scale_groups()) * 2 * kLanes),
-        blocks_per_scale(w.group / kGroup) {}
+        blocks_per_scale(w.group / kGroup), groups(w.groups()) {}
   static int32_t start(const Activations&, int, int) { return 0; }
   void vectors(int j, i32x16& a, i32x16& b) const {
     const i32x16 both = load_i(q + 64 * j);
     a = low_nibbles(both), b = high_nibbles(both);
   }
   const uint16_t* scales(int g) const { return half + g / blocks_per_scale * (4 * kLanes); }
-  void fetch_scales(int g) const { prefetch_once(scales(g + int(kLoneDistance) / (2 * kBlock))); }
+  template <bool kShare>
+  void fetch_scales(int g) const {
+    if constexpr (kShare) prefetch(scales(g + groups));
+    else prefetch_once(scales(g + int(kLoneDistance) / (2 * kBlock)));
+  }
   void load_scales(int g) { scale = load_f16(scales(g)), minimum = load_f16(scales(g) + kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
     sum = fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
@@ -165,7 +174,7 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
     GF_UNROLL
     for (int n = 0; n < NR; n++) {
       fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
-      if constexpr (!kShare) w[n].fetch_scales(g);
+      w[n].template fetch_scales<kShare>(g);
       w[n].load_scales(g);
       GF_UNROLL
       for (int m = 0; m < MR; m++) sum[m][n] = w[n].add(sum[m][n], block[m][n], x, row + m, g);
