@@ -3,6 +3,16 @@
 Shapes: M tokens (1, or TOKENS = 16 of which `tokens` are real), N the program's rows, K inputs of a step of the loop,
 W 32-bit words, C chunks of four words (one 16-byte load of one thread), S shares of K, one a warp.
 
+How far from float64 (u = 2^-24; "of |x w|": of the sum of |x w|, the norm's weight included; tests/test_gpu_bounds.py):
+- Every product: (32 + K/64) u of |x w|, from float32 sums. int4 sums q * scale, or (128 + q) * scale, and zero apart,
+  so that each counts with its own size.
+- int8 and int4 for one token: 0.52/32512 of a chunk's largest |x|, times its |w| (of int4: q * scale), because x is
+  rounded to that step.
+- Several tokens after a norm: 2^-8 (bfloat16) of |x w|, because tensor cores want x in its own dtype again.
+- int4 for nine tokens or more: 2^-7 of |x| (|q - 8| scale + |center| + |w|), because weights are rounded to bfloat16.
+- A norm multiplies all that by its rsqrt, and adds 2^-18 of the result. silu(gate) * up: 1.1 |up| times gate's error,
+  |silu(gate)| times up's. RoPE: the errors of a pair added up. A written int8: half a step more; outputs round once.
+
 RMSNorm's weight is applied to x as it streams by, its rsqrt after the product, from the sum of squares gathered on the
 way: no pass over x comes first. Weights are read once, so they leave the cache first.
 """
@@ -357,7 +367,7 @@ def linear_residual_kernel(
     KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """out = [residual +] [norm](x) W^T: output and down projections, and the head."""
+    """out = [residual +] [norm](x) W^T: output and down projections, and the head. Error: as the top says."""
     rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     out_MN = dots(
         x, norm, weight, scale, zero, tl.minimum(rows_N, n - 1), tokens, k, eps,
@@ -377,7 +387,10 @@ def norm_gate_up_silu_kernel(
     KIND: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SHARES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = silu(row 2i) * row 2i+1, which is computed once, here, and not by every row of the down projection."""
+    """out[i] = silu(row 2i) * row 2i+1, which is computed once, here, and not by every row of the down projection.
+
+    Error: as the top says.
+    """
     rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     both_MN = dots(
         x, norm, weight, scale, zero, tl.minimum(rows_N, n - 1), tokens, k, eps,
@@ -402,6 +415,7 @@ def norm_qkv_rope_write_kernel(
     """Rows of one head: rotate neighbouring pairs of queries and keys, then queries to out_q, the rest to the cache.
 
     SCALED: the last program of a head to finish quantizes all of it; the others leave their rows in `heads`.
+    Error: as the top says.
     """
     rows_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     out_MN = dots(
