@@ -383,6 +383,7 @@ def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
         (["--percdamp", "0.1"], "error: --percdamp: not used to make int8 (allowed with --mode int4-gptq)"),
         (["--mode", "int4", "--no-act_order"], "error: --act_order: not used to make int4 (allowed with"),
         ([*GPTQ, "--gguf", "a.gguf"], "error: --calibration_limit: not used to make what a.gguf holds (allowed"),
+        (["--device", "mps"], "error: --device: unknown device (got 'mps', allowed cpu, cuda, cuda:N)"),
         (["--device", "abacus"], "error: --device: unknown device (got 'abacus', allowed cpu, cuda, cuda:N)"),
         (
             [*GPTQ, "--calibration_seq_length", "9999999"],

@@ -128,7 +128,9 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise QuantizationError(f"--device: unknown device (got {name!r}, allowed cpu, cuda, cuda:N)") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise QuantizationError(f"--device: unknown device (got {name!r}, allowed cpu, cuda, cuda:N)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise QuantizationError(
             f"--device: not on this machine (got {name}, allowed {torch.cuda.device_count()} CUDA devices)"
