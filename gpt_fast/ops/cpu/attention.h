@@ -333,7 +333,7 @@ struct Chunk {
   Values values;
   const float* k_scale;
   const float* v_scale;
-  Ahead next_values, next_keys;  // fetched beside the first queries
+  Ahead beside_scores, beside_values;  // fetched with the first queries
 };
 
 // Q queries (from `at`) against a chunk.
@@ -341,7 +341,7 @@ template <int Q, class Values>
 void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, float* scores, const Partial* out) {
   using W = typename Values::Words;
   const int start = chunk.start, n = chunk.n;
-  score<W, Q>(x.q + at, chunk.keys, n, chunk.values.head_dim, scores, at == 0 ? chunk.next_values : Ahead{});
+  score<W, Q>(x.q + at, chunk.keys, n, chunk.values.head_dim, scores, at == 0 ? chunk.beside_scores : Ahead{});
   GF_UNROLL
   for (int i = 0; i < Q; i++) {
     float* row = scores + i * kChunk;
@@ -354,7 +354,7 @@ void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, float* s
     else if (chunk.v_scale) apply_scales(row, chunk.v_scale, n);
     to_words<W>(row, n);
   }
-  weigh_all_values<Q>(scores, chunk.values, out, at == 0 ? chunk.next_keys : Ahead{});
+  weigh_all_values<Q>(scores, chunk.values, out, at == 0 ? chunk.beside_values : Ahead{});
 }
 
 template <class Values>
@@ -370,10 +370,10 @@ void attend_blocks(const Queries& x, const Chunk<Values>& chunk, float* all_scor
   }
 }
 
-// One chunk's partial result of every query. Reads no key or value past the last query's position. `next_keys` is
-// where the following chunk's keys lie, to be fetched meanwhile.
+// One chunk's partial result of every query. Reads no key or value past the last query's position. The chunk to come,
+// to be fetched meanwhile, lies `next` elements behind the slot's first.
 template <class T>
-void attend_chunk(const Queries& x, int index, const Slot<T>& slot, const T* next_keys, int head_dim,
+void attend_chunk(const Queries& x, int index, const Slot<T>& slot, ptrdiff_t next, int head_dim,
                   AttentionScratch& scratch, const Partial* out) {
   using W = WordsOf<T>;
   const int start = index * kChunk;
@@ -384,16 +384,18 @@ void attend_chunk(const Queries& x, int index, const Slot<T>& slot, const T* nex
   const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
   const float* keys = scratch.keys.data();
   float* scores = scratch.scores.data();
-  const Ahead next{reinterpret_cast<const char*>(next_keys), int(head_dim * sizeof(T) * W::kEach)};
-  if (std::is_same_v<T, float> || x.count <= 2 * kQueryBlock) {
-    const Ahead values{reinterpret_cast<const char*>(rows.v), int(n * sizeof(T) * W::kEach)};
-    return attend_blocks(x, Chunk<ValueRows<T>>{start, n, keys, rows, k_scale, v_scale, values, next}, scores, out);
-  }
+  const auto run = [&](const auto& values, const T* beside_scores, const T* beside_values) {
+    const Ahead first{reinterpret_cast<const char*>(beside_scores), int(n * sizeof(T) * W::kEach)};
+    const Ahead then{reinterpret_cast<const char*>(beside_values), int(head_dim * sizeof(T) * W::kEach)};
+    using V = std::decay_t<decltype(values)>;
+    attend_blocks(x, Chunk<V>{start, n, keys, values, k_scale, v_scale, first, then}, scores, out);
+  };
+  if (x.count <= 2 * kQueryBlock) return run(rows, rows.v, slot.k + next);
+  if constexpr (W::kEach == 1) return run(rows, slot.k + next, slot.v + next);
   float* words = scratch.values.data();
   for (int t = 0; t < (n + W::kEach - 1) / W::kEach; t++)
     for (int d = 0; d < head_dim; d += kLanes) W::store(words + size_t(t) * head_dim + d, rows.at(t, d));
-  const MadeValues<W> made{words, n, head_dim};
-  attend_blocks(x, Chunk<MadeValues<W>>{start, n, keys, made, k_scale, v_scale, {}, next}, scores, out);
+  run(MadeValues<W>{words, n, head_dim}, slot.k + next, slot.v + next);
 }
 
 }  // namespace gf

@@ -479,16 +479,15 @@ class Decoder final : public Job {
       const bool scaled = input_.k_scale != nullptr;
       attend_item(w, item, Slot<T>{static_cast<T*>(input_.k) + first, static_cast<T*>(input_.v) + first,
                                    scaled ? input_.k_scale + at : nullptr, scaled ? input_.v_scale + at : nullptr},
-                  first_keys<T>(layer, chunk + pool_.threads()), s);
+                  (first_position(layer, chunk + pool_.threads()) - ptrdiff_t(at)) * model_.head_dim, s);
     });
   }
 
-  // Where the keys of an item begin: of the one this thread will probably take next.
-  template <class T>
-  const T* first_keys(int layer, int chunk) const {
+  // Where an item begins in the cache: the one this thread will probably take next.
+  ptrdiff_t first_position(int layer, int chunk) const {
     const Item& item = items_[std::min(chunk, int(items_.size()) - 1)];
     const size_t at = cache_position(layer, tokens_[item.span.first].slot, item.kv_head);
-    return static_cast<const T*>(input_.k) + (at + size_t(item.first_chunk) * kChunk) * model_.head_dim;
+    return ptrdiff_t(at) + item.first_chunk * kChunk;
   }
 
   Queries gather_queries(const Item& item, int window, Scratch& s) const {
@@ -502,7 +501,7 @@ class Decoder final : public Job {
   }
 
   template <class T>
-  void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, const T* next_item, Scratch& s) {
+  void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, ptrdiff_t next_item, Scratch& s) {
     const int D = model_.head_dim, G = group();
     const Queries queries = gather_queries(item, w.window, s);
     const int first = queries.first_seen() / kChunk;
@@ -515,7 +514,7 @@ class Decoder final : public Job {
       for (int i = 0; !item.whole && i < queries.count; i++)
         s.partial[i] = stored_partial(item.span.first + i / G, item.kv_head * G + i % G, chunk);
       const bool last = chunk + 1 == item.first_chunk + item.chunk_count;
-      const T* next = last ? next_item : slot.k + size_t(chunk + 1) * kChunk * D;
+      const ptrdiff_t next = last ? next_item : ptrdiff_t(chunk + 1) * kChunk * D;
       if (chunk >= first) attend_chunk(queries, chunk, slot, next, D, s.attention, s.partial.data());
       for (int i = 0; i < queries.count; i++) {
         if (chunk < first) *s.partial[i].max = -INFINITY;
