@@ -17,6 +17,7 @@ from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
 KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
 quick = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is slow: a failure is not made smaller
 few = settings(quick, max_examples=4)
+fewer = settings(quick, max_examples=2)  # float64's bounds are held for the same kernel in test_gpu_bounds
 
 
 def error(got, want):
@@ -85,7 +86,7 @@ def test_norm_gate_up_silu(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@few
+@fewer
 @given(
     shape=shapes, heads=st.sampled_from([(2, 1), (3, 1), (2, 2)]), head_dim=st.sampled_from([32, 64, 80, 96]),
     part=st.booleans(),
@@ -120,7 +121,7 @@ def wrote(run, kind, shape, heads, head_dim, part, cached):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@few
+@fewer
 @given(shape=shapes, heads=st.sampled_from([(2, 1), (3, 3)]), head_dim=st.sampled_from([32, 64, 80, 96, 128]))
 def test_norm_qkv_rope_write_to_int8(kind, shape, heads, head_dim):
     """Scales as near as the outputs; codes at most one step off where rounding fell to the other side."""
