@@ -61,8 +61,8 @@ def new_cache(model, slots=4, max_seq_len=MAX_SEQ_LEN - 1, dtype=None):
     return cache
 
 
-def core_of(decode, model, max_seq_len=MAX_SEQ_LEN - 1, eos_ids=(EOS,)):
-    cache = new_cache(model, max_seq_len=max_seq_len)
+def core_of(decode, model, max_seq_len=MAX_SEQ_LEN - 1, eos_ids=(EOS,), dtype=None):
+    cache = new_cache(model, max_seq_len=max_seq_len, dtype=dtype)
     return EngineCore(Runner(decode=decode, prefill=model, cache=cache, eos_ids=eos_ids, prefill_chunk=32))
 
 
@@ -274,6 +274,14 @@ def test_warm_up_captures_all_that_requests_need(model):
 
 
 # ------------------------------------------------------------------------------------- the engine
+
+
+def test_engine_says_the_same_with_an_int8_cache(model, decoder):
+    greedy = [SamplingParams(max_new_tokens=20, ignore_eos=True)] * len(PROMPTS)
+    plain = answers(core_of(model, model, dtype=torch.int8), PROMPTS, greedy)
+    cores = core_of(decoder, model, dtype=torch.int8), burst_core(decoder, model, dtype=torch.int8)
+    for core in cores:
+        assert core.runner.cache.k_scale_LNHT is not None and answers(core, PROMPTS, greedy) == plain
 
 
 def test_engine_says_the_same(model, decoder):
@@ -493,8 +501,8 @@ def test_processors_are_assumed_where_none_are(decoder):
 # ------------------------------------------------------------------------------ bursts in the engine
 
 
-def burst_core(decoder, model, *, slots=4, steps=3, max_seq_len=MAX_SEQ_LEN - 1):
-    cache = new_cache(model, slots=slots, max_seq_len=max_seq_len)
+def burst_core(decoder, model, *, slots=4, steps=3, max_seq_len=MAX_SEQ_LEN - 1, dtype=None):
+    cache = new_cache(model, slots=slots, max_seq_len=max_seq_len, dtype=dtype)
     return EngineCore(BurstRunner(decoder=decoder, steps=steps, decode=decoder, prefill=model, cache=cache,
                                   eos_ids=(EOS,), prefill_chunk=16))  # fmt: skip
 
