@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_fast.config import ModelConfig
+from gpt_fast.ops import memory
 
 
 class KVCache(nn.Module):
@@ -34,7 +35,7 @@ class KVCache(nn.Module):
         self.max_seq_len = max_seq_len
         self.slots = slots
         for name in ("k", "v"):
-            elements = torch.zeros(shape, dtype=dtype, device=device)
+            elements = memory.zeros(shape, dtype=dtype, device=device)
             scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
             self.register_buffer(f"{name}_LNHTD", elements, persistent=False)
             self.register_buffer(f"{name}_scale_LNHT", scales, persistent=False)

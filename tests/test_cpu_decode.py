@@ -19,6 +19,7 @@ from _quantized import quantized_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt_fast.ops import memory
 from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.weights import Packer
@@ -99,14 +100,17 @@ def test_int4_refuses_an_unknown_group() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
-def test_packed_weights_lie_where_huge_pages_may_be() -> None:
-    buffer = pack.huge_buffer(8 << 20)
-    assert buffer.data_ptr() % pack.HUGE_PAGE == 0 and len(buffer) == 8 << 20
+def test_weights_and_cache_lie_where_huge_pages_may_be() -> None:
+    weights, cache = memory.empty(8 << 20), memory.zeros((2, 3 << 20), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert weights.data_ptr() % memory.HUGE_PAGE == 0 and len(weights) == 8 << 20
+    assert cache.shape == (2, 3 << 20) and not cache.any()
     areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) .*?^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(),
                        re.MULTILINE | re.DOTALL)
-    (access, flags), = ((access, flags.split()) for start, end, access, flags in areas
-                        if int(start, 16) <= buffer.data_ptr() < int(end, 16))
-    assert access == "rw-p" and "hg" in flags  # private, huge pages wanted
+    for tensor in (weights, cache):
+        middle = tensor.data_ptr() + tensor.nbytes // 2
+        (access, flags), = ((access, flags.split()) for start, end, access, flags in areas
+                            if int(start, 16) <= middle < int(end, 16))
+        assert access == "rw-p" and "hg" in flags  # private, huge pages wanted
 
 
 # ------------------------------------------------------------------------------------------ the model

@@ -7,12 +7,13 @@ every 32 inputs; see linear.h.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gpt_fast.ops import memory
 
 TILE = 16
 PAIR = 2 * TILE
@@ -175,26 +176,9 @@ class Arena:
         """A copy of `tensor`, starting at a cache line."""
         nbytes = tensor.numel() * tensor.element_size()
         if self.used + nbytes > len(self.block):
-            self.block = huge_buffer(max(nbytes, self.BLOCK))
+            self.block = memory.empty(max(nbytes, self.BLOCK))
             self.used = 0
         place = self.block[self.used : self.used + nbytes]
         self.used += nbytes + padding(nbytes, 64)
         place.copy_(tensor.contiguous().view(-1).view(torch.uint8))
         return place.view(tensor.dtype).view(tensor.shape)
-
-
-HUGE_PAGE = 1 << 21
-
-
-def huge_buffer(nbytes: int) -> Tensor:
-    """Zeroed uint8 memory at a huge page's start, touched only when written; freed with its last tensor.
-
-    Private: Python's default, shared memory, gets huge pages only where the system's administrator allows them.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    start = padding(buffer.data_ptr(), HUGE_PAGE)
-    return buffer[start : start + nbytes]
