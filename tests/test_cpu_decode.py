@@ -216,8 +216,9 @@ def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="bfloat16", threads=3)
     poison = {torch.float32: torch.nan, torch.int64: -9}
+    cache = new_cache(model)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, poison[dtype], dtype=dtype))
-    got = fused.forward(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), new_cache(model), length=7)
+    got = fused.forward(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), cache, length=7)
     assert got.isfinite().all()
 
 
