@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt_fast import memory
 from gpt_fast.config import ModelConfig
-from gpt_fast.ops import memory
 
 
 class KVCache(nn.Module):

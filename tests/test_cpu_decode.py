@@ -19,7 +19,7 @@ from _quantized import quantized_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_fast.ops import memory
+from gpt_fast import memory
 from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.weights import Packer

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_fast.ops import memory
+from gpt_fast import memory
 
 TILE = 16
 PAIR = 2 * TILE
