@@ -92,8 +92,11 @@ class Costs:
         return known[nearest(known, rows)] if known else None
 
     def relative(self, choice: Choice, rows: int) -> float | None:
-        """k c + v + o: the choice's step in plain steps. At most that of a larger k, which does more: a k that is seldom
-        used may have been measured at a bad time, and would never be used again."""
+        """k c + v + o: the choice's step in plain steps.
+
+        At most that of a larger k, which does more: a k that is seldom used may have been measured at a bad time, and
+        would never be used again.
+        """
         if choice not in self.seconds:
             return None
         larger = [c for c in self.seconds if c.arm == choice.arm and c.k >= choice.k]
