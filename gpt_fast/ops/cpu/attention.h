@@ -1,9 +1,10 @@
 // Causal grouped-query attention over one slot of the cache, a chunk of 64 keys at a time.
 //
 // A query's result is defined as: for each chunk that it may see, its own maximum, sum of exponentials and weighted
-// values; then these partial results merged in the order of the chunks (as flash attention does, arXiv:2205.14135).
-// Chunks start at multiples of 64 whoever asks, so decode (chunks shared out among threads), verification and prefill
-// (many queries to a chunk) give the same bits. Keys are turned so that lanes are keys: no horizontal sums.
+// values; these partial results merged in order within each part of four chunks, then the parts in order (merging as
+// flash attention does, arXiv:2205.14135). Chunks and parts start at multiples of 64 and 256 whoever asks, so decode
+// (parts shared out among threads), verification and prefill (many queries to a chunk) give the same bits. Keys are
+// turned so that lanes are keys: no horizontal sums.
 //
 // What is multiplied are 32-bit words (see Floats and Pairs): a float32 cache as it is; a narrower one as pairs of
 // bfloat16, of two neighbouring dimensions of a key, of two neighbouring positions of the values. One instruction
@@ -19,6 +20,7 @@
 namespace gf {
 
 inline constexpr int kChunk = 64;
+inline constexpr int kPart = 4;  // chunks
 inline constexpr int kQueryBlock = 4;
 
 enum class CacheType : int32_t { kFloat = 0, kBf16 = 1, kInt8 = 2 };
@@ -108,14 +110,14 @@ struct AttentionScratch {
   Buffer<float> values;  // words [64 / each][head_dim]
   Buffer<float> scores;  // [query][64]
   Buffer<float> state;   // [query][head_dim + 16]: merged so far
-  Buffer<float> chunk;   // [query][head_dim + 16]: this chunk's
+  Buffer<float> part;    // this part's
+  Buffer<float> chunk;   // this chunk's
 
   void resize(int head_dim, int queries) {
     keys.resize(size_t(head_dim) * kChunk);
     values.resize(size_t(head_dim) * kChunk);
     scores.resize(size_t(queries) * kChunk);
-    state.resize(size_t(queries) * (head_dim + kLanes));
-    chunk.resize(size_t(queries) * (head_dim + kLanes));
+    for (auto* partials : {&state, &part, &chunk}) partials->resize(size_t(queries) * (head_dim + kLanes));
   }
 };
 

@@ -193,10 +193,11 @@ class Decoder final : public Job {
     int first, count;
   };
 
-  // One KV head of one span. `chunk_count` chunks from `first_chunk` go to partials; all of them when `whole`.
+  // One KV head of one span: `part_count` parts of the cache from `first_part`. They are all when `whole`; else each
+  // part's result is stored, to be merged when all are there.
   struct Item {
     Span span;
-    int kv_head, first_chunk, chunk_count;
+    int kv_head, first_part, part_count;
     bool whole;
   };
 
@@ -207,12 +208,12 @@ class Decoder final : public Job {
     AttentionScratch attention;
     std::vector<const float*> q;
     std::vector<int> position;
-    std::vector<Partial> partial, state;
+    std::vector<Partial> state, part, chunk;
   };
 
   static constexpr int kRowBlock = 48;        // rows whose products are finished before going on
   static constexpr int kSpanTokens = 16;      // tokens of a slot attended together
-  static constexpr int kSplitBelow = 9;       // spans this short are shared out by chunks of keys
+  static constexpr int kItemsEach = 4;        // of the attention to a thread, where there is that much to share out
   static constexpr int kFewRows = 4;          // rows to a chunk of the small phases
 
   // ---- Setting up
@@ -296,44 +297,56 @@ class Decoder final : public Job {
     s.attention.resize(model_.head_dim, queries);
     s.q.resize(size_t(queries));
     s.position.resize(size_t(queries));
-    s.partial.resize(size_t(queries));
     s.state.resize(size_t(queries));
+    s.part.resize(size_t(queries));
+    s.chunk.resize(size_t(queries));
+    for (int i = 0; i < queries; i++) {
+      s.state[i] = partial_at(s.attention.state.data(), i, model_.head_dim);
+      s.chunk[i] = partial_at(s.attention.chunk.data(), i, model_.head_dim);
+    }
   }
 
   void resize_partials() {
-    const size_t needed = size_t(partial_tokens_) * model_.n_head * partial_chunks_ * (model_.head_dim + kLanes);
+    const size_t needed = size_t(split_tokens_) * model_.n_head * split_parts_ * (model_.head_dim + kLanes);
     if (partials_.size() < needed) partials_.resize(needed);
   }
 
-  // Spans and items, in an order that does not matter to the result.
+  // Spans and items, in an order that does not matter to the result. What is longer than a thread's share is split.
   void plan_attention() {
+    spans_.clear();
     items_.clear();
-    partial_chunks_ = 0;
-    partial_tokens_ = 0;
+    split_tokens_ = split_parts_ = 0;
     split_index_.assign(tokens_.size(), -1);
     const int rows = int(tokens_.size());
-    spans_each_ = std::clamp(8 * pool_.threads() / (model_.n_kv_head * rows), 1, 128);
+    int64_t work = 0;
     for (int first = 0; first < rows;) {
       int count = 1;
       while (first + count < rows && count < kSpanTokens && tokens_[first + count].slot == tokens_[first].slot) count++;
-      add_items({first, count});
+      spans_.push_back({first, count});
+      work += int64_t(count) * parts(spans_.back()) * model_.n_kv_head;
       first += count;
     }
+    const int64_t share = std::max<int64_t>(1, work / (kItemsEach * pool_.threads()));
+    for (const Span& span : spans_) add_items(span, share);
   }
 
-  void add_items(Span span) {
+  int parts(const Span& span) const {
     int last = 0;
     for (int i = 0; i < span.count; i++) last = std::max(last, tokens_[span.first + i].position);
-    const int chunks = last / kChunk + 1;
-    const bool whole = span.count >= kSplitBelow;
+    return last / (kChunk * kPart) + 1;
+  }
+
+  void add_items(const Span& span, int64_t share) {
+    const int all = parts(span), pieces = int(std::min<int64_t>(all, (int64_t(all) * span.count + share - 1) / share));
+    const bool whole = pieces == 1;
     if (!whole) {
-      for (int i = 0; i < span.count; i++) split_index_[span.first + i] = partial_tokens_++;
-      partial_chunks_ = std::max(partial_chunks_, chunks);
+      for (int i = 0; i < span.count; i++) split_index_[span.first + i] = split_tokens_++;
+      split_parts_ = std::max(split_parts_, all);
     }
-    const int each = whole ? chunks : (chunks + spans_each_ - 1) / spans_each_;
+    const int each = (all + pieces - 1) / pieces;
     for (int head = 0; head < model_.n_kv_head; head++)
-      for (int chunk = 0; chunk < chunks; chunk += each)
-        items_.push_back({span, head, chunk, std::min(each, chunks - chunk), whole});
+      for (int part = 0; part < all; part += each)
+        items_.push_back({span, head, part, std::min(each, all - part), whole});
   }
 
   int heads() const { return model_.n_head + 2 * model_.n_kv_head; }
@@ -487,7 +500,7 @@ class Decoder final : public Job {
   ptrdiff_t first_position(int layer, int chunk) const {
     const Item& item = items_[std::min(chunk, int(items_.size()) - 1)];
     const size_t at = cache_position(layer, tokens_[item.span.first].slot, item.kv_head);
-    return ptrdiff_t(at) + item.first_chunk * kChunk;
+    return ptrdiff_t(at) + item.first_part * kPart * kChunk;
   }
 
   Queries gather_queries(const Item& item, int window, Scratch& s) const {
@@ -504,22 +517,14 @@ class Decoder final : public Job {
   void attend_item(const LayerWeights& w, const Item& item, const Slot<T>& slot, ptrdiff_t next_item, Scratch& s) {
     const int D = model_.head_dim, G = group();
     const Queries queries = gather_queries(item, w.window, s);
-    const int first = queries.first_seen() / kChunk;
-    for (int i = 0; item.whole && i < queries.count; i++) {
-      s.partial[i] = partial_at(s.attention.chunk.data(), i, D);
-      s.state[i] = partial_at(s.attention.state.data(), i, D);
-      clear(s.state[i], D);
-    }
-    for (int chunk = item.first_chunk; chunk < item.first_chunk + item.chunk_count; chunk++) {
-      for (int i = 0; !item.whole && i < queries.count; i++)
-        s.partial[i] = stored_partial(item.span.first + i / G, item.kv_head * G + i % G, chunk);
-      const bool last = chunk + 1 == item.first_chunk + item.chunk_count;
-      const ptrdiff_t next = last ? next_item : ptrdiff_t(chunk + 1) * kChunk * D;
-      if (chunk >= first) attend_chunk(queries, chunk, slot, next, D, s.attention, s.partial.data());
-      for (int i = 0; i < queries.count; i++) {
-        if (chunk < first) *s.partial[i].max = -INFINITY;
-        if (item.whole) merge(s.state[i], s.partial[i], D);
-      }
+    for (int i = 0; item.whole && i < queries.count; i++) clear(s.state[i], D);
+    for (int part = item.first_part; part < item.first_part + item.part_count; part++) {
+      for (int i = 0; i < queries.count; i++)
+        s.part[i] = item.whole ? partial_at(s.attention.part.data(), i, D)
+                               : stored_partial(item.span.first + i / G, item.kv_head * G + i % G, part);
+      const bool last = part + 1 == item.first_part + item.part_count;
+      attend_part(queries, part, slot, last ? next_item : ptrdiff_t(part + 1) * kPart * kChunk * D, s);
+      for (int i = 0; item.whole && i < queries.count; i++) merge(s.state[i], s.part[i], D);
     }
     for (int i = 0; item.whole && i < queries.count; i++) {
       const int token = item.span.first + i / G, head = item.kv_head * G + i % G;
@@ -527,8 +532,22 @@ class Decoder final : public Job {
     }
   }
 
-  Partial stored_partial(int token, int head, int chunk) {
-    const int index = (split_index_[token] * model_.n_head + head) * partial_chunks_ + chunk;
+  // All queries' results of a part: in s.part.
+  template <class T>
+  void attend_part(const Queries& queries, int part, const Slot<T>& slot, ptrdiff_t next_part, Scratch& s) {
+    const int D = model_.head_dim;
+    const int first = std::max(part * kPart, queries.first_seen() / kChunk);
+    const int end = std::min((part + 1) * kPart, queries.last_position() / kChunk + 1);
+    for (int i = 0; first >= end && i < queries.count; i++) *s.part[i].max = -INFINITY;
+    for (int chunk = first; chunk < end; chunk++) {
+      const ptrdiff_t next = chunk + 1 == end ? next_part : ptrdiff_t(chunk + 1) * kChunk * D;
+      attend_chunk(queries, chunk, slot, next, D, s.attention, (chunk == first ? s.part : s.chunk).data());
+      for (int i = 0; chunk > first && i < queries.count; i++) merge(s.part[i], s.chunk[i], D);
+    }
+  }
+
+  Partial stored_partial(int token, int head, int part) {
+    const int index = (split_index_[token] * model_.n_head + head) * split_parts_ + part;
     return partial_at(partials_.data(), index, model_.head_dim);
   }
 
@@ -537,13 +556,13 @@ class Decoder final : public Job {
     for (int d = 0; d < model_.head_dim; d += kLanes) store(out + d, load(p.o + d) * inverse);
   }
 
-  // All heads of a token from the partial results of its chunks: in s.row.
+  // All heads of a token from the partial results of its parts: in s.row.
   const float* merge_token(int token, Scratch& s) {
-    const int chunks = tokens_[token].position / kChunk + 1, D = model_.head_dim;
-    const Partial total = partial_at(s.attention.state.data(), 0, D);
+    const int parts = tokens_[token].position / (kChunk * kPart) + 1, D = model_.head_dim;
+    const Partial total = s.state[0];
     for (int head = 0; head < model_.n_head; head++) {
       clear(total, D);
-      for (int chunk = 0; chunk < chunks; chunk++) merge(total, stored_partial(token, head, chunk), D);
+      for (int part = 0; part < parts; part++) merge(total, stored_partial(token, head, part), D);
       finish_query(total, s.row.data() + head * D);
     }
     return s.row.data();
@@ -672,10 +691,11 @@ class Decoder final : public Job {
   std::vector<Token> tokens_;
   std::vector<int> selected_;     // tokens whose logits are wanted
   std::vector<int> split_index_;  // token -> its place in partials_, or -1
+  std::vector<Span> spans_;
   std::vector<Item> items_;
   std::vector<Best> best_;        // [chunk of the head's rows][selected]
   std::vector<int64_t> chosen_;   // of the last step, in the order of its logits
-  int partial_tokens_ = 0, partial_chunks_ = 0, spans_each_ = 1, capacity_ = 0;
+  int split_tokens_ = 0, split_parts_ = 0, capacity_ = 0;
   int chunks_[kLayerPhases + 2] = {};
   Split qkv_split_{}, out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};
 
