@@ -1,7 +1,7 @@
 """How many prompt tokens a step computes beside running streams, learned from how long they wait. Plain Python.
 
 The promise: a stream's token comes at most twice as late as usual while a prompt prefills. What is usual is known by
-the number of streams, from the steps without a prompt; every 17th step beside a prompt is one of those, to stay true.
+the number of streams, from steps without a prompt that followed another such (a lone one does not begin ahead).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_right
 
 TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was judged by
-REFRESH = 16  # steps beside a prompt between two without
 
 
 class ChunkBudget:
@@ -24,23 +23,22 @@ class ChunkBudget:
         self.usual: dict[int, float] = {}  # seconds from token to token, by the number of streams
         self.rate = 0.0  # tokens a second; 0: not known
         self.fixed = 0.0  # seconds that a chunk takes beyond what its tokens do
-        self.since = 0  # steps beside a prompt since the last without
+        self.beside = False  # the last step computed prompt tokens beside streams
 
     def learn(self, *, prompt_tokens: int, decodes: int, seconds: float) -> None:
         """seconds: from the last step's tokens to this one's, or of the step itself where no stream waited."""
         if not decodes:
             self._alone(prompt_tokens, seconds)
         elif prompt_tokens:
-            self.since += 1
             self._beside(prompt_tokens, decodes, seconds)
-        else:
-            self.since = 0
+        elif not self.beside or decodes not in self.usual:
             self.usual[decodes] = smooth(self.usual.get(decodes, 0.0), seconds)
+        self.beside = prompt_tokens > 0 < decodes
 
     def tokens(self, decodes: int) -> int:
         """Prompt tokens beside so many streams; 0 for a step that is to show what is usual."""
         usual = self.usual.get(decodes)
-        if usual is None or self.since >= REFRESH:
+        if usual is None:
             return 0
         fitting = bisect_right(self.sizes, self._affordable(usual, decodes))
         return self.sizes[max(fitting - 1, 0)]
