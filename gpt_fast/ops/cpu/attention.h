@@ -200,27 +200,33 @@ inline void apply_scales(float* scores, const float* scale, int n) {
     store(scores + i, load(scores + i) * as_float(load_some(scale + i, 4 * (n - i))));
 }
 
-// Memory to fetch during a loop, so many bytes an iteration: a burst of prefetches would hold up everything else.
+// Memory to fetch meanwhile: two stretches, a few lines at a time, since a burst of prefetches would hold up all else.
 struct Ahead {
-  const char* from;  // null: nothing
-  int bytes;
+  const char* at;
+  const char* second;
+  int left, second_left, each;  // lines
 
-  void fetch(int iteration) const {
-    if (!from) return;
-    for (int at = 0; at < bytes; at += 64) prefetch(from + size_t(iteration) * bytes + at);
+  void fetch() {
+    for (int i = 0; i < each; i++) {
+      if (left == 0) {
+        if (second_left == 0) return;
+        at = second, left = second_left, second_left = 0;
+      }
+      prefetch(at), at += 64, left--;
+    }
   }
 };
 
 // scores[q][first..first+16*V) of Q queries: their products with V vectors of turned keys. `words` make a head.
 template <class W, int Q, int V>
-void score_some(const float* const* q, const float* keys, int first, int words, float* scores, const Ahead& ahead) {
+void score_some(const float* const* q, const float* keys, int first, int words, float* scores, Ahead& ahead) {
   f32x16 sum[Q][V];
   GF_UNROLL
   for (int i = 0; i < Q; i++)
     GF_UNROLL
     for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
   for (int d = 0; d < words; d++) {
-    ahead.fetch(d);
+    ahead.fetch();
     typename W::Vector k[V];
     GF_UNROLL
     for (int j = 0; j < V; j++) k[j] = W::load(keys + d * kChunk + first + j * kLanes);
@@ -238,7 +244,7 @@ void score_some(const float* const* q, const float* keys, int first, int words, 
 }
 
 template <class W, int Q>
-void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, const Ahead& ahead) {
+void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, Ahead& ahead) {
   const int words = head_dim / W::kEach;
   if (n > 2 * kLanes) return score_some<W, Q, 4>(q, keys, 0, words, scores, ahead);
   score_some<W, Q, 2>(q, keys, 0, words, scores, ahead);
@@ -276,7 +282,7 @@ void to_words(float* weights, int n) {
 
 // o[q][d..d+16*V) = sum over keys of weight * value, for Q queries.
 template <int Q, int V, class Values>
-void weigh_values(const float* weights, const Values& values, const Partial* out, int d, const Ahead& ahead) {
+void weigh_values(const float* weights, const Values& values, const Partial* out, int d, Ahead& ahead) {
   using W = typename Values::Words;
   f32x16 sum[Q][V];
   GF_UNROLL
@@ -284,7 +290,7 @@ void weigh_values(const float* weights, const Values& values, const Partial* out
     GF_UNROLL
     for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
   for (int t = 0; t < (values.n + W::kEach - 1) / W::kEach; t++) {
-    ahead.fetch(t);
+    ahead.fetch();
     typename W::Vector value[V];
     GF_UNROLL
     for (int j = 0; j < V; j++) value[j] = values.at(t, d + j * kLanes);
@@ -302,11 +308,11 @@ void weigh_values(const float* weights, const Values& values, const Partial* out
 }
 
 template <int Q, class Values>
-void weigh_all_values(const float* weights, const Values& values, const Partial* out, const Ahead& ahead) {
+void weigh_all_values(const float* weights, const Values& values, const Partial* out, Ahead& ahead) {
   int d = 0;
   for (; d + 4 * kLanes <= values.head_dim; d += 4 * kLanes)
-    weigh_values<Q, 4>(weights, values, out, d, d == 0 ? ahead : Ahead{});
-  for (; d < values.head_dim; d += kLanes) weigh_values<Q, 1>(weights, values, out, d, d == 0 ? ahead : Ahead{});
+    weigh_values<Q, 4>(weights, values, out, d, ahead);
+  for (; d < values.head_dim; d += kLanes) weigh_values<Q, 1>(weights, values, out, d, ahead);
 }
 
 // The queries of one KV head that look at one slot.
@@ -335,15 +341,15 @@ struct Chunk {
   Values values;
   const float* k_scale;
   const float* v_scale;
-  Ahead beside_scores, beside_values;  // fetched with the first queries
 };
 
 // Q queries (from `at`) against a chunk.
 template <int Q, class Values>
-void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, float* scores, const Partial* out) {
+void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, Ahead& ahead, float* scores,
+                  const Partial* out) {
   using W = typename Values::Words;
   const int start = chunk.start, n = chunk.n;
-  score<W, Q>(x.q + at, chunk.keys, n, chunk.values.head_dim, scores, at == 0 ? chunk.beside_scores : Ahead{});
+  score<W, Q>(x.q + at, chunk.keys, n, chunk.values.head_dim, scores, ahead);
   GF_UNROLL
   for (int i = 0; i < Q; i++) {
     float* row = scores + i * kChunk;
@@ -356,18 +362,19 @@ void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, float* s
     else if (chunk.v_scale) apply_scales(row, chunk.v_scale, n);
     to_words<W>(row, n);
   }
-  weigh_all_values<Q>(scores, chunk.values, out, at == 0 ? chunk.beside_values : Ahead{});
+  weigh_all_values<Q>(scores, chunk.values, out, ahead);
 }
 
 template <class Values>
-void attend_blocks(const Queries& x, const Chunk<Values>& chunk, float* all_scores, const Partial* out) {
+void attend_blocks(const Queries& x, const Chunk<Values>& chunk, Ahead& ahead, float* all_scores,
+                   const Partial* out) {
   for (int at = 0; at < x.count; at += kQueryBlock) {
     float* scores = all_scores + size_t(at) * kChunk;
     switch (x.count - at) {
-      case 1: attend_block<1>(x, at, chunk, scores, out + at); break;
-      case 2: attend_block<2>(x, at, chunk, scores, out + at); break;
-      case 3: attend_block<3>(x, at, chunk, scores, out + at); break;
-      default: attend_block<4>(x, at, chunk, scores, out + at); break;
+      case 1: attend_block<1>(x, at, chunk, ahead, scores, out + at); break;
+      case 2: attend_block<2>(x, at, chunk, ahead, scores, out + at); break;
+      case 3: attend_block<3>(x, at, chunk, ahead, scores, out + at); break;
+      default: attend_block<4>(x, at, chunk, ahead, scores, out + at); break;
     }
   }
 }
@@ -386,18 +393,23 @@ void attend_chunk(const Queries& x, int index, const Slot<T>& slot, ptrdiff_t ne
   const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
   const float* keys = scratch.keys.data();
   float* scores = scratch.scores.data();
-  const auto run = [&](const auto& values, const T* beside_scores, const T* beside_values) {
-    const Ahead first{reinterpret_cast<const char*>(beside_scores), int(n * sizeof(T) * W::kEach)};
-    const Ahead then{reinterpret_cast<const char*>(beside_values), int(head_dim * sizeof(T) * W::kEach)};
+  const int lines = int(n * head_dim * sizeof(T)) / 64, blocks = (x.count + kQueryBlock - 1) / kQueryBlock;
+  const int loops = blocks * (head_dim + n) / W::kEach;
+  // A few queries are soon done with a chunk, and most items are short then: their own values come first.
+  const auto* keys_then = reinterpret_cast<const char*>(slot.k + next);
+  const auto* values_then = reinterpret_cast<const char*>(slot.v + next);
+  const int each = (2 * lines + loops - 1) / loops;
+  Ahead ahead = blocks == 1 ? Ahead{reinterpret_cast<const char*>(rows.v), keys_then, lines, lines, each}
+                            : Ahead{keys_then, values_then, lines, lines, each};
+  const auto run = [&](const auto& values) {
     using V = std::decay_t<decltype(values)>;
-    attend_blocks(x, Chunk<V>{start, n, keys, values, k_scale, v_scale, first, then}, scores, out);
+    attend_blocks(x, Chunk<V>{start, n, keys, values, k_scale, v_scale}, ahead, scores, out);
   };
-  if (x.count <= 2 * kQueryBlock) return run(rows, rows.v, slot.k + next);
-  if constexpr (W::kEach == 1) return run(rows, slot.k + next, slot.v + next);
+  if (W::kEach == 1 || x.count <= 2 * kQueryBlock) return run(rows);
   float* words = scratch.values.data();
   for (int t = 0; t < (n + W::kEach - 1) / W::kEach; t++)
     for (int d = 0; d < head_dim; d += kLanes) W::store(words + size_t(t) * head_dim + d, rows.at(t, d));
-  run(MadeValues<W>{words, n, head_dim}, slot.k + next, slot.v + next);
+  run(MadeValues<W>{words, n, head_dim});
 }
 
 }  // namespace gf
