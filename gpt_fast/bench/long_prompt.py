@@ -15,13 +15,13 @@ from gpt_fast.bench.stats import percentile
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine
 
-WARM_TOKENS, USUAL_TOKENS = 30, 200  # of the stream, before the prompt comes
+WARM_TOKENS, USUAL_TOKENS = 30, 100  # of the stream: before the prompt comes, and as many usual ones behind it
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds. usual, during: from each of the stream's tokens to its next, before the prompt came and until it was
-    through. alone, beside: until the prompt's first token. foreign: share of the CPUs that others used meanwhile."""
+    """Seconds. usual, during: from each of the stream's tokens to its next, while the prompt prefilled and both before
+    and after, for the stream's own context grows meanwhile. alone, beside: until the prompt's first token. foreign: share of the CPUs that others used meanwhile."""
 
     usual: list[float]
     during: list[float]
@@ -67,9 +67,13 @@ def prefill_beside(engine: Engine, prompt: list[int], stream: list[int]) -> tupl
     while not ended:
         taken = step(engine)
         times, ended = times + taken["stream"], taken["long"]
+    last = len(times)
+    while len(times) < last + USUAL_TOKENS:
+        times += step(engine)["stream"]
     engine.abort("stream")
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    return gaps[WARM_TOKENS : WARM_TOKENS + USUAL_TOKENS], gaps[WARM_TOKENS + USUAL_TOKENS :], ended[0] - started
+    before, behind = WARM_TOKENS + USUAL_TOKENS, len(gaps) - USUAL_TOKENS
+    return gaps[WARM_TOKENS:before] + gaps[behind:], gaps[before:behind], ended[0] - started
 
 
 def step(engine: Engine) -> dict[str, list[float]]:
