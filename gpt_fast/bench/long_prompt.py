@@ -20,8 +20,12 @@ WARM_TOKENS, USUAL_TOKENS = 30, 100  # of the stream: before the prompt comes, a
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds. usual, during: from each of the stream's tokens to its next, while the prompt prefilled and both before
-    and after, for the stream's own context grows meanwhile. alone, beside: until the prompt's first token. foreign: share of the CPUs that others used meanwhile."""
+    """Seconds.
+
+    during, usual: from each of the stream's tokens to its next, while the prompt prefilled, and both before and after,
+    for the stream's own context grows meanwhile. alone, beside: until the prompt's first token. foreign: share of the
+    CPUs that others used meanwhile.
+    """
 
     usual: list[float]
     during: list[float]
