@@ -33,7 +33,7 @@ class ChunkBudget:
             self._beside(prompt_tokens, decodes, seconds)
         elif not self.beside or decodes not in self.usual:
             self.usual[decodes] = smooth(self.usual.get(decodes, 0.0), seconds)
-        self.beside = prompt_tokens > 0 < decodes
+        self.beside = prompt_tokens > 0 and decodes > 0
 
     def tokens(self, decodes: int) -> int:
         """Prompt tokens beside so many streams; 0 for a step that is to show what is usual."""
