@@ -18,21 +18,18 @@ import torch
 from torch import Tensor
 
 from gpt_fast.budget import JoinedBudget
+from gpt_fast.chain import Started
 from gpt_fast.engine import Forward, Runner
 from gpt_fast.sampling import needs_edit
 from gpt_fast.scheduler import SampledToken, Sequence, StepPlan
 
 
-class Pending(Protocol):
-    """A forward under way. `best` is each row's argmax, NO_TOKEN where no logit is finite."""
+class Pending(Started, Protocol):
+    """A forward under way that knows whether another has begun."""
 
     @property
     def latest(self) -> bool:
         """Whether nothing has begun since, so that a step may follow."""
-
-    def result(self) -> Tensor: ...
-
-    def best(self) -> Tensor: ...
 
 
 class Startable(Forward, Protocol):

@@ -10,7 +10,6 @@ Other servers on the same machine are loaded in turn with --peer; what differs t
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from gpt_fast.bench.client import Api, NativeApi, OpenAIApi
 from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
 from gpt_fast.bench.report import show, write_json
 from gpt_fast.bench.sample import Case
+from gpt_fast.bench.stats import percentile
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,7 +113,7 @@ def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if name != OURS:
             each = [a / b for a, b in zip(rates[streams, OURS], theirs, strict=True) if b > 0]
             found.append({"streams": streams, "peer": name, "output_throughput_ratio": {
-                "median": statistics.median(each) if each else None, "rounds": each}})  # fmt: skip
+                "median": percentile(each, 50), "rounds": each}})  # fmt: skip
     return found
 
 
