@@ -21,13 +21,16 @@ from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
 from gpt_fast.controller import Controller
 from gpt_fast.engine import EngineCore, Forward, Runner, buckets
 from gpt_fast.model import Transformer
+from gpt_fast.parallel import is_sharded, shard
 from gpt_fast.proposers import DraftProposer, NGramProposer
 from gpt_fast.quantize.gate import check_quality
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.speculator import Proposer, Speculator
 from gpt_fast.tokenizer import Tokenizer, load_tokenizer
+from gpt_fast.torchrun import Group, LockstepRunner
 
 DEFAULT_MAX_SEQ_LEN = 8192  # what a slot holds unless max_seq_len asks for more
+SHARDED = "tensor parallel: a fused kernel runs whole layers, inside which it cannot sum over ranks"
 
 
 class Parts(NamedTuple):
@@ -40,15 +43,20 @@ class Parts(NamedTuple):
     description: dict[str, Any]  # what was chosen, for the log and the user
 
 
-def load_parts(config: EngineConfig) -> Parts:
-    """Build everything once; when this returns, no request compiles or allocates."""
+def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
+    """Build everything once; when this returns, no request compiles or allocates.
+
+    With a group, the model is its ranks' together: each must be asked the same, in the same order.
+    """
     started = time.perf_counter()
+    if group is not None and config.proposers:
+        raise ConfigError("speculate", "is not there under tensor parallelism", got=config.speculate, allowed="none")
     if config.quality:
         check_quality(find_weights(Path(config.checkpoint_path)), config.quality, kv_cache=config.kv_cache)
-    device = choose_device(config.device)
-    threads = config.threads or os.cpu_count() or 1
+    device = choose_device(config.device, group)
+    threads = config.threads or cores_of(group)
     torch.set_num_threads(threads)
-    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=torch_dtype(config.dtype))
+    loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
     model = loaded.model
     tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer.vocab_size, loaded.config)
@@ -109,7 +117,7 @@ def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, th
 def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads: int) -> Runner:
     """The draft model, warm, with a cache of the target's slots."""
     device = cache.k_LNHTD.device
-    loaded = load_checkpoint(Path(str(config.draft_checkpoint_path)), device=device, dtype=torch_dtype(config.dtype))
+    loaded = load_model(str(config.draft_checkpoint_path), device=device, dtype=config.dtype)
     vocabulary = cache.config.vocab_size
     if loaded.config.vocab_size != vocabulary:
         raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
@@ -127,6 +135,24 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     return runner
 
 
+def load_model(path: str, *, device: torch.device, dtype: str, group: Group | None = None) -> Loaded:
+    """The checkpoint's model in eval mode, not packed yet; with a group, this rank's share of it.
+
+    dtype is EngineConfig's. A share is cut from the file's pages before it goes to the device, which never holds more.
+    """
+    if group is None:
+        return load_checkpoint(Path(path), device=device, dtype=torch_dtype(dtype))
+    loaded = load_checkpoint(Path(path), device="cpu")
+    shard(loaded.model, group.ranks)
+    loaded.model.to(device=device, dtype=torch_dtype(dtype))
+    return loaded._replace(config=loaded.model.config)
+
+
+def cores_of(group: Group | None) -> int:
+    """Threads of this process: the machine's cores, shared with the ranks beside it."""
+    return max(1, (os.cpu_count() or 1) // (group.local.size if group is not None else 1))
+
+
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a configured name; None for "auto"."""
     return None if name == "auto" else getattr(torch, name)
@@ -139,10 +165,12 @@ def cache_dtype(config: EngineConfig, loaded: Loaded) -> torch.dtype:
     return torch_dtype(config.kv_cache) or (torch.bfloat16 if coarse else own.dtype)
 
 
-def choose_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU."""
+def choose_device(name: str, group: Group | None = None) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Of a group's ranks on one machine each has a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and group is not None:
+        name = f"cuda:{group.local.rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -232,6 +260,8 @@ def choose_path(
     """
     model = loaded.model
     device, asked = model.norm.weight.device, config.compile or config.compile_prefill
+    if is_sharded(model):
+        return sharded_path(config, model, threads)
     if asked and device.type == "cpu":
         return compiled_path(config, model, threads)
     path = fused_path(config, loaded, threads, beside=beside)
@@ -243,6 +273,13 @@ def choose_path(
         return compiled._replace(name=f"{compiled.name} ({path})")
     prepare_modules(model)
     return ModelPath(f"plain ({path})", model, model, threads, warm_up=False)
+
+
+def sharded_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
+    if config.compile or config.compile_prefill:
+        raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
+    prepare_modules(model)
+    return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, runner=LockstepRunner)
 
 
 def compiles_unasked(model: Transformer, device: torch.device) -> bool:
@@ -257,6 +294,8 @@ def fused_path(
 
     float32 stays plain: it is the reference, and the fused kernels round activations.
     """
+    if is_sharded(loaded.model):
+        return SHARDED
     if config.kernels == "plain":
         return "kernels: plain"
     if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:

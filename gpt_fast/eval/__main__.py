@@ -1,4 +1,7 @@
-"""`python -m gpt_fast.eval`: task scores (--tasks), or a quantized checkpoint against its source (--quality)."""
+"""`python -m gpt_fast.eval`: task scores (--tasks), or a quantized checkpoint against its source (--quality).
+
+`torchrun --nproc_per_node N -m gpt_fast.eval` does the same with a model held by N ranks (tensor parallelism).
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpt_fast import torchrun
 from gpt_fast.checkpoint import WEIGHTS
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.eval.report import Passage, make_report, plot, table
 from gpt_fast.quantize.gate import report_path, write_report
 from gpt_fast.quantize.text import default_text, file_text, held_out_part
+from gpt_fast.torchrun import Group
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if not torchrun.launched():
+        return run(arguments, None)
+    group = torchrun.join()
+    with group.one_voice():
+        run(arguments, group)
+
+
+def run(arguments: list[str] | None, group: Group | None) -> None:
+    """The command itself, in one process or on every rank of a group, which all do the same."""
     flags = parser()
     args = flags.parse_args(arguments)
     if (args.quality is None) == (args.checkpoint_path is None):
         flags.error("give either --checkpoint_path with --tasks, or --quality")
     try:
-        result = run_quality(args) if args.quality is not None else run_tasks(args)
+        result = run_quality(args, group) if args.quality is not None else run_tasks(args, group)
     except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
         sys.exit(f"error: {error}")
     print(json.dumps(result))
@@ -59,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------- quality
 
 
-def run_quality(args: argparse.Namespace) -> dict[str, Any]:
+def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     check_int("windows", args.windows, 1, 1 << 20)
     check_int("seq_length", args.seq_length, 128, 1 << 17)
     text = held_out_part(default_text()) if args.text is None else file_text(args.text)
@@ -73,7 +87,9 @@ def run_quality(args: argparse.Namespace) -> dict[str, Any]:
         dtype=dtype if args.against_dtype == "auto" else args.against_dtype,
         kernels="plain",
     )
-    weights, report, tokens = make_report(ours, against, Passage(text, args.windows, args.seq_length))
+    weights, report, tokens = make_report(ours, against, Passage(text, args.windows, args.seq_length), group)
+    if group is not None and group.ranks.rank:
+        return report
     print(table(report))
     if args.plot is not None:
         plot(report, tokens, args.plot)
@@ -86,7 +102,7 @@ def run_quality(args: argparse.Namespace) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- tasks
 
 
-def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
+def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     from gpt_fast.eval.tasks import load_tasks
 
     check_int("batch_size", args.batch_size, 1, 256)
@@ -95,9 +111,10 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
     load_tasks(args.tasks)  # refuse an unknown task before the model is loaded
     from gpt_fast.eval.harness import EngineLM, evaluate
     from gpt_fast.llm import Engine
+    from gpt_fast.load import load_parts
 
-    engine = Engine.load(
-        args.checkpoint_path,
+    config = EngineConfig(
+        checkpoint_path=args.checkpoint_path,
         device=args.device,
         dtype=args.dtype,
         max_seq_len=args.max_seq_length,
@@ -106,11 +123,13 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
         compile=args.compile,
         compile_prefill=args.compile,
     )
+    engine = Engine(load_parts(config, group))
     results = evaluate(EngineLM(engine), args.tasks, limit=args.limit, num_fewshot=args.num_fewshot)
-    figures = {task: numbers(values) for task, values in results["results"].items()}
+    figures = {task: numbers(values) for task, values in results.get("results", {}).items()}
     for task, values in figures.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    return {"checkpoint": args.checkpoint_path, "limit": args.limit, "results": figures}
+    path = engine.description["path"]
+    return {"checkpoint": args.checkpoint_path, "path": path, "limit": args.limit, "results": figures}
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -90,8 +90,8 @@ class EngineLM(TemplateLM):
         """Each context's continuation up to the first stop string. All run together, a slot each as one is free."""
         prompts: list[str | list[int]] = []
         params = []
-        for context, arguments in (request.args for request in requests):
-            sampling = sampling_params(arguments)
+        for seed, (context, arguments) in enumerate(request.args for request in requests):
+            sampling = sampling_params(arguments, seed=seed)
             room = self.engine.core.max_seq_len - sampling.max_new_tokens
             if room < 1:
                 raise ConfigError("max_gen_toks", "leaves no room for a context", got=sampling.max_new_tokens,
@@ -101,8 +101,11 @@ class EngineLM(TemplateLM):
         return [answer.text for answer in self.engine.generate(prompts, params)]
 
 
-def sampling_params(arguments: dict[str, Any]) -> SamplingParams:
-    """A task's generation_kwargs as ours. ConfigError on one that has no counterpart here."""
+def sampling_params(arguments: dict[str, Any], *, seed: int | None = None) -> SamplingParams:
+    """A task's generation_kwargs as ours. ConfigError on one that has no counterpart here.
+
+    seed: what samples are drawn from; one that is given comes out the same in every run, and on every rank of a model.
+    """
     values: dict[str, Any] = {**normalize_gen_kwargs(arguments, DEFAULT_GENERATION)}
     stop = handle_stop_sequences(values.pop("until", None), eos=None)
     count = values.pop("max_gen_toks")
@@ -110,11 +113,14 @@ def sampling_params(arguments: dict[str, Any]) -> SamplingParams:
         raise ConfigError(f"generation_kwargs.{key}", "unknown key", allowed=", ".join(sorted(GENERATION_KEYS)))
     if not values.pop("do_sample", False):
         values = {"temperature": 0.0}
-    return SamplingParams(max_new_tokens=count, stop=tuple(s for s in stop if s), **values)
+    return SamplingParams(max_new_tokens=count, stop=tuple(s for s in stop if s), seed=seed, **values)
 
 
 def evaluate(model: LM, tasks: list[str], *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-    """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}."""
+    """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}.
+
+    Under torchrun on local rank 0 only; on other ranks {}.
+    """
     found: list[Any] = find_tasks(tasks)
     results = simple_evaluate(
         model=model,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt_fast.eval.score import Scorer, token_logprobs
-from gpt_fast.model import Transformer
+from gpt_fast.model import MoE, Transformer
+from gpt_fast.parallel import all_reduce, is_sharded
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.quantize.rtn import sqnr_db
 
@@ -98,10 +99,11 @@ def common_prefix(x: list[int], y: list[int]) -> int:
 def layer_figures(a: Side, b: Side, window: list[int]) -> list[dict[str, Any]]:
     """Per layer: SQNR (dB) of A's weights, and of its hidden states after the layer; None where nothing differs."""
     hidden_a, hidden_b = (hidden_states(side, window) for side in (a, b))
+    sharded = is_sharded(a.model)
     return [
         {
             "layer": index,
-            "weight_sqnr_db": finite(weight_sqnr_db(a.model.layers[index], b.model.layers[index])),
+            "weight_sqnr_db": finite(weight_sqnr_db(a.model.layers[index], b.model.layers[index], sharded=sharded)),
             "hidden_sqnr_db": finite(sqnr_db(hidden_b[index], hidden_a[index])),
         }
         for index in range(len(hidden_a))
@@ -112,15 +114,17 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def weight_sqnr_db(a: nn.Module, b: nn.Module) -> float:
-    """Over all linear weights of two layers together."""
-    theirs = {name: m for name, m in b.named_modules() if isinstance(m, nn.Linear | Quantized)}
+def weight_sqnr_db(a: nn.Module, b: nn.Module, *, sharded: bool = False) -> float:
+    """Over all linear weights of two layers together, but not a mixture's router, which is never quantized."""
+    routers = {m.gate for m in b.modules() if isinstance(m, MoE)}
+    theirs = {name: m for name, m in b.named_modules() if isinstance(m, nn.Linear | Quantized) and m not in routers}
     ours = dict(a.named_modules())
-    signal, noise = 0.0, 0.0
+    signal_and_noise = torch.zeros(2, dtype=torch.float64)
     for name, module in theirs.items():
         reference = dense(module).double()
-        signal += float(reference.square().sum())
-        noise += float((reference - dense(ours[name]).double()).square().sum())
+        difference = reference - dense(ours[name]).double()
+        signal_and_noise += torch.stack((reference.square().sum(), difference.square().sum())).cpu()
+    signal, noise = (all_reduce(signal_and_noise) if sharded else signal_and_noise).tolist()
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 

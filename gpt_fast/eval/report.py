@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt_fast.checkpoint import Loaded, load_checkpoint
+from gpt_fast.checkpoint import Loaded
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine import Forward
 from gpt_fast.eval.quality import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
-from gpt_fast.load import ModelPath, cache_dtype, choose_device, fused_path, torch_dtype
+from gpt_fast.load import ModelPath, cache_dtype, choose_device, cores_of, fused_path, load_model
 from gpt_fast.quantize.gate import weights_sha256
 from gpt_fast.quantize.text import Text, windows
 from gpt_fast.tokenizer import load_tokenizer
+from gpt_fast.torchrun import Group
 
 ROWS = 8  # prompts continued together
 
@@ -42,10 +43,12 @@ class Run(NamedTuple):
 
 
 def make_report(
-    ours: EngineConfig, against: EngineConfig, passage: Passage
+    ours: EngineConfig, against: EngineConfig, passage: Passage, group: Group | None = None
 ) -> tuple[Path, dict[str, Any], TokenFigures]:
-    """(the weights file of `ours`, the report, the figures of every token)."""
-    a, b = load_run(ours, passage.length), load_run(against, passage.length)
+    """(the weights file of `ours`, the report, the figures of every token); the same on all ranks of a group."""
+    if group is not None:
+        torch.set_num_threads(cores_of(group))
+    a, b = load_run(ours, passage.length, group), load_run(against, passage.length, group)
     if a.loaded.config != b.loaded.config:
         problem, allowed = "is another model", f"the source of {ours.checkpoint_path}"
         raise ConfigError("against", problem, got=against.checkpoint_path, allowed=allowed)
@@ -60,9 +63,9 @@ def make_report(
     return a.loaded.weights_file, describe(a, b, passage, len(chosen)) | figures, tokens
 
 
-def load_run(config: EngineConfig, length: int) -> Run:
-    device = choose_device(config.device)
-    loaded = load_checkpoint(Path(config.checkpoint_path), device=device, dtype=torch_dtype(config.dtype))
+def load_run(config: EngineConfig, length: int, group: Group | None) -> Run:
+    device = choose_device(config.device, group)
+    loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
     if length > loaded.config.max_position:
         problem = "is beyond the model's positions"
         raise ConfigError("seq_length", problem, got=length, allowed=f"at most {loaded.config.max_position}")

@@ -114,6 +114,10 @@ class Int8Embedding(Int8Weight):
         rows = int8.dequantize_int8(self.weight[tokens], self.scale[tokens], groupsize=self.scheme.groupsize)
         return rows.to(self.dtype)
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all other rows (a vocabulary shard), in place: a head tied to them has the same. Before pack()."""
+        self.weight, self.scale, self.rows = self.weight[rows], self.scale[rows], len(rows)
+
 
 class TiedHead(nn.Module):
     """An output head over an embedding's int8 rows; it holds nothing of its own."""
@@ -167,8 +171,11 @@ class QuantizedLinear(Quantized):
         return self._like(self.scheme, tensors, in_features=self.in_features, bias=bias)
 
     def select_columns(self, start: int, stop: int) -> QuantizedLinear:
-        """The linear of inputs start..stop-1 only (a row-parallel shard), with the bias. Before pack()."""
-        scheme, tensors = self._regrouped(start)
+        """The linear of inputs start..stop-1 only (a row-parallel shard), with the bias. Before pack().
+
+        QuantizationError where a boundary would cut through a group that no smaller group size ends at.
+        """
+        scheme, tensors = self._regrouped(*{start, stop} - {0, self.in_features})
         size = scheme.groupsize or 1
         per_byte = 8 // scheme.bits
         cut = {"weight": tensors["weight"][:, start // per_byte : stop // per_byte]}
@@ -176,12 +183,18 @@ class QuantizedLinear(Quantized):
             cut[name] = tensors[name][:, start // size : -(-stop // size)] if scheme.groupsize else tensors[name]
         return self._like(scheme, cut, in_features=stop - start, bias=self.bias)
 
-    def _regrouped(self, boundary: int) -> tuple[Scheme, dict[str, Tensor]]:
-        """The same weight with groups small enough to be cut at `boundary`."""
+    def _regrouped(self, *cuts: int) -> tuple[Scheme, dict[str, Tensor]]:
+        """The same weight with groups small enough to be cut before these inputs."""
         tensors, scheme = self._stored(), self.scheme
-        size = math.gcd(scheme.groupsize, boundary)
+        size = math.gcd(scheme.groupsize, *cuts)
         if not scheme.groupsize or size == scheme.groupsize:
             return scheme, tensors
+        if size not in int4.GROUPSIZES:
+            where = " and ".join(map(str, sorted(cuts)))
+            raise QuantizationError(
+                f"{scheme} of {self.in_features} inputs cannot be cut at {where} (allowed multiples of "
+                f"{int4.GROUPSIZES[0]})"
+            )
         smaller = Scheme(scheme.bits, size)
         for name in tensors.keys() - {"weight"}:
             tensors[name] = expand_groups(tensors[name], self.in_features, scheme.groupsize)[:, ::size]
