@@ -26,6 +26,7 @@ GPTQ_FLAGS = (
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     try:
+        check_used(given_flags(arguments, args), args)
         with tqdm(unit="B", unit_scale=True, desc=args.gguf.name if args.gguf else args.mode) as bar:
             path = run(args, bar_progress(bar))
     except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--checkpoint_path", type=Path, required=True, help="a converted checkpoint's directory, or its weights file")
     add("--mode", "-q", choices=MODES, default="int8", help="int4 rounds to nearest, int4-gptq calibrates on text")
-    add("--groupsize", type=int, help="inputs that share a scale in int4: 32 (default), 64, 128, 256")
+    add("--groupsize", type=int, default=32, help="inputs that share a scale in int4: 32 (default), 64, 128, 256")
     add("--gguf", type=Path, help="take this file's own Q4_0, Q4_1, Q8_0 blocks, without loss, instead of --mode")
     add("--embedding", choices=("auto", "int8", "keep"), default="auto", help="auto: int8 where the head shares it")
     add("--label", default="_", help="goes between the source's name and the mode in the file's name")
@@ -58,11 +59,33 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def given_flags(arguments: list[str] | None, args: argparse.Namespace) -> set[str]:
+    """The flags that were said, even where their values are the defaults."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default where there is a value
+    parser().parse_args(arguments, blank)
+    return {name for name, value in vars(blank).items() if value is not None}
+
+
+def check_used(given: set[str], args: argparse.Namespace) -> None:
+    """Refuse a flag that another one leaves without effect, naming both."""
+    if args.gguf is not None:
+        why = f"--gguf takes the blocks of {args.gguf.name} as they are"
+        refuse_given(given, ("mode", "groupsize", "embedding", "device", *GPTQ_FLAGS), why)
+    if args.mode != "int4-gptq":
+        refuse_given(given, GPTQ_FLAGS, f"--mode {args.mode} calibrates nothing (allowed with int4-gptq)")
+    if args.mode == "int8":
+        refuse_given(given, ("groupsize",), "--mode int8 has a scale a row (allowed with int4 and int4-gptq)")
+    if "calibration_text" in given:
+        refuse_given(given, ("calibration_tasks",), "--calibration_text is read instead")
+
+
+def refuse_given(given: set[str], useless: tuple[str, ...], why: str) -> None:
+    for name in useless:
+        if name in given:
+            raise QuantizationError(f"--{name}: has no effect: {why}")
+
+
 def run(args: argparse.Namespace, progress: Progress) -> Path:
-    check_used(args)
-    if args.groupsize is not None and (args.gguf is not None or args.mode == "int8"):
-        fixed = "int8 has a scale a row" if args.gguf is None else f"{args.gguf.name} has its own blocks"
-        raise QuantizationError(f"--groupsize: {fixed} (got {args.groupsize}, allowed with int4 and int4-gptq)")
     if args.gguf is not None:
         return repack_gguf(args.checkpoint_path, args.gguf, label=args.label, progress=progress)
     check_range("--percdamp", args.percdamp, 0.0, 1.0)
@@ -70,7 +93,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
     return quantize_checkpoint(
         args.checkpoint_path,
         mode=args.mode,
-        groupsize=32 if args.groupsize is None else args.groupsize,
+        groupsize=args.groupsize,
         embedding=args.embedding,
         label=args.label,
         device=parse_device(args.device),
@@ -78,17 +101,6 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
         gptq=GPTQOptions(percdamp=args.percdamp, blocksize=args.blocksize, act_order=args.act_order),
         progress=progress,
     )
-
-
-def check_used(args: argparse.Namespace) -> None:
-    """Refuse a GPTQ flag where nothing is calibrated."""
-    if args.mode == "int4-gptq" and args.gguf is None:
-        return
-    flags = parser()
-    for name in GPTQ_FLAGS:
-        if getattr(args, name) != flags.get_default(name):
-            made = args.mode if args.gguf is None else f"what {args.gguf.name} holds"
-            raise QuantizationError(f"--{name}: not used to make {made} (allowed with --mode int4-gptq)")
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
