@@ -338,8 +338,8 @@ def test_the_planned_tensors_are_those_that_rounding_makes(mode, groupsize):
 # ------------------------------------------------------------------------------------------ bad input
 
 
-def metadata(**modules):
-    return {"version": 1, "modules": modules}
+def metadata(said=None, **modules):
+    return {"version": 1, "modules": modules} | (said or {})
 
 
 @pytest.mark.parametrize(
@@ -351,6 +351,17 @@ def metadata(**modules):
         (metadata(output="fp8"), r"scheme: unknown \(got 'fp8', allowed int8, int8.gN, int4.gN\)"),
         (metadata(output="int4"), r"groupsize: unknown for int4 \(got 0, allowed 32, 64, 128, 256\)"),
         (metadata(output="int4.g48"), r"groupsize: unknown for int4 \(got 48, "),
+        (metadata({"mode": "int2"}, output="int8"), r"mode: unknown \(got 'int2', allowed int8, int4, int4-gptq\)"),
+        (
+            metadata({"mode": "int8"}, output="int4.g32"),
+            r"output is int4.g32, but mode int8 with groupsize None means int8",
+        ),
+        (
+            metadata({"mode": "int8", "groupsize": 32}, output="int8"),
+            r"output is int8, but mode int8 with .* means int8.g32",
+        ),
+        (metadata({"mode": "int4", "groupsize": 64}, output="int4.g32"), r"output is int4.g32, .* 64 means int4.g64"),
+        (metadata({"mode": "int4-gptq"}, output="int4.g32"), r"groupsize: unknown for int4 \(got None, allowed 32, "),
         (metadata(nothing="int8"), r"nothing is int8, but the model has no such module"),
         (metadata(norm="int8"), r"norm: a RMSNorm cannot be int8"),
         (metadata(tok_embeddings="int4.g32"), r"tok_embeddings: a Embedding cannot be int4.g32"),

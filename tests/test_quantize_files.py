@@ -28,9 +28,9 @@ from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import convert
 from gpt_fast.quantize import QuantizationError, Quantized, pack
 from gpt_fast.quantize.__main__ import main
-from gpt_fast.quantize.convert import Calibration, quantize_checkpoint, quantize_in_bands, repack_gguf
+from gpt_fast.quantize.convert import Calibration, quantize_checkpoint, repack_gguf
 from gpt_fast.quantize.gguf import REPACK
-from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
+from gpt_fast.quantize.rtn import dequantize_weight, quantize_in_bands, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.text import calibration_part, default_text, file_text, held_out_part, split, windows
 from gpt_fast.safetensors_file import SafetensorsFile
@@ -89,7 +89,7 @@ def test_weights_keep_the_source_dtype_where_they_are_not_quantized(tmp_path):
 
 def test_bands_of_rows_give_the_bytes_of_the_whole(monkeypatch):
     weight = torch.randn(37, 96)
-    monkeypatch.setattr("gpt_fast.quantize.convert.ELEMENTS_AT_ONCE", 5 * 96)
+    monkeypatch.setattr("gpt_fast.quantize.rtn.ELEMENTS_AT_ONCE", 5 * 96)
     for scheme in (Scheme(8, 0), Scheme(8, 32), Scheme(4, 64)):
         bands = quantize_in_bands(weight, scheme, device=CPU, name="w")
         whole = quantize_weight(weight, scheme, name="w")
@@ -378,8 +378,14 @@ def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
             ["--mode", "int8", "--groupsize", "32"],
             "error: --groupsize: has no effect: --mode int8 has a scale a row (allowed with int4 and int4-gptq)",
         ),
-        (["--gguf", "a.gguf", "--groupsize", "32"], "error: --groupsize: has no effect: --gguf takes the blocks of a.gg"),
-        (["--gguf", "a.gguf", "--mode", "int8"], "error: --mode: has no effect: --gguf takes the blocks of a.gguf as th"),
+        (
+            ["--gguf", "a.gguf", "--groupsize", "32"],
+            "error: --groupsize: has no effect: --gguf takes the blocks of a.gg",
+        ),
+        (
+            ["--gguf", "a.gguf", "--mode", "int8"],
+            "error: --mode: has no effect: --gguf takes the blocks of a.gguf as th",
+        ),
         (["--gguf", "a.gguf", "--embedding", "keep"], "error: --embedding: has no effect: --gguf takes the blocks of"),
         (["--gguf", "a.gguf", "--device", "cpu"], "error: --device: has no effect: --gguf takes the blocks of a.gguf"),
         (
@@ -387,9 +393,18 @@ def test_the_command_writes_what_it_says(flags, name, byte_checkpoint, capsys):
             "error: --calibration_tasks: has no effect: --calibration_text is read instead",
         ),
         ([*GPTQ, "--percdamp", "-1"], "error: --percdamp: out of range (got -1.0, allowed 0.0..1.0)"),
-        (["--percdamp", "0.01"], "error: --percdamp: has no effect: --mode int8 calibrates nothing (allowed with int4-g"),
-        (["--mode", "int4", "--no-act_order"], "error: --act_order: has no effect: --mode int4 calibrates nothing (all"),
-        (["--gguf", "a.gguf", "--percdamp", "0.1"], "error: --percdamp: has no effect: --gguf takes the blocks of a.gg"),
+        (
+            ["--percdamp", "0.01"],
+            "error: --percdamp: has no effect: --mode int8 calibrates nothing (allowed with int4-g",
+        ),
+        (
+            ["--mode", "int4", "--no-act_order"],
+            "error: --act_order: has no effect: --mode int4 calibrates nothing (all",
+        ),
+        (
+            ["--gguf", "a.gguf", "--percdamp", "0.1"],
+            "error: --percdamp: has no effect: --gguf takes the blocks of a.gg",
+        ),
         (["--device", "mps"], "error: --device: unknown device (got 'mps', allowed cpu, cuda, cuda:N)"),
         (["--device", "abacus"], "error: --device: unknown device (got 'abacus', allowed cpu, cuda, cuda:N)"),
         (

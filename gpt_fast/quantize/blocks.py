@@ -22,7 +22,7 @@ from gpt_fast.cache import KVCache
 from gpt_fast.config import ModelConfig
 from gpt_fast.model import Block, RMSNorm, StepInput, attention_window, rope_table
 from gpt_fast.quantize.gptq import Factor, Hessian, InputSizes, damped_factor, gptq_int4
-from gpt_fast.quantize.rtn import quantize_weight
+from gpt_fast.quantize.rtn import quantize_in_bands
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.streamed import HiddenStates, ReadTensor, StreamedLinear
 
@@ -178,7 +178,7 @@ def quantize_linear(
     linear: StreamedLinear, factor: Factor | None, scheme: Scheme, options: GPTQOptions, *, name: str
 ) -> Parts:
     if factor is None:
-        return quantize_weight(linear.source(), scheme, name=name)
+        return quantize_in_bands(linear.source(), scheme, device=linear.device, name=name)
     return gptq_int4(
         linear.source(),
         factor,

@@ -23,12 +23,10 @@ from gpt_fast.manifest import add_to_manifest, hash_file, read_manifest, staging
 from gpt_fast.model import Transformer
 from gpt_fast.quantize.blocks import GPTQOptions, gptq_model
 from gpt_fast.quantize.gguf import GgufBlocks, check_same_weight
-from gpt_fast.quantize.rtn import quantize_weight
+from gpt_fast.quantize.rtn import quantize_in_bands
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
 from gpt_fast.quantize.structure import MODES, VERSION, plan, stored_tensors
 from gpt_fast.safetensors_file import SafetensorsFile, TensorSpec, write_weights
-
-ELEMENTS_AT_ONCE = 1 << 20  # rounded together: 4 MiB in float32, however large the tensor
 
 Parts = dict[str, Tensor]
 Progress = Callable[[int, int], object]  # told the bytes written and the total
@@ -186,18 +184,6 @@ def rounding(source: Source, device: torch.device) -> MakeParts:
         return quantize_in_bands(source.read(f"{module}.weight"), scheme, device=device, name=f"{module}.weight")
 
     return make
-
-
-def quantize_in_bands(weight_NK: Tensor, scheme: Scheme, *, device: torch.device, name: str) -> Parts:
-    """quantize_weight, with temporaries for ELEMENTS_AT_ONCE elements only."""
-    rows, columns = weight_NK.shape
-    parts = {part: torch.empty(shape, dtype=dtype) for part, (dtype, shape) in scheme.tensors(rows, columns).items()}
-    band = max(1, ELEMENTS_AT_ONCE // columns)
-    for first in range(0, rows, band):
-        chunk = quantize_weight(weight_NK[first : first + band].to(device), scheme, name=name, first_row=first)
-        for part, tensor in chunk.items():
-            parts[part][first : first + band] = tensor.cpu()
-    return parts
 
 
 def gptq_of(

@@ -14,6 +14,7 @@ from gpt_fast.ops.int8 import dequantize_int8, expand_groups
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
 
 TINY = torch.finfo(torch.float32).tiny
+ELEMENTS_AT_ONCE = 1 << 20  # rounded together: 4 MiB in float32, however large the tensor
 
 
 def quantize_weight(weight_NK: Tensor, scheme: Scheme, *, name: str, first_row: int = 0) -> dict[str, Tensor]:
@@ -29,6 +30,18 @@ def quantize_weight(weight_NK: Tensor, scheme: Scheme, *, name: str, first_row: 
     if scheme.bits == 4:
         return quantize_int4(weight_NK, groupsize=scheme.groupsize, name=name)
     return quantize_int8(weight_NK, groupsize=scheme.groupsize)
+
+
+def quantize_in_bands(weight_NK: Tensor, scheme: Scheme, *, device: torch.device, name: str) -> dict[str, Tensor]:
+    """quantize_weight on `device`, with temporaries for ELEMENTS_AT_ONCE elements only; the result is on the CPU."""
+    rows, columns = weight_NK.shape
+    parts = {part: torch.empty(shape, dtype=dtype) for part, (dtype, shape) in scheme.tensors(rows, columns).items()}
+    band = max(1, ELEMENTS_AT_ONCE // columns)
+    for first in range(0, rows, band):
+        chunk = quantize_weight(weight_NK[first : first + band].to(device), scheme, name=name, first_row=first)
+        for part, tensor in chunk.items():
+            parts[part][first : first + band] = tensor.cpu()
+    return parts
 
 
 def dequantize_weight(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:

@@ -2,7 +2,8 @@
 
 The metadata is a JSON object under "quantization" in the safetensors header:
 {"version": 1, "mode": "int4", "groupsize": 32, "source": {...}, "modules": {"layers.0.attention.wqkv": "int4.g32"}}.
-`modules` alone decides the structure; the rest says where the file came from.
+`modules` alone decides the structure; mode and groupsize, which people and reports read, must not say otherwise, and
+the rest says where the file came from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gpt_fast.quantize.scheme import QuantizationError, Scheme
 
 VERSION = 1
 MODES = ("int8", "int4", "int4-gptq")
+EMBEDDING_BESIDE_INT4 = Scheme(8, 32)  # as GGUF's Q8_0
 
 
 def plan(model: Transformer, *, mode: str, groupsize: int, embedding: str = "auto") -> dict[str, Scheme]:
@@ -26,13 +28,13 @@ def plan(model: Transformer, *, mode: str, groupsize: int, embedding: str = "aut
 
     All linear layers, experts included, except a mixture's router. embedding "int8" also quantizes the token
     embedding, "keep" leaves it, "auto" quantizes it where the output head shares it. A shared head is what its
-    embedding is. int8 is per row; an embedding in an int4 file has a scale per 32 inputs, as GGUF's Q8_0.
+    embedding is. int8 is per row; an embedding in an int4 file has a scale per 32 inputs.
     """
     body = Scheme(8, 0) if mode == "int8" else Scheme(4, groupsize)
     tied = model.config.tie_embeddings
     schemes: dict[str, Scheme] = {}
     if embedding == "int8" or (embedding == "auto" and tied):
-        schemes["tok_embeddings"] = Scheme(8, 0) if mode == "int8" else Scheme(8, 32)
+        schemes["tok_embeddings"] = Scheme(8, 0) if mode == "int8" else EMBEDDING_BESIDE_INT4
     routers = {f"{name}.gate" for name, module in model.named_modules() if isinstance(module, MoE)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in routers and not (tied and name == "output"):
@@ -41,14 +43,30 @@ def plan(model: Transformer, *, mode: str, groupsize: int, embedding: str = "aut
 
 
 def parse_metadata(metadata: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The schemes a file's metadata states. QuantizationError on anything but a version 1 object."""
+    """The schemes a file's metadata states. QuantizationError on anything but a version 1 object without contradiction."""
     if not isinstance(metadata, Mapping) or metadata.get("version") != VERSION:
         got = metadata.get("version") if isinstance(metadata, Mapping) else metadata
         raise QuantizationError(f"quantization metadata: unknown version (got {got!r}, allowed {VERSION})")
     modules = metadata.get("modules")
     if not isinstance(modules, Mapping) or not modules:
         raise QuantizationError(f"quantization metadata: modules must be a non-empty object (got {modules!r})")
-    return {name: Scheme.parse(text) for name, text in modules.items()}
+    schemes = {name: Scheme.parse(text) for name, text in modules.items()}
+    if "mode" in metadata:
+        check_mode(metadata["mode"], metadata.get("groupsize"), schemes)
+    return schemes
+
+
+def check_mode(mode: object, groupsize: Any, schemes: Mapping[str, Scheme]) -> None:
+    """Every module must be what the mode makes of a linear, or, in an int4 file, int8.g32 (an embedding, a Q8_0)."""
+    if mode not in MODES:
+        raise QuantizationError(f"quantization metadata: mode: unknown (got {mode!r}, allowed {', '.join(MODES)})")
+    body = Scheme(8, groupsize or 0) if mode == "int8" else Scheme(4, groupsize)
+    allowed = {body} if mode == "int8" else {body, EMBEDDING_BESIDE_INT4}
+    for name, scheme in schemes.items():
+        if scheme not in allowed:
+            raise QuantizationError(
+                f"quantization metadata: {name} is {scheme}, but mode {mode} with groupsize {groupsize} means {body}"
+            )
 
 
 def apply_structure(model: Transformer, metadata: Mapping[str, Any]) -> None:
