@@ -43,7 +43,7 @@ def plan(model: Transformer, *, mode: str, groupsize: int, embedding: str = "aut
 
 
 def parse_metadata(metadata: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The schemes a file's metadata states. QuantizationError on anything but a version 1 object without contradiction."""
+    """The schemes a file's metadata states. QuantizationError: another version, or a contradiction in it."""
     if not isinstance(metadata, Mapping) or metadata.get("version") != VERSION:
         got = metadata.get("version") if isinstance(metadata, Mapping) else metadata
         raise QuantizationError(f"quantization metadata: unknown version (got {got!r}, allowed {VERSION})")
