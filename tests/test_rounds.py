@@ -96,9 +96,11 @@ class Frontend:
         self.until(lambda: all(client.done for client in clients or self.clients.values()), seconds=seconds)
 
 
-def make_rounds(*, slots: int = 4, limits: Limits = LIMITS, drain_file=None, hung_after: float = 60.0) -> Rounds:
+def make_rounds(
+    *, slots: int = 4, limits: Limits = LIMITS, drain_file=None, hung_after: float = 60.0, interval: float = 0.0
+) -> Rounds:
     engine = tiny_engine(slots=slots)
-    service = Service(engine, hung_after=hung_after)
+    service = Service(engine, hung_after=hung_after, interval=interval)
     service.start()
     admit = Admit(engine, in_flight=service.in_flight, limits=limits, model_name="gpt-fast", drain_file=drain_file)
     return Rounds(service, admit)
@@ -150,6 +152,37 @@ def test_a_stream_arrives_in_pieces_and_ends_once(frontend):
     assert [reply.more for reply in client.replies[:-1]] == [True] * (len(client.replies) - 1)
     assert client.replies[-1].more is False
     assert len(client.replies) > 5
+
+
+def test_tokens_between_the_first_and_the_last_wait_for_the_interval_whatever_others_get():
+    frontend = Frontend(make_rounds(interval=60.0))
+    first = frontend.send(native(100))
+    frontend.until(lambda: first.replies)
+    second = frontend.send(native(30))
+    frontend.finish()
+    assert [len(client.replies) for client in (first, second)] == [2, 2]
+    whole = frontend.send(native(100, stream=False))
+    frontend.finish()
+    assert first.text == whole.text and whole.text.startswith(second.text)
+
+
+def test_a_round_after_an_end_is_short_for_the_client_may_ask_again(monkeypatch):
+    """New requests join between rounds only; here the other one in flight has nothing to say."""
+    monkeypatch.setattr(rounds_module, "ROUND_SECONDS", 20.0)
+    rounds, pause, go_on = make_rounds(), threading.Event(), threading.Event()
+    frontend, step = Frontend(rounds), rounds.service.engine.step
+    monkeypatch.setattr(rounds.service.engine, "step", lambda: (pause.is_set() and go_on.wait(20), step())[1])
+    ended, other = frontend.send(native(1)), frontend.send(native(120, stream=False, prompt="b"))
+    frontend.until(lambda: ended.done)
+    pause.set()
+    begin = time.monotonic()
+    frontend.round()
+    frontend.round()
+    assert time.monotonic() - begin < 10 and not other.done
+    again = frontend.send(native(1))
+    go_on.set()
+    frontend.finish()
+    assert again.status == other.status == 200
 
 
 def test_chat_streams_are_the_whole_answers(frontend):

@@ -25,6 +25,7 @@ from gpt_fast.serve.service import Service
 logger = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join within it
+REJOIN_SECONDS = 0.004  # the shortest round, right after an answer's end: its client may have another request at once
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
 REPORT_SECONDS = 0.1  # how often figures are exported
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
@@ -111,25 +112,35 @@ class Exchange:
         self.running = set(self.ids)
         self.failed = False
         self.begun = False
+        self.text = ""  # held back until the next chunk is due
+        self.spoke = False  # some text has left
         self.sent_at = arrival
         self.deadline = arrival + job.seconds
 
-    def reply(self, service: Service) -> Reply | None:
-        """What this round sends, if anything.
+    def reply(self, service: Service, *, interval: float) -> Reply | None:
+        """What this round sends, if anything: the first text and the end at once, the rest every `interval` seconds.
 
         TorchServe notices that a client has left only when it sends something, so an empty chunk goes out now and
         then; an answer that is not streamed goes out whole behind them, as the last one.
         """
-        text = "".join(self._take(service, index) for index, name in enumerate(self.ids) if name in self.running)
+        self.text += "".join(self._take(service, index) for index, name in enumerate(self.ids) if name in self.running)
         if self.failed and not self.begun:
             return server_error("the model failed on this request")
         if not self.running:
-            return Reply(text + self.answer.end(), False if self.begun else None, content_type=self.answer.content_type)
+            text = self.text + self.answer.end()
+            return Reply(text, False if self.begun else None, content_type=self.answer.content_type)
         now = time.monotonic()
-        if not text and now - self.sent_at < PROBE_SECONDS:
+        if now - self.sent_at < self._patience(interval):
             return None
-        self.begun, self.sent_at = True, now
+        text, self.text = self.text, ""
+        self.begun, self.spoke, self.sent_at = True, self.spoke or bool(text), now
         return Reply(text, True, content_type=self.answer.content_type)
+
+    def _patience(self, interval: float) -> float:
+        """Seconds from the last chunk to the next."""
+        if not self.text:
+            return PROBE_SECONDS
+        return interval / 2 if self.spoke else 0.0  # a chunk that is nearly due goes with this round
 
     def break_off(self) -> Reply:
         """The end of an answer that cannot go on: a status where none was sent, else the stream's own last word."""
@@ -155,6 +166,7 @@ class Rounds:
         self.admit = admit
         self.exchanges: dict[str, Exchange] = {}
         self.refused = 0
+        self._ended = -ROUND_SECONDS  # when an answer last ended
         self._admitting: dict[str, tuple[Incoming, Future[Job | Reply]]] = {}
         self._pool = ThreadPoolExecutor(ADMITTING, thread_name_prefix="admit")
         self._records: dict[str, list[RequestRecord]] = {}  # of requests some of whose sequences still run
@@ -171,12 +183,20 @@ class Rounds:
             future = self._pool.submit(self.admit, request_id, request.path, request.body)
             self._admitting[request_id] = request, future
             future.add_done_callback(lambda _: self.service.wake())
-        end = time.monotonic() + ROUND_SECONDS
+        end = self._end_of_round()
         while True:
             self.service.wait(timeout=max(end - time.monotonic(), 0))
             replies = self._settle() | self._replies()
+            if any(reply.more is not True for reply in replies.values()):
+                self._ended = time.monotonic()
             if replies or time.monotonic() >= end:
                 return replies
+
+    def _end_of_round(self) -> float:
+        """When to return, whatever comes: only between rounds do requests join. Soon after an answer's end they are
+        likely, so a round lasts as long as none has ended, within bounds."""
+        now = time.monotonic()
+        return now + min(max(now - self._ended, REJOIN_SECONDS), ROUND_SECONDS)
 
     def _forget(self, active: Iterable[str]) -> None:
         """Drop what has lost its client."""
@@ -219,12 +239,12 @@ class Rounds:
 
     def _replies(self) -> dict[str, Reply]:
         replies = {}
-        now = time.monotonic()
+        now, interval = time.monotonic(), self.service.pause()
         for request_id, exchange in list(self.exchanges.items()):
             try:
                 if now > exchange.deadline:  # it ends where it is, with finish_reason "length"
                     self.service.cut_short(exchange.running)
-                reply = exchange.reply(self.service)
+                reply = exchange.reply(self.service, interval=interval)
             except Exception as error:
                 log_failure(request_id, error)
                 reply = exchange.break_off()

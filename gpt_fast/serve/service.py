@@ -136,13 +136,13 @@ class Service:
         with self._changed:
             self._last_round = time.monotonic()
             self._changed.notify_all()
-            pause = min(max(self._returned + self._pause() - self._last_round, 0), timeout)
+            pause = min(max(self._returned + self.pause() - self._last_round, 0), timeout)
             if not self._wait_for(self._urgent, pause):
                 self._wait_for(self._news, timeout - pause)
             self._last_round = self._returned = time.monotonic()
             self._woken = False
 
-    def _pause(self) -> float:
+    def pause(self) -> float:
         """Seconds from round to round: a new request waits as long, and the more are served, the sooner one comes."""
         return max(self._interval / max(self.in_flight(), 1), min(self._interval, CROWD_INTERVAL))
 
