@@ -51,12 +51,13 @@ class KVCache(nn.Module):
 
     def write(self, layer: int, slots_B: Tensor, positions_BS: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
         """Store this step's keys and values at (slot, position) of each token."""
-        # Advanced indices around the head slice put [B, S] first: the target view is [B, S, H, D].
-        at = (slots_B[:, None], slice(None), positions_BS)
+        # Advanced indices around the head slice put [B, S] first: the target view is [B, S, H, D]. The layer is one of
+        # them, for a compiler writes in place to the whole buffer, but copies all of a view that it writes to.
+        at = (torch.full_like(slots_B, layer)[:, None], slots_B[:, None], slice(None), positions_BS)
         for x_BSHD, held, scale in (k_BSHD, self.k_LNHTD, self.k_scale_LNHT), (v_BSHD, self.v_LNHTD, self.v_scale_LNHT):
             if scale is not None:
-                x_BSHD, scale[layer][at] = quantize_heads(x_BSHD)
-            held[layer][at] = x_BSHD.to(held.dtype)
+                x_BSHD, scale[at] = quantize_heads(x_BSHD)
+            held[at] = x_BSHD.to(held.dtype)
 
     def read(self, layer: int, slots_B: Tensor | None, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` positions of each row's slot: two [B, H, length, D].

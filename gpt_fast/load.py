@@ -21,6 +21,7 @@ from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
 from gpt_fast.controller import Controller
 from gpt_fast.engine import EngineCore, Forward, Runner, buckets
 from gpt_fast.model import Transformer
+from gpt_fast.ops.linear_compiled import for_one_token
 from gpt_fast.parallel import is_sharded, shard
 from gpt_fast.proposers import DraftProposer, NGramProposer
 from gpt_fast.quantize.gate import check_quality
@@ -342,6 +343,8 @@ def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> Mod
     if model.config.n_expert:
         raise ConfigError("compile", "a mixture of experts is not compiled: which experts run depends on the token")
     prepare_modules(model)
+    if config.compile and model.norm.weight.device.type == "cpu":
+        for_one_token(model)
     # Decode and prefill share one code object; each takes a few graphs for its kinds of shapes.
     torch._dynamo.config.recompile_limit = 64
     compiled: Forward = torch.compile(model, fullgraph=True)

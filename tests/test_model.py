@@ -3,19 +3,23 @@
 Shapes: B rows, S tokens of a row, V vocabulary.
 """
 
+import math
 import random
+import re
 
 import pytest
 import torch
 from _reference import reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt_fast.cache import KVCache
 from gpt_fast.config import ModelConfig, RopeScaling
 from gpt_fast.model import rope_table
+from gpt_fast.ops.linear_compiled import for_one_token
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
@@ -229,6 +233,31 @@ def test_compiled_equals_eager(tiny_model):
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
             keys = [c.k_LNHTD[..., :16, :] for c in caches]
             torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
+
+
+def test_compiled_decode_of_one_token_equals_eager(tiny_model):
+    model, twin = (tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, qkv_bias=True) for _ in range(2))
+    for_one_token(twin)
+    compiled = torch.compile(twin, fullgraph=True)
+    caches = [stale_cache(model.config, slots=1) for _ in range(2)]
+    with torch.inference_mode():
+        for position, token in enumerate((5, 96, 0, 41)):
+            inputs = torch.tensor([[token]]), torch.tensor([[position]])
+            outs = [f(*inputs, c, length=16) for f, c in zip((model, compiled), caches, strict=True)]
+            torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, dtype):
+    """Attention costs what is used: a write must not copy the slots."""
+    model = tiny_model(max_seq_len=5000)
+    cache = KVCache(model.config, slots=2, max_seq_len=5000, dtype=dtype, device=torch.device("cpu"))
+    inputs = torch.tensor([[5]]), torch.tensor([[3]]), cache
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(torch.compile(model, fullgraph=True), *inputs, length=16)
+    shapes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", "".join(codes))
+    assert shapes
+    assert max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes) < cache.k_LNHTD[0, 0].numel()
 
 
 # ------------------------------------------------------------------------------------- rotary
