@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -35,24 +35,34 @@ class Group:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """What rank 0 prints is shown, what the others print is not; of ranks that fail, the first says why."""
-        unheard = io.StringIO()
+        """What rank 0 prints is shown, what the others print is not; of ranks that fail, one says why."""
         try:
-            with ExitStack() as quiet:
+            with open(os.devnull, "w") as unheard, ExitStack() as quiet:
                 if self.ranks.rank:
                     quiet.enter_context(redirect_stdout(unheard))
                     quiet.enter_context(redirect_stderr(unheard))
                 yield
+            dist.destroy_process_group()
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and not error.code:
                 raise
-            if self.store.add("gpt_fast/failed", 1) > 1:
-                raise SystemExit(1) from None
-            if isinstance(error, SystemExit) and not isinstance(error.code, str):
-                sys.stderr.write(unheard.getvalue())  # where argparse has said it
-            raise
-        finally:
-            dist.destroy_process_group()
+            self._explain(error)
+            raise SystemExit(1) from None
+
+    def _explain(self, error: Exception | SystemExit) -> None:
+        """The first rank that comes here says why; the others stay until it has, for torchrun ends all with the first.
+
+        argparse, on every rank alike, has said so itself: rank 0's was heard.
+        """
+        said_already = isinstance(error, SystemExit) and not isinstance(error.code, str)
+        speaks = self.ranks.rank == 0 if said_already else self.store.add("gpt_fast/failed", 1) == 1
+        if not speaks:
+            return self.store.wait(["gpt_fast/said"], timedelta(minutes=1))
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        elif not said_already:
+            print(error.code, file=sys.stderr, flush=True)
+        self.store.set("gpt_fast/said", "")
 
 
 class LockstepRunner(Runner):
