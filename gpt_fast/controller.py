@@ -6,9 +6,9 @@ Its promise: speculation costs at most a small, stated share of the time, howeve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 def expected_tokens(rate: float, count: int) -> float:
@@ -60,57 +60,116 @@ class Fixed:
     def __init__(self, choice: Choice | None, counts: list[int]) -> None:
         self.choice, self.counts, self.costs, self.probing = choice, counts, Costs(), False
 
-    def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+    def choose(self, batch: Batch, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
         return self.choice
 
-    def learn(
-        self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0, late: bool = False
-    ) -> None:
+    def learn(self, choice: Choice | None, batch: Batch, tokens: int, seconds: float, **details: Any) -> None:
         pass
 
     def rest(self, idle: int) -> int:
         return 0
 
 
+class Batch(NamedTuple):
+    """What a step's cost depends on beside the choice. sampled: some row is, which takes the host's time, lets no step
+    begin before the last one's tokens are known, and a draft's neither."""
+
+    rows: int
+    sampled: bool = False
+
+    def nearest(self, known: Iterable[Batch]) -> Batch:
+        return min(known, key=lambda other: (abs(other.rows - self.rows), other.sampled != self.sampled))
+
+
+@dataclass
+class Mean:
+    """Of all values at first, then fading: of about the last `MEMORY`."""
+
+    value: float = 0.0
+    count: int = 0
+
+    MEMORY = 12
+
+    def learn(self, value: float) -> None:
+        self.count = min(self.count + 1, self.MEMORY)
+        self.value += (value - self.value) / self.count
+
+
 class Costs:
-    """Measured seconds of a whole step, by arm, rows and k; a key never met is inferred from the nearest rows'."""
+    """Measured seconds of a whole step, by choice and batch; a batch never met is inferred from the nearest one."""
 
     def __init__(self) -> None:
-        self.seconds: dict[Choice, dict[int, float]] = {}
+        self.seconds: dict[Choice, dict[Batch, Mean]] = {}
 
-    def learn(self, choice: Choice, rows: int, seconds: float) -> None:
-        known = self.seconds.setdefault(choice, {})
-        before = known.get(rows, seconds)
-        known[rows] = before + (self.believable(choice, rows, seconds) - before) / 4
+    def learn(self, choice: Choice, batch: Batch, seconds: float) -> None:
+        self.seconds.setdefault(choice, {}).setdefault(batch, Mean()).learn(seconds)
 
-    def believable(self, choice: Choice, rows: int, seconds: float) -> float:
+    def believable(self, choice: Choice, batch: Batch, seconds: float) -> float:
         """At most twice what was measured before: one hiccup of the machine must not decide."""
-        return min(seconds, 2 * self.seconds.get(choice, {}).get(rows, seconds))
+        known = self.seconds.get(choice, {}).get(batch)
+        return min(seconds, 2 * known.value) if known else seconds
 
-    def plain(self, rows: int) -> float | None:
+    def knows_plain(self, batch: Batch) -> bool:
+        return batch in self.seconds.get(PLAIN, ())
+
+    def plain(self, batch: Batch) -> float | None:
         known = self.seconds.get(PLAIN)
-        return known[nearest(known, rows)] if known else None
+        return known[batch.nearest(known)].value if known else None
 
-    def relative(self, choice: Choice, rows: int) -> float | None:
-        """k c + v + o: the choice's step in plain steps.
+    def relative(self, arm: str, batch: Batch) -> dict[int, float]:
+        """k c + v + o by k: the arm's steps in plain steps. None is below 1 or above that of a larger k, which do
+        more: what chance measured otherwise is averaged."""
+        arms = sorted(choice for choice in self.seconds if choice.arm == arm)
+        found = [self._measured(choice, batch) for choice in arms]
+        return {choice.k: max(1.0, cost) for choice, cost in zip(arms, rising(found), strict=True)}
 
-        At most that of a larger k, which does more: a k that is seldom used may have been measured at a bad time, and
-        would never be used again.
-        """
-        if choice not in self.seconds:
-            return None
-        larger = [c for c in self.seconds if c.arm == choice.arm and c.k >= choice.k]
-        return min((cost for c in larger if (cost := self._measured(c, rows)) is not None), default=None)
-
-    def _measured(self, choice: Choice, rows: int) -> float | None:
+    def _measured(self, choice: Choice, batch: Batch) -> tuple[float, int]:
+        """In plain steps of the same batch, and how often it was measured."""
         known = self.seconds[choice]
-        base = nearest(known, rows)
-        plain = self.plain(base)
-        return None if plain is None else known[base] / plain
+        base = batch.nearest(known)
+        return known[base].value / (self.plain(base) or known[base].value), known[base].count
 
 
-def nearest(known: Mapping[int, float], rows: int) -> int:
-    return rows if rows in known else min(known, key=lambda r: abs(r - rows))
+def rising(found: Sequence[tuple[float, int]]) -> list[float]:
+    """The values nearest to `found` (value, weight) that never fall: isotonic regression by pooling adjacent violators
+    (Ayer et al. 1955)."""
+    pools: list[tuple[float, int, int]] = []  # mean, weight, length
+    for value, weight in found:
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, weight_a, length_a), (b, weight_b, length_b) = pools[-2:]
+            total = weight_a + weight_b
+            pools[-2:] = [((a * weight_a + b * weight_b) / total, total, length_a + length_b)]
+    return [mean for mean, _, length in pools for _ in range(length)]
+
+
+@dataclass
+class CatchUp:
+    """What it takes until a draft has seen a row's tokens: seconds a token, and the steps that such rows then stay."""
+
+    token: float
+    row_steps: float = 0.0
+    rows: float = 0.0
+
+    KEEP = 0.98
+    PRIOR = 16.0  # steps that the first row is taken to stay
+
+    @property
+    def stay(self) -> float:
+        """Steps to spread it over: a row that goes from one proposer to another and back must catch up every time."""
+        return (self.row_steps + self.PRIOR) / (self.rows + 1)
+
+    def used(self, rows: int, caught_up: int) -> None:
+        """By `rows`, of which `caught_up` had to catch up."""
+        self.row_steps = self.KEEP * self.row_steps + rows
+        self.rows = self.KEEP * self.rows + caught_up
+
+    def believable(self, seconds: float, tokens: int, plain: float) -> float:
+        """A token costs a plain step at most, and at most twice what was measured before."""
+        return min(seconds, tokens * min(plain, 2 * max(self.token, plain / 50)))
+
+    def learn(self, seconds: float, tokens: int) -> None:
+        self.token += (seconds / tokens - self.token) / 2
 
 
 @dataclass
@@ -121,54 +180,78 @@ class Controller:
     measured steps (drafts, verification and overhead together). Where no S is above 1, a probe keeps the estimates
     alive, paid from an account: plain steps pay in `allowance` of their time, speculative steps pay in what they gain
     and take out what they lose, against plain steps that begin ahead. An overdrawn account means plain decode,
-    whatever is predicted, so the loss stays below `allowance` of the time plus `overdraft` steps.
+    whatever is predicted, so the loss stays below `allowance` of the time plus `overdraft` steps and one catching up,
+    for what a draft was fed may be earned back first.
+
+    That holds if plain steps are known well, and the choice itself stands against it: speculation that only seems to
+    pay, because plain steps happened to look slow, goes on and measures no plain step. So plain steps are compared the
+    more often the less is gained: a comparison takes `allowance` of what the steps since the last one brought.
     """
 
     counts: list[int]
     allowance: float = 0.01
     margin: float = 1.02
     overdraft: float = 6.0  # plain steps
-    savings: float = 3.0  # plain steps, at most: what one text gained is not lost on the next
-    prefill_seconds: dict[str, float] = field(default_factory=dict)  # a caught-up token, by arm
+    savings: float = 3.0  # plain steps at most, and a probe's loss: what one text gained is not lost on the next
+    largest_probe: float = 16.0  # plain steps that may be saved for a probe
     costs: Costs = field(default_factory=Costs)
+    catching_up: dict[str, CatchUp] = field(default_factory=dict)  # by arm
     balance: float = 0.0  # seconds
-    since_plain: int = 0
+    since_plain: int = 0  # steps without one that could begin ahead
+    comparing: int = 0  # plain steps to come, which keep the comparison honest
+    invested: float = 0.0  # seconds of catching up that the steps after it have not had the time to earn back
+    wanted: float = 0.0  # seconds that the cheapest probe is expected to lose, as of the last choice
     probing: bool = False  # the last choice was a probe, or none
 
     foresees = True  # whether a step that it will leave plain can be known one step before
     REST_SHARE, REST = 0.25, 3  # of the idle steps in a row, and at most: plain steps between two looks
-    LAG_STEPS = 16  # catching up is spread over the steps expected to follow
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
-    PLAIN_EVERY = 64  # speculative steps between two plain ones, which keep the comparison honest
-    PLAIN_RUN = 3  # that many, for only the later ones can begin ahead
+    UNKNOWN_TOKEN = 0.1  # the same of a token that a draft must be fed first
+    COMPARED = 3  # plain steps a comparison, after one that could not begin ahead
+    COMPARE_EVERY = 64  # steps at most between two
 
-    def choose(self, rows: int, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+    def choose(self, batch: Batch, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
         """The best choice, a probe that the account can pay, or None for plain decode."""
-        plain = self.costs.plain(rows)
-        compares = self.since_plain % (self.PLAIN_EVERY + self.PLAIN_RUN) >= self.PLAIN_EVERY
-        if plain is None or self.balance < -self.overdraft * plain or compares:
+        plain = self.costs.plain(batch)
+        if plain is None or not self.costs.knows_plain(batch) or self.comparing:
+            return None
+        credit = self.balance + self.overdraft * plain
+        if credit + self.invested < 0:
             return None
         best, best_speedup = None, self.margin
-        probe, probe_loss = None, self.balance / plain
-        able = [arm for arm in offers if any(c.limit for c in offers[arm])]
-        for choice in (Choice(arm, count) for arm in able for count in self.counts):
-            candidates = offers[choice.arm]
-            tau = sum(1 + c.chance * (expected_tokens(c.rate, min(choice.k, c.limit)) - 1) for c in candidates) / rows
-            lag = self.prefill_seconds.get(choice.arm, 0.0) * sum(c.lag for c in candidates) / plain
-            cost = self._cost(choice, rows, candidates)
-            if (speedup := tau / (cost + lag / self.LAG_STEPS)) > best_speedup:
-                best, best_speedup = choice, speedup
-            if (loss := cost + lag - tau) < probe_loss:
-                probe, probe_loss = choice, loss
-        self.probing = best is None
-        return best or probe
+        probe, least = None, math.inf
+        for arm in (arm for arm in offers if any(c.limit for c in offers[arm])):
+            for choice, tau, cost, lag in self._outlooks(arm, batch, offers[arm], plain):
+                speedup = tau / (cost + lag / self._catch_up(arm, plain).stay)
+                if speedup > best_speedup and (credit >= 0 or not lag):
+                    best, best_speedup = choice, speedup
+                if (loss := cost + lag - tau) < least:
+                    probe, least = choice, loss
+        self.wanted, self.probing = least * plain if probe else self.wanted, best is None
+        if best and self.since_plain >= self._compare_every(best_speedup):
+            self.comparing = self.COMPARED
+            return None
+        return best or (probe if self.wanted < self.balance else None)
 
-    def _cost(self, choice: Choice, rows: int, candidates: Sequence[Candidate]) -> float:
-        """In plain steps; where no row may have proposals after all, the step is a late one."""
-        known, late = self.costs.relative(choice, rows), self.costs.relative(LATE, rows)
-        cost = 1 + self.UNKNOWN * choice.k if known is None else known
+    def _outlooks(
+        self, arm: str, batch: Batch, candidates: Sequence[Candidate], plain: float
+    ) -> Iterator[tuple[Choice, float, float, float]]:
+        """Of every k: tokens a row, the cost of the step and of catching up first, in plain steps. Where no row may
+        have proposals after all, the step is a late one."""
+        known, late = self.costs.relative(arm, batch), self.costs.relative(LATE.arm, batch).get(0, 1.0)
         none = math.prod(1 - c.chance for c in candidates)
-        return (1 - none) * cost + none * (1.0 if late is None else max(late, 1.0))
+        lag = self._catch_up(arm, plain).token * sum(c.lag for c in candidates) / plain
+        for k in self.counts:
+            tau = sum(1 + c.chance * (expected_tokens(c.rate, min(k, c.limit)) - 1) for c in candidates) / batch.rows
+            cost = (1 - none) * known.get(k, 1 + self.UNKNOWN * k) + none * late
+            yield Choice(arm, k), tau, cost, lag
+
+    def _compare_every(self, speedup: float) -> float:
+        """Steps until COMPARED plain ones lose `allowance` of the time, each what speculation would have gained."""
+        return min(self.COMPARED * (1 - 1 / speedup) / self.allowance, self.COMPARE_EVERY)
+
+    def _catch_up(self, arm: str, plain: float) -> CatchUp:
+        return self.catching_up.setdefault(arm, CatchUp(self.UNKNOWN_TOKEN * plain))
 
     def rest(self, idle: int) -> int:
         """How many plain steps may pass before the next look, after `idle` steps in which nothing paid.
@@ -178,26 +261,37 @@ class Controller:
         return min(int(idle * self.REST_SHARE), self.REST)
 
     def learn(
-        self, choice: Choice | None, rows: int, tokens: int, seconds: float, *, caught_up: int = 0, late: bool = False
-    ) -> None:
-        """What a step of `rows` rows brought and cost, `caught_up` tokens fed to a draft included. late: a plain step
-        that would have begun ahead without a speculator."""
-        if choice is not None and caught_up:
-            seconds = self._learn_prefill(choice, rows, seconds, caught_up)
+        self, choice: Choice | None, batch: Batch, tokens: int, seconds: float, *, caught_up: int = 0, lagging: int = 0,
+        late: bool = False,
+    ) -> None:  # fmt: skip
+        """What a step brought and cost, `caught_up` tokens of `lagging` rows fed to a draft included. late: a plain
+        step that would have begun ahead without a speculator."""
+        kind = choice or (LATE if late else PLAIN)
+        if caught_up:
+            seconds = self._learn_catching_up(kind, batch, seconds, caught_up)
         else:
-            kind = choice or (LATE if late else PLAIN)
-            seconds = self.costs.believable(kind, rows, seconds)
-            self.costs.learn(kind, rows, seconds)
-        plain = self.costs.plain(rows) or seconds
-        self.since_plain = 0 if choice is None and not late else self.since_plain + 1
-        gained = plain * tokens / rows - seconds if choice or late else 0.0
+            seconds = self.costs.believable(kind, batch, seconds)
+            self.costs.learn(kind, batch, seconds)
+        plain = self.costs.plain(batch) or seconds
+        self._count(kind)
+        if choice:
+            self._catch_up(choice.arm, plain).used(batch.rows, lagging)
+            self.invested *= 1 - 1 / self._catch_up(choice.arm, plain).stay
+        gained = plain * tokens / batch.rows - seconds if kind != PLAIN else 0.0
         earned = gained + (self.allowance * plain if choice is None else 0.0)
-        self.balance = min(self.balance + earned, self.savings * plain)
+        most = self.savings * plain + max(0.0, min(self.wanted, self.largest_probe * plain))
+        self.balance = min(self.balance + earned, most)
 
-    def _learn_prefill(self, choice: Choice, rows: int, seconds: float, caught_up: int) -> float:
-        """What feeding a draft costs a token; the step's believable seconds. A token costs a plain step at most."""
-        plain = self.costs.plain(rows) or seconds
-        ready = (self.costs.relative(choice, rows) or 0.0) * plain
-        most = min(plain, 2 * self.prefill_seconds.get(choice.arm, plain))
-        self.prefill_seconds[choice.arm] = min(max(seconds - ready, 0.0) / caught_up, most)
-        return min(seconds, ready + most * caught_up)
+    def _count(self, kind: Choice) -> None:
+        self.since_plain = 0 if kind == PLAIN else self.since_plain + 1
+        self.comparing = max(0, self.comparing - (kind == PLAIN))
+
+    def _learn_catching_up(self, choice: Choice, batch: Batch, seconds: float, caught_up: int) -> float:
+        """What feeding a draft costs a token; the step's believable seconds."""
+        plain = self.costs.plain(batch) or seconds
+        ready = min(self.costs.relative(choice.arm, batch).get(choice.k, 1.0) * plain, seconds)
+        known = self._catch_up(choice.arm, plain)
+        fed = known.believable(seconds - ready, caught_up, plain)
+        known.learn(fed, caught_up)
+        self.invested += fed
+        return ready + fed

@@ -131,11 +131,15 @@ class DraftRunner(Protocol):
 class DraftProposer:
     """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
-    start: begins a step of the draft (ahead.Startable), where it can; greedy proposals are then a Chain.
+    start: begins a step of the draft (ahead.Startable), where it can; greedy proposals are then a Chain, and a step
+    takes rows of any lengths at no cost for their padding, so that the first one also catches up with a few tokens.
     """
+
+    FEW = 16
 
     def __init__(self, runner: DraftRunner, *, start: Callable | None = None) -> None:
         self.runner, self.start = runner, start
+        self.first = self.FEW if start else 2  # tokens of a row that the first step of its proposals may feed
         self.device = runner.cache.k_LNHTD.device
         self.held: dict[int, Held] = {}
         self.counts: list[int] = []
@@ -145,8 +149,7 @@ class DraftProposer:
         room = self.runner.cache.max_seq_len + 1
         limits = [max(0, min(limit, room - s.length)) for s, limit in zip(sequences, limits, strict=True)]
         return [
-            Offer(limit, lag=max(0, s.length - 2 - self._known(s))) if limit else Offer(0)
-            for s, limit in zip(sequences, limits, strict=True)
+            Offer(limit, lag=self._lag(s)) if limit else Offer(0) for s, limit in zip(sequences, limits, strict=True)
         ]
 
     def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
@@ -156,8 +159,8 @@ class DraftProposer:
         return self._decode(sequences, self.counts, caught_up)
 
     def _chain(self, start: Callable, sequences: Seq[Sequence]) -> Chain:
-        """The rows' proposals under way, after the one or two tokens that the draft has not seen."""
-        known = [min(self._known(s), s.length - 1) for s in sequences]
+        """The rows' proposals under way, after the few tokens that the draft has not seen."""
+        known = [self._fed_from(s) for s in sequences]
         tokens = [s.tokens(at, s.length) for s, at in zip(sequences, known, strict=True)]
         return Chain(
             start, self.runner.cache, tokens=tokens, starts=known, slots=[s.slot for s in sequences],
@@ -187,6 +190,15 @@ class DraftProposer:
             self.held[sequence.slot] = held = Held(sequence, shared(sequence, held))
         return held.count
 
+    def _lag(self, sequence: Sequence) -> int:
+        """Tokens that it must be fed before it can propose; the last two are never among them."""
+        lacking = sequence.length - self._known(sequence)
+        return lacking - 2 if lacking > self.first else 0
+
+    def _fed_from(self, sequence: Sequence) -> int:
+        """Where the first step of a row's proposals begins: padded to two tokens where padding costs."""
+        return min(self._known(sequence), sequence.length - 1) if self.start else sequence.length - 2
+
     def _hold(self, sequence: Sequence, count: int, written: int) -> None:
         before = self.held.get(sequence.slot)
         self.held[sequence.slot] = Held(sequence, count, max(written, before.written if before else 0))
@@ -202,8 +214,8 @@ class DraftProposer:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
         budget, ready = self.runner.chunks[-1], []
         for sequence, count in zip(sequences, counts, strict=True):
-            known, wanted = self._known(sequence), sequence.length - 2
-            fed = min(wanted - known, budget) if count else 0
+            known, lag = self._known(sequence), self._lag(sequence)
+            fed = min(lag, budget) if count else 0
             if fed > 0:
                 budget -= fed
                 size = next(size for size in self.runner.chunks if size >= fed)
@@ -211,26 +223,27 @@ class DraftProposer:
                 self.runner.forward(self.runner.prefill, [tokens], [known], [sequence.slot], size=size)
                 known += fed
                 self._hold(sequence, known, known)
-            ready.append(count if known >= wanted else 0)
+            ready.append(count if fed == lag else 0)
         return ready, self.runner.chunks[-1] - budget
 
     def _decode(self, sequences: Seq[Sequence], counts: list[int], caught_up: int) -> Proposal:
-        """max(counts) steps on the device; the first feeds the last two tokens, for the draft may lack both."""
+        """max(counts) steps on the device; the first feeds what the draft lacks."""
         slots = [s.slot for s in sequences]
         params = sampling_tensors([s.params for s in sequences], self.device)
         matched = [is_matched(s) for s in sequences]
         matched_B = on_device(matched, self.device).bool()
         draws = draws_of(sequences, self.device)
-        K = max(counts)
+        K, known = max(counts), [self._fed_from(s) for s in sequences]
+        first = [s.tokens(at, s.length) if count else [] for s, at, count in zip(sequences, known, counts, strict=True)]
+        size = max(map(len, first), default=2) if self.start else 2
         uniform_BK = torch.where(matched_B[:, None], draws.uniform(SAMPLE, K), draws.uniform(PROPOSE, K))
         drafts: list[Tensor] = []
         dists: list[Tensor] = []
         for step in range(K):
-            fed = [s.tokens(s.length - 2, s.length) if step == 0 else [0] for s in sequences]
-            rows = [tokens if count > step else [] for tokens, count in zip(fed, counts, strict=True)]
-            starts = [s.length - 2 if step == 0 else s.length + step - 1 for s in sequences]
+            rows = [[0] if count > step else [] for count in counts] if step else first
+            starts = [s.length + step - 1 for s in sequences] if step else known
             logits_BV = self.runner.forward(
-                self.runner.decode, rows, starts, slots, size=1 if step else 2,
+                self.runner.decode, rows, starts, slots, size=1 if step else size,
                 fed_BK=drafts[-1][:, None] if step else None,
             )  # fmt: skip
             weight_BV = None if params is None else weights(logits_BV, params)

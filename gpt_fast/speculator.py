@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.controller import PLAIN, Acceptance, Candidate, Choice, Controller, Fixed
+from gpt_fast.controller import PLAIN, Acceptance, Batch, Candidate, Choice, Controller, Fixed
 from gpt_fast.sampling import needs_edit
 from gpt_fast.scheduler import PrefixCopy, Sequence
 from gpt_fast.speculative import Proposal, verify
@@ -134,7 +134,7 @@ class Speculator:
         limits = [self._limit(s) for s in sequences]
         offers = {arm: proposer.offers(sequences, limits) for arm, proposer in self.proposers.items()}
         candidates = {arm: self._candidates(arm, sequences, offers[arm], unknown) for arm in offers}
-        choice = self.controller.choose(len(sequences), candidates)
+        choice = self.controller.choose(batch_of(sequences), candidates)
         if choice is None or not unknown:
             self.idle = 0 if choice and not self.controller.probing else self.idle
             self.resting = self.controller.rest(self.idle)
@@ -147,14 +147,16 @@ class Speculator:
         self.ended = time.perf_counter()
         tokens = sum(accepted) + len(accepted)
         self.idle = 0 if any(accepted) else self.idle + 1
-        seconds += min(self.gap, self.GAP * (self.controller.costs.plain(len(sequences)) or 0.0))
-        choice = self.last.choice
+        batch, choice = batch_of(sequences), self.last.choice
+        seconds += min(self.gap, self.GAP * (self.controller.costs.plain(batch) or 0.0))
         if proposal is None or choice is None:
-            chained = self.chains and all(s.params.temperature == 0 for s in sequences)
-            late = chained and not self.last.foreseen
-            self.controller.learn(None, len(sequences), tokens, seconds, late=late)
+            late = self.chains and not batch.sampled and not self.last.foreseen
+            self.controller.learn(None, batch, tokens, seconds, late=late)
             return
-        self.controller.learn(choice, len(sequences), tokens, seconds, caught_up=proposal.caught_up)
+        lagging = sum(offer.lag > 0 for offer in self.last.offers) if proposal.caught_up else 0
+        self.controller.learn(
+            choice, batch, tokens, seconds, caught_up=proposal.caught_up, lagging=lagging
+        )  # fmt: skip
         self.proposers[choice.arm].learn(sequences, accepted)
         for sequence, offer, count, stood in zip(sequences, self.last.offers, proposal.counts, accepted, strict=True):
             if count:
@@ -174,7 +176,7 @@ class Speculator:
                 started = time.perf_counter()
                 decode(sequences)
                 times.append(time.perf_counter() - started)
-            controller.costs.learn(choice, rows, min(times[1:]))
+            controller.costs.learn(choice, Batch(rows), min(times[1:]))
         self.controller, self.totals, self.pool = controller, Totals(), {}
 
     def copied(self, copy: PrefixCopy) -> None:
@@ -211,6 +213,10 @@ class Speculator:
         sequence.accepted += accepted
         self.pool.setdefault(key, Acceptance()).learn(accepted, count, keep=self.POOL_KEEP)
         self.requests[sequence].setdefault(key, Acceptance()).learn(accepted, count, keep=self.REQUEST_KEEP)
+
+
+def batch_of(sequences: Seq[Sequence]) -> Batch:
+    return Batch(len(sequences), any(s.params.temperature > 0 for s in sequences))
 
 
 def made_up(rows: int, length: int, *, temperature: float = 0.0) -> list[Sequence]:

@@ -13,7 +13,7 @@ from _tiny_models import save, tokenizer_json
 from gpt_fast import generate
 from gpt_fast.checkpoint import load_checkpoint
 from gpt_fast.config import ConfigError
-from gpt_fast.controller import PLAIN, Choice, Controller
+from gpt_fast.controller import PLAIN, Batch, Choice, Controller
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
 from gpt_fast.draft import __main__ as command
@@ -68,7 +68,8 @@ def core(make_core):
     proposers = {"draft": DraftProposer(draft), "ngram": NGramProposer(torch.device("cpu"))}
     controller = Controller([1, 2])
     for choice in (PLAIN, *(Choice(arm, k) for arm in proposers for k in (1, 2))):
-        controller.costs.learn(choice, 2, 1.0 if choice == PLAIN else 0.5)  # worth a try, whatever the machine does
+        # Worth a try, whatever the machine does.
+        controller.costs.learn(choice, Batch(2), 1.0 if choice == PLAIN else 0.5)
     engine.core.runner.speculator = Speculator(proposers, controller, max_seq_len=128)
     return engine.core
 
