@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpt_fast import memory
 from gpt_fast.ahead import AheadRunner
 from gpt_fast.cache import KVCache
 from gpt_fast.chat import ChatTemplate, load_chat_template
@@ -78,6 +79,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     if path.warm_up:
         runner.warm_up()
     torch.set_num_threads(path.torch_threads)
+    memory.populate(cache.buffers())
     return Parts(
         EngineCore(runner),
         tokenizer,
@@ -133,6 +135,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     )  # fmt: skip
     if path.warm_up:
         runner.warm_up()
+    memory.populate(draft_cache.buffers())
     return runner
 
 

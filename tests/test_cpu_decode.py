@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import mmap
 import re
 import subprocess
 import sys
@@ -111,6 +112,19 @@ def test_weights_and_cache_lie_where_huge_pages_may_be() -> None:
         (access, flags), = ((access, flags.split()) for start, end, access, flags in areas
                             if int(start, 16) <= middle < int(end, 16))
         assert access == "rw-p" and "hg" in flags  # private, huge pages wanted
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_fetching_pages_changes_no_value() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    cache, before = memory.zeros((64 << 20,), dtype=torch.uint8, device=torch.device("cpu")), resident()
+    cache[5], cache[-1] = 7, 9
+    assert resident() - before < cache.nbytes / 2
+    memory.populate([cache, torch.zeros(3)]).join()
+    assert resident() - before > cache.nbytes / 2
+    assert (cache[5], cache[-1], cache.sum()) == (7, 9, 16)
 
 
 # ------------------------------------------------------------------------------------------ the model
