@@ -38,15 +38,16 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 def populate(tensors: Iterable[Tensor]) -> threading.Thread:
     """Let a thread fetch the pages of what `zeros` made, so that few requests wait for them: seconds for gigabytes."""
     large = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= HUGE_PAGE]
-    thread = threading.Thread(target=lambda: [write_pages(t) for t in large], daemon=True)
+    thread = threading.Thread(target=write_pages, args=large, daemon=True)
     thread.start()
     return thread
 
 
-def write_pages(tensor: Tensor) -> None:
+def write_pages(*tensors: Tensor) -> None:
     """One by one, for while the system fetches one the process cannot map memory."""
     madvise = ctypes.CDLL(None).madvise
-    for start in range(0, tensor.nbytes, HUGE_PAGE):
-        length = min(HUGE_PAGE, tensor.nbytes - start)
-        # An advice: what comes back is not looked at, for an older system fetches each page when it is used.
-        madvise(ctypes.c_void_p(tensor.data_ptr() + start), ctypes.c_size_t(length), POPULATE_WRITE)
+    for tensor in tensors:
+        for start in range(0, tensor.nbytes, HUGE_PAGE):
+            length = min(HUGE_PAGE, tensor.nbytes - start)
+            # An advice: what comes back is not looked at, for an older system fetches each page when it is used.
+            madvise(ctypes.c_void_p(tensor.data_ptr() + start), ctypes.c_size_t(length), POPULATE_WRITE)

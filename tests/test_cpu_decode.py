@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
-import mmap
 import re
 import subprocess
 import sys
