@@ -94,8 +94,9 @@ def quantize_checkpoint(
 ) -> Path:
     """Write e.g. model_int4.g32.safetensors beside the checkpoint's weights, list it in the manifest, return its path.
 
-    The same source and options give the same bytes. Peak memory is one tensor of the source and its quantized form;
-    for int4-gptq one quantized layer and half of the largest Hessian (see blocks.py).
+    The same source and options give the same bytes; for int4-gptq on the same device with the same number of threads.
+    Peak memory is one tensor of the source and its quantized form; for int4-gptq one quantized layer and half of the
+    largest Hessian (see blocks.py).
 
     Args:
         path: the converted checkpoint's directory, or its weights file.
@@ -108,15 +109,14 @@ def quantize_checkpoint(
     source = open_source(path, wanted=name)
     model = meta_model(source.config)
     schemes = plan(model, mode=mode, groupsize=groupsize, embedding=embedding)
-    device = torch.device(device)
-    make = rounding(source, device)
+    make = rounding(source, torch.device(device))
+    metadata = describe_file(source, schemes, mode=mode, groupsize=None if mode == "int8" else groupsize)
     if mode == "int4-gptq":
         if calibration is None:
             raise QuantizationError("mode: int4-gptq needs a calibration text")
-        make = with_gptq(make, gptq_of(source, schemes, calibration, gptq or GPTQOptions(), device))
-    metadata = describe_file(source, schemes, mode=mode, groupsize=None if mode == "int8" else groupsize)
-    if mode == "int4-gptq" and calibration is not None:
-        metadata["calibration"] = describe_calibration(calibration, gptq or GPTQOptions())
+        options = gptq or GPTQOptions()
+        make = with_gptq(make, gptq_of(source, schemes, calibration, options, torch.device(device)))
+        metadata["calibration"] = describe_calibration(calibration, options)
     return write_quantized(source, model, schemes, make, metadata, stem_suffix=f"{label}{name}", progress=progress)
 
 
