@@ -244,6 +244,7 @@ def test_complete_replies_without_the_model(frontend):
         ("", {"prompt": "x", "max_new_tokens": 128}, 400, "prompt"),
         ("v1/completions", {"prompt": ["x"] * 9, "n": 1, "max_tokens": 1}, 400, "n"),
         ("v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 128}]}, 400, "messages"),
         ("v1/models/other", None, 404, None),
         ("v2/chat", {"prompt": "x"}, 404, None),
         ("../../etc/passwd", {"prompt": "x"}, 404, None),
@@ -279,6 +280,17 @@ def test_a_full_queue_is_429_at_once_and_empties_again():
     again = frontend.send(native(1))
     frontend.finish()
     assert again.status == 200
+
+
+def test_the_queue_holds_its_bound_when_all_come_in_one_round(monkeypatch):
+    rounds, go_on = make_rounds(slots=1, limits=LIMITS._replace(max_waiting=2)), threading.Event()
+    frontend, step = Frontend(rounds), rounds.service.engine.step
+    monkeypatch.setattr(rounds.service.engine, "step", lambda: (go_on.wait(20), step())[1])
+    clients = [frontend.send(native(2)) for _ in range(10)]
+    frontend.until(lambda: sum(client.done for client in clients) == 7)
+    go_on.set()
+    frontend.finish()
+    assert sorted(client.status for client in clients) == [200] * 3 + [429] * 7
 
 
 def test_a_draining_server_ends_what_runs_and_refuses_the_rest(tmp_path):

@@ -64,8 +64,14 @@ class Admit:
                 return Reply(self.models(path), None, content_type=JSON)
             return self.job(path, body)
         except RequestError as error:
-            retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
-            raise Refusal(error.status, REASONS[error.status], error.body, headers=retry) from None
+            raise refusal(error) from None
+
+    def confirm(self, job: Job) -> None:
+        """Look for room again: requests that came together were admitted before any of them was in flight."""
+        try:
+            self.check_room(len(job.prompts))
+        except RequestError as error:
+            raise refusal(error) from None
 
     def models(self, path: str) -> str:
         facts = {"created": self.created, "max_seq_len": self.engine.core.max_seq_len}
@@ -139,8 +145,9 @@ class Admit:
             raise RequestError("prompt: nothing is left of it as tokens (allowed 1 or more)", param="prompt")
         if room < 1 or (request.limited and params.max_new_tokens > room):
             wanted = f" and {params.max_new_tokens} new ones" if request.limited else ""
-            message = f"prompt: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
-            raise RequestError(message, param="prompt", code="context_length_exceeded")
+            field = "messages" if request.kind == "chat" else "prompt"
+            message = f"{field}: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
+            raise RequestError(message, param=field, code="context_length_exceeded")
         for name, ids in {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}.items():
             outside = [token for token in ids if token >= self.engine.model_config.vocab_size]
             if outside:
@@ -190,6 +197,11 @@ class Admit:
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)
+
+
+def refusal(error: RequestError) -> Refusal:
+    retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
+    return Refusal(error.status, REASONS[error.status], error.body, headers=retry)
 
 
 def tool_format(engine: Engine) -> ToolFormat | None:

@@ -93,6 +93,9 @@ class Admission(Protocol):
         Called from several threads.
         """
 
+    def confirm(self, job: Job) -> None:
+        """The last word on an admitted request, by the rounds' thread, just before it begins. Raises Refusal."""
+
 
 @dataclass(frozen=True)
 class Incoming:
@@ -183,7 +186,7 @@ class Rounds:
             future = self._pool.submit(self.admit, request_id, request.path, request.body)
             self._admitting[request_id] = request, future
             future.add_done_callback(lambda _: self.service.wake())
-        end = self._end_of_round()
+        end = time.monotonic() + (ROUND_SECONDS if incoming else self._round_seconds())
         while True:
             self.service.wait(timeout=max(end - time.monotonic(), 0))
             replies = self._settle() | self._replies()
@@ -192,11 +195,10 @@ class Rounds:
             if replies or time.monotonic() >= end:
                 return replies
 
-    def _end_of_round(self) -> float:
-        """When to return, whatever comes: only between rounds do requests join. Soon after an answer's end they are
-        likely, so a round lasts as long as none has ended, within bounds."""
-        now = time.monotonic()
-        return now + min(max(now - self._ended, REJOIN_SECONDS), ROUND_SECONDS)
+    def _round_seconds(self) -> float:
+        """How long a round lasts that brings nothing: only between rounds do requests join. Soon after an answer's end
+        they are likely, so it is as long as none has ended, within bounds."""
+        return min(max(time.monotonic() - self._ended, REJOIN_SECONDS), ROUND_SECONDS)
 
     def _forget(self, active: Iterable[str]) -> None:
         """Drop what has lost its client."""
@@ -219,6 +221,8 @@ class Rounds:
     def _begin(self, request_id: str, request: Incoming, future: Future[Job | Reply]) -> Reply | None:
         try:
             job = future.result()
+            if isinstance(job, Job):
+                self.admit.confirm(job)
         except Refusal as refusal:
             return self._refuse(request_id, refusal.reply)
         except Exception as error:
