@@ -1,5 +1,6 @@
 """`draft report` on tiny models: its arithmetic by hand, its figures against what the models are."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -19,12 +20,12 @@ COST = report.Cost(2, 10.0, 1.0, 0.1, {2: 1.1, 4: 1.2}, {2: 0.05, 4: 0.06}, 2000
 
 
 def test_tau_cost_and_best_k_are_the_stated_formulas():
-    pooled = report.Pooled([0.8, 0.5, 0.5, 0.5], coverage=1.0)
+    pooled = report.Pooled([0.8, 0.5, 0.5, 0.5], coverage=1.0, answer=64)
     assert pooled.tau(2) == pytest.approx(1 + 0.8 + 0.8 * 0.5)
     assert pooled.tau(4) == pytest.approx(1 + 0.8 + 0.4 + 0.2 + 0.1)
     assert COST.step(4) == pytest.approx(4 * 0.1 + 1.2 + 0.06)
     assert report.best_k(pooled, COST) == 2  # 2.2 / 1.35 against 2.5 / 1.66
-    half = report.Pooled([0.8], coverage=0.5)
+    half = report.Pooled([0.8], coverage=0.5, answer=64)
     assert half.tau(1) == pytest.approx(1.4)
     assert half.cost(2, COST) == pytest.approx(0.75 * COST.step(2) + 0.25)
 
@@ -49,6 +50,14 @@ def test_pooling_counts_steps_that_had_proposals():
     answers = [[0] * 8]  # one token from the prefill, seven from steps: 3 accepted, so 4 row steps, 2 with proposals
     pooled = report.pool([Run(answers, 1.0, 4, 7, totals)])
     assert pooled.rates == [1.0, 0.5] and pooled.coverage == 0.5
+
+
+def test_the_prompts_that_a_draft_must_read_are_part_of_a_step():
+    """Two rows of 32-token answers at 4 tokens a step: a prompt every fourth step, of two plain steps."""
+    cost = dataclasses.replace(COST, draft_prompt_ms=20.0)
+    pooled = report.Pooled([1.0, 1.0, 1.0], coverage=1.0, answer=32)
+    assert pooled.cost(4, cost) == pytest.approx(COST.step(4) + 2 / 4)
+    assert report.mean_unread([[1, 2, 3, 4], [1, 2, 9]]) == 2 and report.mean_unread([[1, 2, 3]]) == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """What a draft would bring on this machine: latency, acceptance, predicted and measured speed-up.
 
 Formulas (docs/speculation.md): tau = 1 + sum over i of a_1 ... a_i, with a_i the measured chance that proposal i
-stands when those before it do; S = tau / (k c + v + o), with c a draft step, v a verification of k + 1 tokens and o
-everything else of a speculative step, all in plain steps.
+stands when those before it do; S = tau / (k c + v + o + p), with c a draft step, v a verification of k + 1 tokens, o
+everything else of a speculative step and p the step's share of the prompts that a draft must read, all in plain steps.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 from gpt_fast.chain import Chain
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.controller import Choice, expected_tokens
-from gpt_fast.draft.measure import Reader, Run, draft_runner, run, speculating
+from gpt_fast.draft.measure import Reader, Run, draft_runner, forget, run, speculating
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.draft.statistics import wilson
-from gpt_fast.engine import EngineCore, Runner
+from gpt_fast.engine import EngineCore, Runner, bucket_of
 from gpt_fast.proposers import DraftProposer
 from gpt_fast.scheduler import Sequence as Row
 from gpt_fast.scheduler import Slot
 from gpt_fast.speculator import made_up
 
-REPEATS = 5
+REPEATS = 11
 AGREE = 0.07  # predicted and measured speed-up may differ by this share
 
 
@@ -58,7 +58,8 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Cost:
-    """At a batch size: milliseconds of a plain step, a draft step; v and o by k; draft tokens/s over all rows."""
+    """At a batch size: milliseconds of a plain step, a draft step and until a draft has read a prompt; v and o by k;
+    draft tokens/s over all rows."""
 
     batch_size: int
     plain_ms: float
@@ -67,10 +68,15 @@ class Cost:
     v: dict[int, float]
     o: dict[int, float]
     draft_tokens_per_s: float
+    draft_prompt_ms: float = 0.0
 
     def step(self, k: int) -> float:
         """k c + v + o."""
         return k * self.c + self.v[k] + self.o[k]
+
+    def prompts(self, tau: float, answer: float) -> float:
+        """p: an answer takes answer / tau steps, and each of the batch's rows begins one that often."""
+        return self.batch_size * self.draft_prompt_ms / self.plain_ms * tau / answer
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,11 @@ def judge_draft(
                 runs.append(done)
                 report.overlap += read_overlap(core, category, tokens, done.answers)
     pooled = pool(runs)
+    unread = mean_unread([p.tokens for p in prompts])
     context = min(round(statistics.fmean(len(p.tokens) for p in prompts)) + max_new_tokens // 2, core.max_seq_len // 2)
     for batch_size in batch_sizes:
-        cost = measure_cost(core, arm, batch_size, counts, context=context, temperature=temperatures[0])
+        cost = measure_cost(core, arm, batch_size, counts, context=context, unread=unread,
+                            temperature=temperatures[0])  # fmt: skip
         report.costs.append(cost)
         k = best_k(pooled, cost)
         turns: list[list[Run]] = [[], []]
@@ -151,9 +159,18 @@ def answer(
     core: EngineCore, choice: Choice | None, tokens: Sequence[list[int]], temperature: float, max_new_tokens: int,
     *, together: int = 0,
 ) -> Run:  # fmt: skip
+    """The slots empty at first, as if no such prompt had come before."""
     random.seed(0)  # unseeded requests draw their seeds here
+    forget(core)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     return run(core, choice, tokens, params, together=together)
+
+
+def mean_unread(prompts: Sequence[list[int]]) -> int:
+    """Tokens that a prompt does not share with all the others, on average: those a draft's slot does not hold."""
+    columns = zip(*prompts, strict=False)
+    shared = next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+    return round(statistics.fmean(len(tokens) for tokens in prompts)) - shared
 
 
 def fill(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
@@ -173,10 +190,12 @@ def acceptance(category: str, temperature: float, done: Run) -> Acceptance:
 
 @dataclass(frozen=True)
 class Pooled:
-    """All categories: a_i, and the share of decode steps in which a row had proposals (a lookup may find none)."""
+    """All categories: a_i, the share of decode steps in which a row had proposals (a lookup may find none), and tokens
+    an answer."""
 
     rates: list[float]
     coverage: float
+    answer: float
 
     def tau(self, k: int) -> float:
         """Tokens a row's step brings."""
@@ -185,7 +204,7 @@ class Pooled:
     def cost(self, k: int, cost: Cost) -> float:
         """Of a step of the batch, in plain steps: a step is plain only where no row has proposals."""
         some = 1 - (1 - self.coverage) ** cost.batch_size
-        return some * cost.step(k) + 1 - some
+        return some * cost.step(k) + 1 - some + cost.prompts(self.tau(k), self.answer)
 
 
 def pool(runs: Sequence[Run]) -> Pooled:
@@ -193,7 +212,8 @@ def pool(runs: Sequence[Run]) -> Pooled:
     positions = [[r.totals.positions[i] for r in runs if i < len(r.totals.positions)] for i in range(longest)]
     rates = [sum(a for _, a in column) / max(sum(n for n, _ in column), 1) for column in positions]
     row_steps = sum(len(tokens) - 1 for r in runs for tokens in r.answers) - sum(r.totals.accepted for r in runs)
-    return Pooled(rates, min(sum(r.totals.steps for r in runs) / max(row_steps, 1), 1.0))
+    answer = statistics.fmean(len(tokens) for r in runs for tokens in r.answers)
+    return Pooled(rates, min(sum(r.totals.steps for r in runs) / max(row_steps, 1), 1.0), answer)
 
 
 def read_overlap(
@@ -218,10 +238,11 @@ def read_overlap(
 
 @torch.inference_mode()
 def measure_cost(
-    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, temperature: float = 0.0
-) -> Cost:
+    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
+    temperature: float = 0.0,
+) -> Cost:  # fmt: skip
     """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps and a draft's
-    come several in a row, for where they can they begin ahead."""
+    come several in a row, for where they can they begin ahead. unread: tokens of a prompt that a draft must read."""
     rows = made_up(batch_size, context, temperature=temperature)
     times: dict[str, list[float]] = {}
 
@@ -238,6 +259,7 @@ def measure_cost(
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
             times.setdefault("draft", []).append(draft_step(runner, rows, start))
+            timed("prompt", lambda: read_prompt(runner, unread))  # type: ignore[arg-type]
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
@@ -249,7 +271,7 @@ def measure_cost(
     v = {k: seconds[f"verify {k}"] / plain for k in counts}
     o = {k: (seconds[f"step {k}"] - k * draft) / plain - v[k] for k in counts}
     rate = batch_size / draft if draft else 0.0
-    return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate)
+    return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate, seconds.get("prompt", 0.0) * 1e3)
 
 
 def plain_step(core: EngineCore, rows: Sequence[Row], steps: int = 4) -> float:
@@ -280,6 +302,14 @@ def draft_step(runner: Runner, rows: Sequence[Row], start: Callable | None, step
         for _ in range(steps):
             forward(runner, rows, 1)
     return (time.perf_counter() - started) / steps
+
+
+def read_prompt(runner: Runner, count: int) -> None:
+    """Feed a draft's first slot `count` tokens, as it catches up with a prompt."""
+    for start in range(0, count, runner.chunks[-1]):
+        part = [0] * min(runner.chunks[-1], count - start)
+        size = bucket_of(runner.chunks, len(part))
+        runner.forward(runner.prefill, [part], [start], [0], size=size)[..., 0].tolist()
 
 
 def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
@@ -322,7 +352,7 @@ def compare(pooled: Pooled, cost: Cost, k: int, plain: Sequence[Run], spoken: Se
     return Speed(
         batch_size=rows, k=k, predicted=pooled.tau(k) / pooled.cost(k, cost), measured=tau / relative,
         tau_predicted=pooled.tau(k), tau_measured=tau, cost_predicted=pooled.cost(k, cost), cost_measured=relative,
-        break_even=break_even(k, cost.step(k)),
+        break_even=break_even(k, cost.step(k) + cost.prompts(pooled.tau(k), pooled.answer)),
     )  # fmt: skip
 
 
@@ -337,10 +367,13 @@ def print_report(report: DraftReport) -> None:
         print(f"  {row.category:10} T={row.temperature:<4g} {row.mean_accepted:5.2f} of {row.steps} blocks   {rates}")
     for o in report.overlap:
         print(f"  {o.category:10} E[sum min(p,q)] {o.overlap:.3f}, top-1 agreement {o.top1:.3f}, KL {o.kl:.3f} nats")
-    print(f"{'batch':>6} {'plain ms':>9} {'draft ms':>9} {'draft tok/s':>12} {'c':>6}  v and o by k")
+    print(f"{'batch':>6} {'plain ms':>9} {'draft ms':>9} {'draft tok/s':>12} {'prompt ms':>10} {'c':>6}  v and o by k")
     for c in report.costs:
         by_k = "  ".join(f"k={k}: {c.v[k]:.2f} {c.o[k]:+.2f}" for k in c.v)
-        print(f"{c.batch_size:6} {c.plain_ms:9.2f} {c.draft_ms:9.2f} {c.draft_tokens_per_s:12.1f} {c.c:6.3f}  {by_k}")
+        print(
+            f"{c.batch_size:6} {c.plain_ms:9.2f} {c.draft_ms:9.2f} {c.draft_tokens_per_s:12.1f}"
+            f" {c.draft_prompt_ms:10.2f} {c.c:6.3f}  {by_k}"
+        )
     print(f"{'batch':>6} {'best k':>6} {'predicted':>10} {'measured':>9} {'residual':>9} {'break-even a':>13}  verdict")
     for s in report.speeds:
         print(
