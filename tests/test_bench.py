@@ -385,9 +385,10 @@ def test_quality_comes_from_the_report_of_these_weights(tiny_checkpoint):
     assert quality_of(weights) == "no report"
     values = {"perplexity": 11.0, "perplexity_against": 10.0, "mean_kl": 0.05, "against": "m", "text": "t"}
     path = report_path(weights)
-    write_report(path, {"sha256": weights_sha256(weights), **values})
+    write_report(path, {"sha256": weights_sha256(weights), "dtype": "bfloat16", **values})
     try:
-        assert quality_of(weights) == values
+        assert quality_of(weights) == quality_of(weights, dtype="bfloat16") == values
+        assert quality_of(weights, dtype="float32") == "no report"
         assert quality_of(weights, kv_cache="int8") == "no report"
         assert report.quality_text(values) == "perplexity 11.000 (source 10.000), KL 0.0500"
         write_report(path, {"sha256": "another", **values})

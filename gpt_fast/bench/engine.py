@@ -38,7 +38,8 @@ class EngineTarget:
         told = self.engine.description
         weights = Path(told["checkpoint"])
         cache = self.engine.core.runner.cache
-        quality = quality_of(weights, kv_cache=told["kv_cache"])
+        dtype = told["dtype"] if told["quantization"] == "none" else None
+        quality = quality_of(weights, kv_cache=told["kv_cache"], dtype=dtype)
         return Description(
             weight_bytes=told["weight_bytes_per_step"],
             kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),

@@ -113,7 +113,8 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
              ("peak_rss_mb", "peak memory {:.0f} MB"))  # fmt: skip
     parts = [text.format(target[key]) for key, text in known if target.get(key) is not None]
     if "quality" in target:
-        parts.append(f"format {target['quantization']}, quality {quality_text(target['quality'])}")
+        weights = target["dtype"] if target["quantization"] == "none" else target["quantization"]
+        parts.append(f"format {weights}, quality {quality_text(target['quality'])}")
     if target.get("verify_ms"):
         costs = ", ".join(f"M={m} {cost['ratio']:.2f}x" for m, cost in target["verify_ms"].items() if m != "1")
         parts.append(f"verify of M tokens against one ({target['verify_ms']['1']['ms']:.2f} ms): {costs}")
