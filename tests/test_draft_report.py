@@ -38,9 +38,13 @@ def test_break_even_pays_exactly():
 
 def test_the_verdict_names_the_term_that_is_off():
     speed = report.Speed(1, 4, predicted=2.0, measured=1.5, tau_predicted=3.0, tau_measured=2.25, cost_predicted=1.5,
-                         cost_measured=1.5, break_even=0.4)  # fmt: skip
+                         cost_measured=1.5, prompts_predicted=0.1, prompts_measured=0.1, break_even=0.4)  # fmt: skip
     assert speed.residual == pytest.approx(-0.25) and speed.verdict == "tau is off by -25.0%"
-    assert report.Speed(1, 4, 2.0, 1.96, 3.0, 3.0, 1.5, 1.53, 0.4).verdict == "agrees"
+    dear = dataclasses.replace(speed, tau_measured=3.0, cost_measured=2.0)
+    assert dear.verdict == "k c + v + o is off by +33.3% of a step"
+    reading = dataclasses.replace(dear, prompts_measured=0.55)
+    assert reading.verdict == "p, a draft's reading of prompts, is off by +30.0% of a step"
+    assert dataclasses.replace(dear, measured=1.96).verdict == "agrees"
 
 
 def test_pooling_counts_steps_that_had_proposals():

@@ -28,7 +28,8 @@ from gpt_fast.speculator import Speculator, Totals
 class Run:
     """Answers of requests decoded together, in their order.
 
-    seconds, steps and tokens: of the steps that decoded a full batch and nothing else.
+    seconds, steps and tokens: of the steps that decoded a full batch and nothing else. ready_seconds, ready_steps: of
+    those in which no draft had to catch up. caught_up: rows that had to, in the others.
     """
 
     answers: list[list[int]]
@@ -36,6 +37,9 @@ class Run:
     steps: int
     tokens: int
     totals: Totals
+    ready_seconds: float = 0.0
+    ready_steps: int = 0
+    caught_up: int = 0
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def run(
     together = together or core.runner.cache.slots
     answers: dict[str, list[int]] = {f"draft-{i}": [] for i in range(len(prompts))}
     waiting = deque(zip(answers, prompts, strict=True))
-    seconds, steps, tokens = 0.0, 0, 0
+    seconds, steps, tokens, ready_seconds, ready_steps, caught_up = 0.0, 0, 0, 0.0, 0, 0
     with speculating(core, choice):
         while waiting or not core.idle:
             while waiting and len(core.scheduler.running) + len(core.scheduler.waiting) < together:
@@ -97,12 +101,22 @@ def run(
             started = time.perf_counter()
             events = core.step()
             if full:
-                seconds, steps, tokens = seconds + time.perf_counter() - started, steps + 1, tokens + len(events)
+                took = time.perf_counter() - started
+                seconds, steps, tokens = seconds + took, steps + 1, tokens + len(events)
+                lagging = lagged(core.runner.speculator)
+                caught_up += lagging
+                if not lagging:
+                    ready_seconds, ready_steps = ready_seconds + took, ready_steps + 1
             for event in events:
                 answers[event.request_id].append(event.token)
         speculator = core.runner.speculator
         totals = speculator.totals if speculator and choice else Totals()
-    return Run(list(answers.values()), seconds, steps, tokens, totals)
+    return Run(list(answers.values()), seconds, steps, tokens, totals, ready_seconds, ready_steps, caught_up)
+
+
+def lagged(speculator: Speculator | None) -> int:
+    """Rows of which a draft lacked tokens in the last step."""
+    return sum(offer.lag > 0 for offer in speculator.last.offers) if speculator else 0
 
 
 class Reader:

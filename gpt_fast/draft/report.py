@@ -91,6 +91,8 @@ class Speed:
     tau_measured: float
     cost_predicted: float
     cost_measured: float
+    prompts_predicted: float  # p, a part of cost
+    prompts_measured: float
     break_even: float
 
     @property
@@ -99,11 +101,17 @@ class Speed:
 
     @property
     def verdict(self) -> str:
-        """Whether the prediction holds; else the term that is further off."""
+        """Whether the prediction holds; else the term that is furthest off, as a share of the whole it is part of."""
         if abs(self.residual) <= AGREE:
             return "agrees"
-        tau, cost = self.tau_measured / self.tau_predicted - 1, self.cost_measured / self.cost_predicted - 1
-        return f"tau is off by {tau:+.1%}" if abs(tau) > abs(cost) else f"the step's cost is off by {cost:+.1%}"
+        prompts = self.prompts_measured - self.prompts_predicted
+        off = {
+            "tau": self.tau_measured / self.tau_predicted - 1,
+            "k c + v + o": (self.cost_measured - self.cost_predicted - prompts) / self.cost_predicted,
+            "p, a draft's reading of prompts,": prompts / self.cost_predicted,
+        }
+        term = max(off, key=lambda name: abs(off[name]))
+        return f"{term} is off by {off[term]:+.1%}" + (" of a step" if term != "tau" else "")
 
 
 @dataclass
@@ -258,8 +266,8 @@ def measure_cost(
         with speculating(core, None):
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
-            times.setdefault("draft", []).append(draft_step(runner, rows, start))
             timed("prompt", lambda: read_prompt(runner, unread))  # type: ignore[arg-type]
+            times.setdefault("draft", []).append(draft_step(runner, rows, start))
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
@@ -344,16 +352,33 @@ def break_even(k: int, relative_cost: float) -> float:
 
 
 def compare(pooled: Pooled, cost: Cost, k: int, plain: Sequence[Run], spoken: Sequence[Run]) -> Speed:
-    """The fastest turn of each tells what a step costs: whatever else the machine did can only have added to it."""
+    """The fastest turn of each tells what a step costs: whatever else the machine did can only have added to it.
+
+    Where prompts come often, few steps are without one, and those have all of a draft's reading: it is spread over all
+    the steps of the answers.
+    """
     rows = cost.batch_size
     tau = sum(run.tokens for run in spoken) / sum(run.steps for run in spoken) / rows
-    step, plain_step = (min(run.seconds / run.steps for run in runs) for runs in (spoken, plain))
-    relative = step / plain_step
+    plain_step = min(run.seconds / run.steps for run in plain)
+    ready = min(ready_step(run) for run in spoken) / plain_step
+    prompts = rows * min(reading(run) for run in spoken) / plain_step * tau / pooled.answer
+    relative = ready + prompts
     return Speed(
         batch_size=rows, k=k, predicted=pooled.tau(k) / pooled.cost(k, cost), measured=tau / relative,
         tau_predicted=pooled.tau(k), tau_measured=tau, cost_predicted=pooled.cost(k, cost), cost_measured=relative,
+        prompts_predicted=cost.prompts(pooled.tau(k), pooled.answer), prompts_measured=prompts,
         break_even=break_even(k, cost.step(k) + cost.prompts(pooled.tau(k), pooled.answer)),
     )  # fmt: skip
+
+
+def ready_step(run: Run) -> float:
+    """Seconds of a step in which no draft had to catch up; of any where every step had to."""
+    return run.ready_seconds / run.ready_steps if run.ready_steps else run.seconds / run.steps
+
+
+def reading(run: Run) -> float:
+    """Seconds that a row's catching up added to its step."""
+    return max(run.seconds - run.steps * ready_step(run), 0.0) / max(run.caught_up, 1)
 
 
 # ------------------------------------------------------------------------------------------- output
