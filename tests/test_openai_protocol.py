@@ -216,6 +216,15 @@ def test_logprobs_of_a_completion_lie_behind_its_echo():
     }
 
 
+def test_completion_logprobs_keep_parts_of_characters_apart():
+    event = Event("", token=0xE6, logprobs=((0xE6, -1.0), (0xE6, -1.0), (0xE7, -2.0)))
+    events = [event, Event("x", 65, "stop")]
+    answer = json.loads(feed(make("completion", stream=False, wants_logprobs=True), [(0, events)]))
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe6"]
+    assert logprobs["top_logprobs"] == [{"bytes:\\xe6": -1.0, "bytes:\\xe7": -2.0}]
+
+
 @pytest.mark.parametrize("kind", sorted(ANSWERS))
 def test_a_failure_is_an_error_event_and_never_looks_complete(kind):
     rounds = [(0, [Event("a")]), (1, [Event("b", -1, "error")]), (0, [Event("", 2, "stop")])]

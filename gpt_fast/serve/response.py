@@ -187,11 +187,19 @@ class CompletionAnswer(OpenAIAnswer):
         if not self.wants_logprobs:
             return None
         return {
-            "tokens": [self.token_text(event.logprobs[0][0]) for event, _ in events],
+            "tokens": [self.token_name(event.logprobs[0][0]) for event, _ in events],
             "token_logprobs": [finite(event.logprobs[0][1]) for event, _ in events],
-            "top_logprobs": [{self.token_text(t): finite(p) for t, p in event.logprobs} for event, _ in events],
+            "top_logprobs": [{self.token_name(t): finite(p) for t, p in event.logprobs} for event, _ in events],
             "text_offset": [offset for _, offset in events],
         }
+
+    def token_name(self, token: int) -> str:
+        """The token's text; of a part of a character its bytes, as OpenAI writes them: here tokens are told by name."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class ChatAnswer(OpenAIAnswer):
