@@ -266,7 +266,7 @@ def measure_cost(
         with speculating(core, None):
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
-            timed("prompt", lambda: read_prompt(runner, unread))  # type: ignore[arg-type]
+            timed("prompt", lambda: read_prompt(runner, unread))
             times.setdefault("draft", []).append(draft_step(runner, rows, start))
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
