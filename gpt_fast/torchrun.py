@@ -57,7 +57,7 @@ class Group:
         said_already = isinstance(error, SystemExit) and not isinstance(error.code, str)
         speaks = self.ranks.rank == 0 if said_already else self.store.add("gpt_fast/failed", 1) == 1
         if not speaks:
-            return self.store.wait(["gpt_fast/said"], timedelta(minutes=1))
+            return self.store.wait(["gpt_fast/said"], TIMEOUT)
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
         elif not said_already:
@@ -90,6 +90,6 @@ def join() -> Group:
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when torchrun dies, however it dies."""
+    """Have Linux end this process if torchrun dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -177,7 +177,7 @@ def samples(group: Any, *, tasks: list[str], limit: int, **options: Any) -> Any:
     from gpt_fast.llm import Engine
     from gpt_fast.load import load_parts
 
-    config = EngineConfig(device="cpu", kernels="plain", max_seq_len=512, **options)
+    config = EngineConfig(device="cpu", kernels="plain", max_seq_len=512, threads=1, **options)
     results = evaluate(EngineLM(Engine(load_parts(config, group))), tasks, limit=limit, num_fewshot=None)
     return {
         task: {str(row["doc_id"]): [response[0] for response in row["resps"]] for row in rows}
