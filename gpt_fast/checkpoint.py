@@ -58,8 +58,10 @@ def load_checkpoint(
     config = load_model_config(directory)
     quantization = read_quantization(files)
     model = empty_model(config)
-    prepare_model(model, quantization)
-    load_tensors(model, collect(files, index=shards_index(weights)), device=torch.device(device), dtype=dtype)
+    where = collect(files, index=shards_index(weights))
+    if quantization is not None:
+        prepare_model(model, quantization, where)
+    load_tensors(model, where, device=torch.device(device), dtype=dtype)
     return Loaded(config, model.eval(), directory, weights, quantization)
 
 
@@ -145,12 +147,12 @@ def read_quantization(files: list[SafetensorsFile]) -> Mapping[str, Any] | None:
     return values
 
 
-def prepare_model(model: Transformer, quantization: Mapping[str, Any] | None) -> None:
-    """Give a model on the meta device the modules whose tensors the file holds."""
-    if quantization is not None:
-        from gpt_fast.quantize import apply_structure
+def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:
+    """Give a model on the meta device the quantized modules that the files' metadata says and their tensors are."""
+    from gpt_fast.quantize import apply_structure, check_stored
 
-        apply_structure(model, quantization)
+    apply_structure(model, quantization)
+    check_stored(model, {name: (file.entries[name].dtype, file.entries[name].shape) for name, file in where.items()})
 
 
 def collect(files: list[SafetensorsFile], *, index: Mapping[str, str] | None) -> dict[str, SafetensorsFile]:

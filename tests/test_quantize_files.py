@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from gpt_fast.checkpoint import CheckpointError, load_checkpoint
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import convert
+from gpt_fast.manifest import write_manifest
 from gpt_fast.quantize import QuantizationError, Quantized, pack
 from gpt_fast.quantize.__main__ import main
 from gpt_fast.quantize.convert import Calibration, quantize_checkpoint, repack_gguf
@@ -33,7 +34,7 @@ from gpt_fast.quantize.gguf import REPACK
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_in_bands, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.text import calibration_part, default_text, file_text, held_out_part, split, windows
-from gpt_fast.safetensors_file import SafetensorsFile
+from gpt_fast.safetensors_file import SafetensorsFile, TensorSpec, write_weights
 
 BYTES = {"vocab_size": 257}
 
@@ -141,6 +142,53 @@ def test_an_already_quantized_input_is_refused_naming_both(tmp_path):
         QuantizationError, match=r"model_int8.safetensors: is already quantized \(int8\), cannot be made int4.g32"
     ):
         quantize_checkpoint(path, mode="int4")
+
+
+def rewritten(path: Path, *, tensors: dict, modules: dict[str, str | None]) -> Path:
+    """The quantized file with other tensors, or another scheme for a module (None: none); the manifest agrees."""
+    file = SafetensorsFile(path)
+    state = {name: file.tensor(name).clone() for name in file.entries} | tensors
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    said = quantization_of(path)
+    said["modules"] = {name: scheme for name, scheme in (said["modules"] | modules).items() if scheme is not None}
+    metadata = file.metadata | {"quantization": json.dumps(said)}
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
+    write_weights(path.parent, path.stem, specs, lambda spec: state[spec.name], metadata=metadata)
+    write_manifest(path.parent)
+    return path
+
+
+WO = "layers.0.attention.wo"
+
+
+@pytest.mark.parametrize(
+    ("said", "holds", "message"),
+    [
+        (None, {}, r"wo: the file holds weight uint8 \[96, 48\], scale .*, its metadata does not say it is quantized"),
+        (
+            "int8.g32",
+            {},
+            r"wo: the file holds weight uint8 \[96, 48\], .* says int8.g32, which is weight int8 \[96, 96\]",
+        ),
+        (
+            "int4.g32",
+            {"weight": torch.zeros(96, 96)},
+            r"wo: the file holds weight float32 \[96, 96\], .* weight uint8 \[",
+        ),
+        (
+            "int4.g32",
+            {"min": None},
+            r"wo: the file holds weight .*, scale float16 \[96, 3\], its metadata says int4.g32",
+        ),
+        ("int4.g32", {"scale": torch.zeros(96, 2).half()}, r"scale float16 \[96, 2\], .* scale float16 \[96, 3\]"),
+    ],
+)
+def test_a_file_whose_metadata_contradicts_its_tensors_is_refused(said, holds, message, tmp_path):
+    path = quantize_checkpoint(write_checkpoint(tmp_path, random_model(small_config())), mode="int4")
+    rewritten(path, tensors={f"{WO}.{part}": tensor for part, tensor in holds.items()}, modules={WO: said})
+    with pytest.raises(QuantizationError, match=message) as caught:
+        load_checkpoint(path, device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_nan_in_a_source_is_refused_by_tensor_and_row(tmp_path):

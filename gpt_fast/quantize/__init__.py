@@ -5,7 +5,7 @@ A quantized file is portable: it holds plain integers, scales and mins; `pack` l
 
 from gpt_fast.quantize.linear import Int4Linear, Int8Embedding, Int8Linear, Quantized, TiedHead, pack
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
-from gpt_fast.quantize.structure import apply_structure, parse_metadata
+from gpt_fast.quantize.structure import apply_structure, check_stored, parse_metadata
 
 __all__ = [
     "Int4Linear",
@@ -16,6 +16,7 @@ __all__ = [
     "Scheme",
     "TiedHead",
     "apply_structure",
+    "check_stored",
     "pack",
     "parse_metadata",
 ]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +70,6 @@ class Quantized(nn.Module, ABC):
         for name, buffer in held.items():
             self._buffers[name] = self._buffers[name].view(buffer.dtype)  # type: ignore[union-attr]
         return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, (dtype, shape) in self.scheme.tensors(self.rows, self.columns).items():
-            got = state_dict.get(prefix + name)
-            if got is not None and (got.dtype, tuple(got.shape)) != (dtype, shape):
-                raise QuantizationError(
-                    f"{prefix}{name}: the file holds {got.dtype} {list(got.shape)}, "
-                    f"its metadata says {self.scheme}, which is {dtype} {list(shape)}"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Int8Weight(Quantized):

@@ -72,8 +72,8 @@ def check_mode(mode: object, groupsize: Any, schemes: Mapping[str, Scheme]) -> N
 def apply_structure(model: Transformer, metadata: Mapping[str, Any]) -> None:
     """Give the model the quantized modules that its file holds, ready for load_state_dict.
 
-    A later load_state_dict refuses tensors whose dtype or shape is not the stated scheme's. The modules compute in
-    the dtype that `model.to(dtype)` gives; before it, in float32.
+    Tensors of another dtype or shape are for check_stored to refuse. The modules compute in the dtype that
+    `model.to(dtype)` gives; before it, in float32.
     """
     apply_schemes(model, parse_metadata(metadata))
 
@@ -106,6 +106,34 @@ def quantized_like(module: nn.Module, scheme: Scheme, *, name: str) -> Quantized
         dtype=module.weight.dtype,
         device=module.weight.device,
     )
+
+
+def check_stored(model: Transformer, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Before a load: hold a file's tensors, name -> (dtype, shape), to what its metadata made of the model's modules.
+
+    QuantizationError, naming both: a quantized module's tensors are others than its scheme's, or a module that the
+    metadata leaves alone has a scale or integers.
+    """
+    held: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    for name, entry in entries.items():
+        module, _, part = name.rpartition(".")
+        if part != "bias":
+            held.setdefault(module, {})[part] = entry
+    for name, module in model.named_modules():
+        got = held.get(name, {})
+        if isinstance(module, Quantized):
+            scheme, expected = module.scheme, module.scheme.tensors(module.rows, module.columns)
+            if got != expected:
+                raise QuantizationError(
+                    f"{name}: the file holds {shown(got)}, its metadata says {scheme}, which is {shown(expected)}"
+                )
+        elif "scale" in got or any(not dtype.is_floating_point for dtype, _ in got.values()):
+            raise QuantizationError(f"{name}: the file holds {shown(got)}, its metadata does not say it is quantized")
+
+
+def shown(parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    names = (f"{part} {str(dtype).removeprefix('torch.')} {list(shape)}" for part, (dtype, shape) in parts.items())
+    return ", ".join(names) or "nothing"
 
 
 def stored_tensors(
