@@ -117,7 +117,8 @@ class EngineConfig:
         beside quantized weights on a CPU, which are rounded far more, else dtype; "int8" takes half of its bytes.
     kernels: "auto" takes the fused path where device and model have one, "plain" stays with PyTorch's operators.
     max_seq_len: positions a slot can hold, prompt and answer together; 0 means the model's own limit,
-        at most 8192. max_num_seqs: slots, i.e. requests decoded together.
+        at most 8192. max_num_seqs: slots, i.e. requests decoded together. kv_cache_gib: memory for them, which may
+        hold fewer; 0 sets no bound but the machine's. A draft model's cache comes on top.
     draft_checkpoint_path: a smaller model of the same vocabulary, or the same model quantized, that proposes.
     speculate: who proposes: "draft", "ngram" (what followed last time), "auto" (both, by measurement) or "none";
         None is "draft" where a draft is named, else "none". speculate_k: proposals of one step at most; the engine
@@ -132,6 +133,7 @@ class EngineConfig:
     device: str = "auto"
     max_seq_len: int = 0
     max_num_seqs: int = 8
+    kv_cache_gib: float = 0.0
     prefill_chunk: int = 256
     compile: bool = False
     compile_prefill: bool = False
@@ -149,6 +151,7 @@ class EngineConfig:
         check_choice("kernels", self.kernels, ("auto", "plain"))
         check_int("max_seq_len", self.max_seq_len, 0, 1 << 22)
         check_int("max_num_seqs", self.max_num_seqs, 1, 256)
+        check_float("kv_cache_gib", self.kv_cache_gib, 0.0, 1 << 20)
         check_int("prefill_chunk", self.prefill_chunk, 16, 8192)
         check_int("threads", self.threads, 0, 1024)
         check_int("speculate_k", self.speculate_k, 1, 16)

@@ -96,7 +96,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
             "kv_cache": str(cache.k_LNHTD.dtype).removeprefix("torch."),
             "kv_cache_gib": round(cache.nbytes / 2**30, 3),
             "max_seq_len": max_seq_len,
-            "max_num_seqs": config.max_num_seqs,
+            "max_num_seqs": cache.slots,
             "speculate": "+".join(config.proposers) or "none",
             "weight_bytes_per_step": weight_bytes,
             "load_seconds": round(time.perf_counter() - started, 2),
@@ -126,7 +126,8 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
         raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
                           got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
     max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
-    draft_cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
+    dtype = cache_dtype(config, loaded)
+    draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device, slots=cache.slots)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
     runner = path.runner(
@@ -200,19 +201,31 @@ def choose_max_seq_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def build_cache(
-    config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device
-) -> KVCache:
-    """Allocate the KV cache, after checking that the machine has room for it."""
-    sizes: dict[str, Any] = {"slots": config.max_num_seqs, "max_seq_len": max_seq_len, "dtype": dtype}
-    need = KVCache(model, **sizes, device=torch.device("meta")).nbytes
+    config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device, *,
+    slots: int | None = None,
+) -> KVCache:  # fmt: skip
+    """Allocate the KV cache of `slots`, or of as many as are configured, after checking that the machine has room."""
+    slot = KVCache(model, slots=1, max_seq_len=max_seq_len, dtype=dtype, device=torch.device("meta")).nbytes
+    slots = slots or affordable_slots(config, slot, max_seq_len)
     free = free_memory(device)
-    if free is not None and need > free:
+    if free is not None and slots * slot > free:
         raise ConfigError(
             "max_num_seqs",
-            f"{config.max_num_seqs} slots of {max_seq_len} positions need {need / 2**30:.2f} GiB of KV cache",
-            allowed=f"{free / 2**30:.2f} GiB free on {device}; lower max_num_seqs or max_seq_len",
+            f"{slots} slots of {max_seq_len} positions need {slots * slot / 2**30:.2f} GiB of KV cache",
+            allowed=f"{free / 2**30:.2f} GiB free on {device}; lower max_num_seqs, max_seq_len or kv_cache_gib",
         )
-    return KVCache(model, **sizes, device=device)
+    return KVCache(model, slots=slots, max_seq_len=max_seq_len, dtype=dtype, device=device)
+
+
+def affordable_slots(config: EngineConfig, slot: int, max_seq_len: int) -> int:
+    """As many slots of `slot` bytes as kv_cache_gib holds, at most max_num_seqs."""
+    if not config.kv_cache_gib:
+        return config.max_num_seqs
+    slots = int(config.kv_cache_gib * 2**30 / slot)
+    if not slots:
+        problem = f"holds no slot of {max_seq_len} positions; lower max_seq_len"
+        raise ConfigError("kv_cache_gib", problem, got=config.kv_cache_gib, allowed=f"at least {slot / 2**30:.3f}")
+    return min(slots, config.max_num_seqs)
 
 
 def weight_bytes_per_step(model: Transformer) -> int:

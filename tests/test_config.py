@@ -69,7 +69,8 @@ def test_engine_numbers(key):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("dtype", "int8"), ("dtype", None), ("dtype", []), ("compile", 1), ("compile_prefill", "yes"),
-     ("checkpoint_path", ""), ("checkpoint_path", None), ("device", ""), ("device", 0)],
+     ("checkpoint_path", ""), ("checkpoint_path", None), ("device", ""), ("device", 0),
+     ("kv_cache_gib", -1), ("kv_cache_gib", "1"), ("kv_cache_gib", float("nan"))],
 )  # fmt: skip
 def test_engine_values(key, value):
     assert problem(EngineConfig, **{"checkpoint_path": "x", key: value}).startswith(f"{key}: ")

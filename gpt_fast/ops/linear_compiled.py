@@ -1,8 +1,8 @@
 """nn.Linear as torch.compile runs it best on a CPU.
 
-For one token PyTorch's own matrix product does not reach half of what memory gives, and each call waits for its threads. Written
-as products and a sum, the compiler makes one vectorized pass of it, together with what stands before and after it: a
-layer becomes two regions instead of ten.
+For one token PyTorch's own matrix product does not reach half of what memory gives, and each call waits for its
+threads. Written as products and a sum, the compiler makes one vectorized pass of it, together with what stands before
+and after it: a layer becomes two regions instead of ten.
 """
 
 from __future__ import annotations
