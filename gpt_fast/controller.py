@@ -204,7 +204,7 @@ class Controller:
     probing: bool = False  # the last choice was a probe, or none
 
     foresees = True  # whether a step that it will leave plain can be known one step before
-    REST_SHARE, REST = 0.25, 3  # of the idle steps in a row, and at most: plain steps between two looks
+    REST_SHARE, REST = 0.25, 8  # of the idle steps in a row, and at most: plain steps between two looks
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     UNKNOWN_TOKEN = 0.1  # the same of a token that a draft must be fed first
     COMPARED = 3  # plain steps a comparison, after one that could not begin ahead
