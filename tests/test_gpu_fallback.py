@@ -37,6 +37,7 @@ class OnCuda(nn.Module):
         sizes = dict(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, dim=64, head_dim=32, intermediate_size=64,
                      max_position=64)  # fmt: skip
         self.config = ModelConfig(**(sizes | changes))
+        self.tok_embeddings = nn.Embedding(64, 64, device="meta")
         self.norm = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
 
 

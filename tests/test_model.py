@@ -220,7 +220,13 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one(tiny_model, seed):
 # ----------------------------------------------------------------------------------- compiled
 
 
-def test_compiled_equals_eager(tiny_model):
+@pytest.fixture
+def fresh_compiler():
+    """A forward is compiled a few times at most, whichever test asks."""
+    torch._dynamo.reset()
+
+
+def test_compiled_equals_eager(tiny_model, fresh_compiler):
     model = tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, sliding_window=9, sliding_layers=(0,))
     compiled = torch.compile(model)
     rng = random.Random(5)
@@ -235,7 +241,7 @@ def test_compiled_equals_eager(tiny_model):
             torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
 
 
-def test_compiled_decode_of_one_token_equals_eager(tiny_model):
+def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
     model, twin = (tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, qkv_bias=True) for _ in range(2))
     for_one_token(twin)
     compiled = torch.compile(twin, fullgraph=True)
@@ -248,7 +254,7 @@ def test_compiled_decode_of_one_token_equals_eager(tiny_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, dtype):
+def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, fresh_compiler, dtype):
     """Attention costs what is used: a write must not copy the slots."""
     model = tiny_model(max_seq_len=5000)
     cache = KVCache(model.config, slots=2, max_seq_len=5000, dtype=dtype, device=torch.device("cpu"))

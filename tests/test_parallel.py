@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -155,16 +156,26 @@ def test_every_kind_of_task_is_answered_alike(checkpoint, tmp_path, one_torch_th
 def test_three_ranks_answer_as_one_process_does(default_checkpoint, tmp_path):
     """bfloat16 beside integers, whose float32 ops are slow: logits of 16 and more are rounded to eighths."""
     shared = {"tasks": ["basics"], "kv_cache": "float32", "max_num_seqs": 40}
-    kinds = [("model", "float32", 20, 1e-3), ("model_int8", "bfloat16", 8, 0.4), ("model_int4.g32", "bfloat16", 8, 0.4)]
-    asked = [
-        {"checkpoint_path": str(default_checkpoint / f"{name}.safetensors"), "dtype": dtype, "limit": limit, **shared}
-        for name, dtype, limit, _ in kinds
-    ]
+    int4, int8 = default_checkpoint / "model_int4.g32.safetensors", quantized_beside(default_checkpoint, tmp_path)
+    kinds = [(default_checkpoint, "float32", 20, 1e-3), (int8, "bfloat16", 8, 0.4), (int4, "bfloat16", 8, 0.4)]
+    asked = [{"checkpoint_path": str(path), "dtype": dtype, "limit": n, **shared} for path, dtype, n, _ in kinds]
     for ours, theirs, (_, dtype, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
         assert len(ours["basics"]) == limit
         same_answers(ours, theirs, within=within)
         pairs = zip(ours["basics"].values(), theirs["basics"].values(), strict=True)
         assert sum(choice(a) == choice(b) for a, b in pairs) >= (limit if dtype == "float32" else limit - 1)
+
+
+def quantized_beside(checkpoint, directory):
+    """The checkpoint in int8, in a directory of its own that has the source's files by reference."""
+    new = directory / "checkpoint"
+    new.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != "manifest.json":
+            (new / file.name).symlink_to(file)
+    shutil.copy(checkpoint / "manifest.json", new)
+    (new / "model_int8.safetensors").unlink(missing_ok=True)
+    return quantize_checkpoint(new, mode="int8")
 
 
 def choice(answers):
