@@ -127,7 +127,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
                           got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
     max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
     dtype = cache_dtype(config, loaded)
-    draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device, slots=cache.slots)
+    draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device, beside=cache)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
     runner = path.runner(
@@ -202,12 +202,17 @@ def choose_max_seq_len(config: EngineConfig, model: ModelConfig) -> int:
 
 def build_cache(
     config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device, *,
-    slots: int | None = None,
+    beside: KVCache | None = None,
 ) -> KVCache:  # fmt: skip
-    """Allocate the KV cache of `slots`, or of as many as are configured, after checking that the machine has room."""
+    """Allocate the KV cache of as many slots as are configured, after checking that the machine has room.
+
+    beside: a target's cache, whose draft gets as many slots. On a CPU it takes its memory only when it is written.
+    """
     slot = KVCache(model, slots=1, max_seq_len=max_seq_len, dtype=dtype, device=torch.device("meta")).nbytes
-    slots = slots or affordable_slots(config, slot, max_seq_len)
+    slots = beside.slots if beside else affordable_slots(config, slot, max_seq_len)
     free = free_memory(device)
+    if free is not None and beside and device.type == "cpu":
+        free -= beside.nbytes
     if free is not None and slots * slot > free:
         raise ConfigError(
             "max_num_seqs",

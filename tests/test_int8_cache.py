@@ -105,15 +105,26 @@ def test_the_choice_is_named_and_sized_scales_included(tiny_model, monkeypatch):
         build_cache(config, model, 128, torch.int8, CPU)
 
 
+def test_a_drafts_cache_needs_room_beside_its_targets(tiny_model, monkeypatch):
+    """Whose pages the system has not given yet, so that they still count as free."""
+    target = cache_of(tiny_model())
+    config = EngineConfig(checkpoint_path="x", max_num_seqs=3)
+    monkeypatch.setattr("gpt_fast.load.free_memory", lambda device: 2 * target.nbytes)
+    assert build_cache(config, target.config, 128, torch.int8, CPU, beside=target).slots == 3
+    monkeypatch.setattr("gpt_fast.load.free_memory", lambda device: 2 * target.nbytes - 1)
+    with pytest.raises(ConfigError, match=r"^max_num_seqs: 3 slots of 128 positions need"):
+        build_cache(config, target.config, 128, torch.int8, CPU, beside=target)
+
+
 def test_a_memory_budget_decides_how_many_slots_there_are(tiny_model):
     model, slot_gib = tiny_model().config, cache_of(tiny_model()).nbytes / 3 / 2**30
 
-    def slots(budget: float, **options) -> int:
+    def slots(budget: float, beside: KVCache | None = None) -> int:
         config = EngineConfig(checkpoint_path="x", max_num_seqs=5, kv_cache_gib=budget * slot_gib)
-        return build_cache(config, model, 128, torch.int8, CPU, **options).slots
+        return build_cache(config, model, 128, torch.int8, CPU, beside=beside).slots
 
     assert [slots(budget) for budget in (0, 1.01, 2.99, 4.01, 100)] == [5, 1, 2, 4, 5]
-    assert slots(1.01, slots=3) == 3  # a draft's cache has its target's
+    assert slots(1.01, beside=cache_of(tiny_model())) == 3  # a draft's cache has its target's
     with pytest.raises(ConfigError, match=r"^kv_cache_gib: holds no slot of 128 positions; lower max_seq_len"):
         slots(0.99)
 
