@@ -74,6 +74,11 @@ class Decision(NamedTuple):
     offers: Seq[Offer]
     foreseen: bool = False  # one step before, so that it begins while its last tokens are unknown
 
+    @property
+    def lagging(self) -> int:
+        """Rows of which the proposer lacks tokens."""
+        return sum(offer.lag > 0 for offer in self.offers)
+
 
 class Speculator:
     """Proposers, controller and acceptance estimates of one engine. `propose` before a decode step, `learn` after.
@@ -153,7 +158,7 @@ class Speculator:
             late = self.chains and not batch.sampled and not self.last.foreseen
             self.controller.learn(None, batch, tokens, seconds, late=late)
             return
-        lagging = sum(offer.lag > 0 for offer in self.last.offers) if proposal.caught_up else 0
+        lagging = self.last.lagging if proposal.caught_up else 0
         self.controller.learn(
             choice, batch, tokens, seconds, caught_up=proposal.caught_up, lagging=lagging
         )  # fmt: skip

@@ -103,7 +103,7 @@ def run(
             if full:
                 took = time.perf_counter() - started
                 seconds, steps, tokens = seconds + took, steps + 1, tokens + len(events)
-                lagging = lagged(core.runner.speculator)
+                lagging = core.runner.speculator.last.lagging if core.runner.speculator else 0
                 caught_up += lagging
                 if not lagging:
                     ready_seconds, ready_steps = ready_seconds + took, ready_steps + 1
@@ -112,11 +112,6 @@ def run(
         speculator = core.runner.speculator
         totals = speculator.totals if speculator and choice else Totals()
     return Run(list(answers.values()), seconds, steps, tokens, totals, ready_seconds, ready_steps, caught_up)
-
-
-def lagged(speculator: Speculator | None) -> int:
-    """Rows of which a draft lacked tokens in the last step."""
-    return sum(offer.lag > 0 for offer in speculator.last.offers) if speculator else 0
 
 
 class Reader:
