@@ -8,9 +8,9 @@ draft, and a draft whose vocabulary size or tokenizer differs is refused with th
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from gpt_fast.command import one_line_errors
 from gpt_fast.convert.draft import draft_job
 from gpt_fast.convert.run import DTYPES, convert
 
@@ -27,7 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("convert_ckpt"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_ckpt: {error}")

@@ -6,9 +6,9 @@ default) keeps their exact values, bfloat16 and float16 round them. Needs `pip i
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from gpt_fast.command import one_line_errors
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import DTYPES, convert
 from gpt_fast.tokenizer import tokenizer_json_from_gguf
@@ -26,7 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("convert_gguf"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_gguf: {error}")

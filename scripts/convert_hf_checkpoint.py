@@ -10,9 +10,9 @@ model.pth / model_int8.pth (give the file, with config.json beside it). The arch
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from gpt_fast.command import one_line_errors
 from gpt_fast.convert.hf import is_gpt_fast_int8, open_job
 from gpt_fast.convert.int8 import convert_int8
 from gpt_fast.convert.run import DTYPES, convert
@@ -37,7 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("convert_hf_checkpoint"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_hf_checkpoint: {error}")

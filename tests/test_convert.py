@@ -356,7 +356,7 @@ def test_convert_command_reads_hf_and_writes_beside_it(tmp_path: Path) -> None:
     script("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "model", "--dtype", "bfloat16")
     assert load_checkpoint(tmp_path / "model", device="cpu").model.norm.weight.dtype == torch.bfloat16
     failed = script("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "nothing", check=False)
-    assert failed.returncode == 1 and failed.stderr.startswith("convert_hf_checkpoint: ")
+    assert failed.returncode == 2 and failed.stderr.startswith("convert_hf_checkpoint: ")
     assert "Traceback" not in failed.stderr
     named = script("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path, "--model_name", "7B", check=False)
     assert named.returncode == 2 and "--model_name" in named.stderr

@@ -10,34 +10,35 @@ from _tiny_engine import tiny_engine
 
 from gpt_fast.config import ConfigError
 from gpt_fast.controller import Controller
-from gpt_fast.draft import report
+from gpt_fast.draft import predict, report
+from gpt_fast.draft.judge import judge_draft, mean_unread
 from gpt_fast.draft.measure import Run
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
 from gpt_fast.proposers import DraftProposer
 from gpt_fast.speculator import Speculator, Totals
 
-COST = report.Cost(2, 10.0, 1.0, 0.1, {2: 1.1, 4: 1.2}, {2: 0.05, 4: 0.06}, 2000.0)
+COST = predict.Cost(2, 10.0, 1.0, 0.1, {2: 1.1, 4: 1.2}, {2: 0.05, 4: 0.06}, 2000.0)
 
 
 def test_tau_cost_and_best_k_are_the_stated_formulas():
-    pooled = report.Pooled([0.8, 0.5, 0.5, 0.5], coverage=1.0, answer=64)
+    pooled = predict.Pooled([0.8, 0.5, 0.5, 0.5], coverage=1.0, answer=64)
     assert pooled.tau(2) == pytest.approx(1 + 0.8 + 0.8 * 0.5)
     assert pooled.tau(4) == pytest.approx(1 + 0.8 + 0.4 + 0.2 + 0.1)
     assert COST.step(4) == pytest.approx(4 * 0.1 + 1.2 + 0.06)
-    assert report.best_k(pooled, COST) == 2  # 2.2 / 1.35 against 2.5 / 1.66
-    half = report.Pooled([0.8], coverage=0.5, answer=64)
+    assert predict.best_k(pooled, COST) == 2  # 2.2 / 1.35 against 2.5 / 1.66
+    half = predict.Pooled([0.8], coverage=0.5, answer=64)
     assert half.tau(1) == pytest.approx(1.4)
     assert half.cost(2, COST) == pytest.approx(0.75 * COST.step(2) + 0.25)
 
 
 def test_break_even_pays_exactly():
-    a = report.break_even(4, 1.66)
+    a = predict.break_even(4, 1.66)
     assert (1 - a**5) / (1 - a) == pytest.approx(1.66)
-    assert report.break_even(4, 9.0) == pytest.approx(1.0)
+    assert predict.break_even(4, 9.0) == pytest.approx(1.0)
 
 
 def test_the_verdict_names_the_term_that_is_off():
-    speed = report.Speed(1, 4, predicted=2.0, measured=1.5, tau_predicted=3.0, tau_measured=2.25, cost_predicted=1.5,
+    speed = predict.Speed(1, 4, predicted=2.0, measured=1.5, tau_predicted=3.0, tau_measured=2.25, cost_predicted=1.5,
                          cost_measured=1.5, prompts_predicted=0.1, prompts_measured=0.1, break_even=0.4)  # fmt: skip
     assert speed.residual == pytest.approx(-0.25) and speed.verdict == "tau is off by -25.0%"
     dear = dataclasses.replace(speed, tau_measured=3.0, cost_measured=2.0)
@@ -52,16 +53,16 @@ def test_pooling_counts_steps_that_had_proposals():
     totals.learn(2, 1)
     totals.learn(2, 2)
     answers = [[0] * 8]  # one token from the prefill, seven from steps: 3 accepted, so 4 row steps, 2 with proposals
-    pooled = report.pool([Run(answers, 1.0, 4, 7, totals)])
+    pooled = predict.pool([Run(answers, 1.0, 4, 7, totals)])
     assert pooled.rates == [1.0, 0.5] and pooled.coverage == 0.5
 
 
 def test_the_prompts_that_a_draft_must_read_are_part_of_a_step():
     """Two rows of 32-token answers at 4 tokens a step: a prompt every fourth step, of two plain steps."""
     cost = dataclasses.replace(COST, draft_prompt_ms=20.0)
-    pooled = report.Pooled([1.0, 1.0, 1.0], coverage=1.0, answer=32)
+    pooled = predict.Pooled([1.0, 1.0, 1.0], coverage=1.0, answer=32)
     assert pooled.cost(4, cost) == pytest.approx(COST.step(4) + 2 / 4)
-    assert report.mean_unread([[1, 2, 3, 4], [1, 2, 9]]) == 2 and report.mean_unread([[1, 2, 3]]) == 3
+    assert mean_unread([[1, 2, 3, 4], [1, 2, 9]]) == 2 and mean_unread([[1, 2, 3]]) == 3
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def judged(make_core):
     draft = make_core(core.runner.decode, slots=4).runner
     core.runner.speculator = Speculator({"draft": DraftProposer(draft)}, Controller([1, 2, 4]), max_seq_len=128)
     prompts = [Prompt(c, list(f"{c} number {i}".encode())) for c in ("code", "chat") for i in range(2)]
-    return report.judge_draft(
+    return judge_draft(
         core, "itself", prompts, batch_sizes=[1, 2], temperatures=[0.0, 1.0], max_new_tokens=24
     )
 

@@ -17,7 +17,8 @@ from gpt_fast.controller import PLAIN, Batch, Choice, Controller
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
 from gpt_fast.draft import __main__ as command
-from gpt_fast.draft import report, speed
+from gpt_fast.draft import speed
+from gpt_fast.draft.judge import judge_draft
 from gpt_fast.draft.prompts import Prompt
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.synthetic import force_acceptance
@@ -112,7 +113,7 @@ def test_measured_acceptance_is_the_rate_that_was_asked_for(make_core, tiny_mode
     draft = make_core(tiny_model(seed=5, vocab_size=257), slots=4).runner
     engine.core.runner.speculator = Speculator({"draft": DraftProposer(draft)}, Controller([1, 4]), max_seq_len=128)
     force_acceptance(engine.core, rate)
-    judged = report.judge_draft(
+    judged = judge_draft(
         engine.core, "forced", PROMPTS, batch_sizes=[2], temperatures=[1.0], max_new_tokens=60
     )
     for row in judged.acceptance:

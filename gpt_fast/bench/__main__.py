@@ -20,17 +20,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.bench import machine, report
 from gpt_fast.bench.peers import PEERS
+from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
+from gpt_fast.command import one_line_errors
 
 VERIFY_SIZES = range(1, 9)
 
@@ -42,20 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return gpu_main([argument for argument in given if argument != "--gpu"])
     args = parse_args(argv)
-    if not (args.engine or args.http or args.peer):
-        sys.exit("error: nothing to measure: give --engine, --http URL, --peer NAME, or several")
-    if args.plot and find_spec("matplotlib") is None:
-        sys.exit("error: plot: needs matplotlib: pip install gpt-fast[plot]")
-    try:
+    with one_line_errors(also=(RuntimeError,)):  # as which a target's error comes out of its process
+        if not (args.engine or args.http or args.peer):
+            raise ValueError("nothing to measure: give --engine, --http URL, --peer NAME, or several")
         result = measure(args)
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(report.table(result))
-    if args.out:
-        report.write_json(result, args.out)
-    if args.plot:
-        report.plot(result, args.plot)
-    print(json.dumps(result))
+        print(report.table(result))
+        if args.out:
+            report.write_json(result, args.out)
+        if args.plot:
+            report.plot(result, args.plot)
+        print(json.dumps(result))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="compile the prompt's forward too")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, help="write the JSON here, indented")
-    add("--plot", type=Path, help="write a picture here (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
     return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
 
 

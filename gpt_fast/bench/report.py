@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.bench.picture import picture
 from gpt_fast.bench.rounds import Results
 from gpt_fast.bench.sample import Case, Description
 from gpt_fast.bench.stats import ratio, summarize
@@ -152,24 +153,25 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Decode and prefill rates, a group of bars a case, p10 to p90 as whiskers. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    """Decode and prefill rates, a group of bars a case, p10 to p90 as whiskers."""
     rates = {"decode": "decode_tokens_per_s", "prefill": "prefill_tokens_per_s"}
     names = list(dict.fromkeys(name for case in report["cases"] for name in case["targets"]))
-    for axis, (title, key) in zip(figure.subplots(1, 2), rates.items(), strict=True):
-        width = 0.8 / len(names)
-        for index, name in enumerate(names):
-            for place, case in enumerate(report["cases"]):
-                bar(axis, place + index * width, case["targets"].get(name, {}), key, width, f"C{index}")
-            axis.plot([], color=f"C{index}", lw=6, label=name)  # the legend's entry, once
-        middle = (0.8 - width) / 2
-        axis.set_xticks([place + middle for place in range(len(report["cases"]))], list(map(label, report["cases"])))
-        axis.set(title=f"{title}, tokens/s (all rows)")
-        axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with picture(path, inches=(11, 4.5)) as figure:
+        for axis, (title, key) in zip(figure.subplots(1, 2), rates.items(), strict=True):
+            bars(axis, report["cases"], names, key)
+            axis.set(title=f"{title}, tokens/s (all rows)")
+            axis.legend()
+
+
+def bars(axis: Any, cases: list[Mapping[str, Any]], names: list[str], key: str) -> None:
+    """A group of bars a case, one a target."""
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        for place, case in enumerate(cases):
+            bar(axis, place + index * width, case["targets"].get(name, {}), key, width, f"C{index}")
+        axis.plot([], color=f"C{index}", lw=6, label=name)  # the legend's entry, once
+    middle = (0.8 - width) / 2
+    axis.set_xticks([place + middle for place in range(len(cases))], list(map(label, cases)))
 
 
 def bar(axis: Any, place: float, figures: Mapping[str, Any], key: str, width: float, color: str) -> None:

@@ -21,18 +21,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt_fast.bench import machine
+from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
 from gpt_fast.bench.stats import FOREIGN_LIMIT
+from gpt_fast.command import one_line_errors
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.controller import Choice
+from gpt_fast.draft.judge import DraftReport, judge_draft
 from gpt_fast.draft.prompts import SHIPPED, read_prompts
 from gpt_fast.draft.random_model import write_random_model
-from gpt_fast.draft.report import DraftReport, judge_draft, plot, print_comparison, print_report
+from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.draft.verify import Check, check_greedy, check_sampled
 from gpt_fast.llm import Engine
-from gpt_fast.safetensors_file import CheckpointError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     report.add_argument("--repeat", type=int, default=3, help="turns of plain decode and speculation")
     forced = "for models of random weights: let proposals stand at this rate, at temperature 1"
     report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
-    report.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
+    report.add_argument("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
     speed = commands.add_parser("speed", help="plain decode and speculation by turns")
     add_common(speed, several_drafts=False)
     speed.set_defaults(speculate_k=8)
@@ -92,10 +94,8 @@ def add_common(parser: argparse.ArgumentParser, *, several_drafts: bool) -> None
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         passed = COMMANDS[args.command](args)
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
     sys.exit(0 if passed else 1)
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast import torchrun
+from gpt_fast.bench.picture import picture_path
 from gpt_fast.checkpoint import WEIGHTS
+from gpt_fast.command import MISTAKES, one_line_errors, text
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.eval.report import Passage, make_report, plot, table
 from gpt_fast.quantize.gate import report_path, write_report
@@ -22,10 +24,14 @@ from gpt_fast.torchrun import Group
 
 def main(arguments: list[str] | None = None) -> None:
     if not torchrun.launched():
-        return run(arguments, None)
+        with one_line_errors():
+            return run(arguments, None)
     group = torchrun.join()
     with group.one_voice():
-        run(arguments, group)
+        try:
+            run(arguments, group)
+        except MISTAKES as error:  # one rank's alone perhaps, so it is one_voice that says it
+            sys.exit(f"error: {text(error)}")
 
 
 def run(arguments: list[str] | None, group: Group | None) -> None:
@@ -34,11 +40,7 @@ def run(arguments: list[str] | None, group: Group | None) -> None:
     args = flags.parse_args(arguments)
     if (args.quality is None) == (args.checkpoint_path is None):
         flags.error("give either --checkpoint_path with --tasks, or --quality")
-    try:
-        result = run_quality(args, group) if args.quality is not None else run_tasks(args, group)
-    except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
-        sys.exit(f"error: {error}")
-    print(json.dumps(result))
+    print(json.dumps(run_quality(args, group) if args.quality is not None else run_tasks(args, group)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text", type=Path, help="a UTF-8 file; the held-out part of this Python's help texts unless said")
     add("--windows", type=int, default=8, help="pieces of the text")
     add("--seq_length", type=int, default=512, help="tokens of a piece")
-    add("--plot", type=Path, help="write a picture (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write a picture (gpt-fast[plot])")
     return flags
 
 

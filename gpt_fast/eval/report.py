@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpt_fast.bench.picture import picture
 from gpt_fast.checkpoint import Loaded
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine import Forward
@@ -152,22 +153,25 @@ def decibels(value: float | None) -> str:
 
 
 def plot(report: Mapping[str, Any], tokens: TokenFigures, path: Path) -> None:
-    """SQNR by layer, and the share of tokens whose KL exceeds a value. Needs matplotlib: gpt-fast[plot]."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plot", "needs matplotlib: pip install gpt-fast[plot]") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """SQNR by layer, and the share of tokens whose KL exceeds a value."""
+    with picture(path, inches=(10, 4)) as figure:
+        left, right = figure.subplots(1, 2)
+        plot_layers(left, report)
+        plot_tokens(right, report, tokens)
+
+
+def plot_layers(axes: Any, report: Mapping[str, Any]) -> None:
     numbers = [layer["layer"] for layer in report["layers"]]
     for key, label in (("weight_sqnr_db", "weights"), ("hidden_sqnr_db", "hidden states")):
         values = [math.nan if layer[key] is None else layer[key] for layer in report["layers"]]
-        left.plot(numbers, values, marker=".", label=label)
-    left.set(xlabel="layer", ylabel="SQNR (dB)", title=report["checkpoint"])
-    left.legend()
+        axes.plot(numbers, values, marker=".", label=label)
+    axes.set(xlabel="layer", ylabel="SQNR (dB)", title=report["checkpoint"])
+    axes.legend()
+
+
+def plot_tokens(axes: Any, report: Mapping[str, Any], tokens: TokenFigures) -> None:
     kl = tokens.kl.sort().values
     share = 1 - torch.arange(len(kl)) / len(kl)
-    right.plot(kl.clamp(min=1e-8).tolist(), share.tolist())
-    right.set(xscale="log", yscale="log", xlabel="KL (nats)", ylabel="share of tokens above",
-              title=f"mean {report['mean_kl']:.4f}, 99th percentile {report['p99_kl']:.4f}")  # fmt: skip
-    figure.savefig(path, dpi=120)
+    axes.plot(kl.clamp(min=1e-8).tolist(), share.tolist())
+    axes.set(xscale="log", yscale="log", xlabel="KL (nats)", ylabel="share of tokens above",
+             title=f"mean {report['mean_kl']:.4f}, 99th percentile {report['p99_kl']:.4f}")  # fmt: skip

@@ -19,7 +19,9 @@ from gpt_fast.bench.gpu import peers, report, rows
 from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
+from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
+from gpt_fast.command import one_line_errors
 from gpt_fast.config import ModelConfig
 
 KINDS = ("ceilings", "decode", "allocated", "verify", "prefill", "sampler", "cold", "peers")
@@ -29,15 +31,14 @@ Measure = Callable[[], Any]  # figures, or a list of them
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("error: no CUDA device: --gpu measures one (--dry-run runs everything small on the CPU)")
-    if args.plot and find_spec("matplotlib") is None:
-        sys.exit("error: plot: needs matplotlib: pip install gpt-fast[plot]")
-    result = Bench(args).run()
-    print(report.table(result))
-    if args.plot:
-        report.roofline(result, args.plot)
-    print(json.dumps(result))
+    with one_line_errors():
+        if not args.dry_run and not torch.cuda.is_available():
+            raise ValueError("no CUDA device: --gpu measures one (--dry-run runs everything small on the CPU)")
+        result = Bench(args).run()
+        print(report.table(result))
+        if args.plot:
+            report.roofline(result, args.plot)
+        print(json.dumps(result))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peer_dir", type=Path, help="a checkout of meta-pytorch/gpt-fast")
     add("--dry-run", action="store_true", help="a tiny model on the CPU: every code path, no figure worth anything")
     add("--out", type=Path, help="write the JSON here, anew after every row")
-    add("--plot", type=Path, help="write the roofline here (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write the roofline here (gpt-fast[plot])")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given, argparse.Namespace(arguments=["--gpu", *given]))
     return shrunk(args) if args.dry_run else args

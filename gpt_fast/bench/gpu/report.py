@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.bench.picture import picture
+
 Row = dict[str, Any]
 
 KEYS = ("kind", "model", "format", "kv_cache", "rows", "context", "width", "prompt")
@@ -76,11 +78,12 @@ def decode_cells(row: Row) -> tuple[str, ...]:
 
 
 def roofline(result: dict[str, Any], path: Path) -> None:
-    """Bytes of a step against its time, with the read ceiling as the line nothing can be below. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    """Bytes of a step against its time, with the read ceiling as the line nothing can be below."""
+    with picture(path, inches=(8, 5)) as figure:
+        draw(figure.subplots(), result)
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
+
+def draw(axis: Any, result: dict[str, Any]) -> None:
     measured = [row for row in result["rows"] if "gb_per_step" in row]
     for index, form in enumerate(dict.fromkeys(row["format"] for row in measured)):
         points = [(row["gb_per_step"], row["us_per_step"]) for row in measured if row["format"] == form]
@@ -93,5 +96,3 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="GB a step must read", ylabel="microseconds a step",
              title=result["device"])  # fmt: skip
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

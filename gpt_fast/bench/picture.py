@@ -1,0 +1,36 @@
+"""Pictures of results. The one place that imports matplotlib (extra `plot`)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def picture_path(value: str) -> Path:
+    """For argparse: what no picture could be written to is refused before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install gpt-fast[plot]")
+    path = Path(value)
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"unknown format (got {value!r}, allowed a name in {', '.join(FORMATS)})")
+    return path
+
+
+@contextmanager
+def picture(path: Path, *, inches: tuple[float, float]) -> Iterator[Any]:
+    """A matplotlib Figure to draw on; it is at `path` once the context ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    yield figure
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)
+    os.replace(temporary, path)

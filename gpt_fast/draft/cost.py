@@ -1,0 +1,112 @@
+"""What every kind of step costs on this machine: plain, a draft's, a verification's, a draft's reading of prompts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gpt_fast.chain import Chain
+from gpt_fast.controller import Choice
+from gpt_fast.draft.measure import draft_runner, speculating
+from gpt_fast.draft.predict import Cost
+from gpt_fast.engine import EngineCore, Runner, bucket_of
+from gpt_fast.proposers import DraftProposer
+from gpt_fast.scheduler import Sequence as Row
+from gpt_fast.scheduler import Slot
+from gpt_fast.speculator import made_up
+
+REPEATS = 11
+
+
+@torch.inference_mode()
+def measure_cost(
+    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
+    temperature: float = 0.0,
+) -> Cost:  # fmt: skip
+    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps and a draft's
+    come several in a row, for where they can they begin ahead. unread: tokens of a prompt that a draft must read."""
+    rows = made_up(batch_size, context, temperature=temperature)
+    times: dict[str, list[float]] = {}
+
+    def timed(key: str, work: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        work()
+        times.setdefault(key, []).append(time.perf_counter() - started)
+
+    runner = draft_runner(core.runner.speculator)
+    proposer = core.runner.speculator.proposers[arm] if core.runner.speculator else None
+    start = proposer.start if isinstance(proposer, DraftProposer) and temperature == 0 else None
+    for _ in range(REPEATS + 1):
+        with speculating(core, None):
+            times.setdefault("plain", []).append(plain_step(core, rows))
+        if runner:
+            timed("prompt", lambda: read_prompt(runner, unread))
+            times.setdefault("draft", []).append(draft_step(runner, rows, start))
+        for k in counts:
+            timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
+            with speculating(core, Choice(arm, k)):
+                catch_up(core, rows)
+                timed(f"step {k}", lambda: core.runner.advance(rows))
+    core.scheduler.slots = [Slot() for _ in core.scheduler.slots]  # the made-up rows wrote there
+    seconds = {key: statistics.median(values[1:]) for key, values in times.items()}
+    plain, draft = seconds["plain"], seconds.get("draft", 0.0)
+    v = {k: seconds[f"verify {k}"] / plain for k in counts}
+    o = {k: (seconds[f"step {k}"] - k * draft) / plain - v[k] for k in counts}
+    rate = batch_size / draft if draft else 0.0
+    return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate, seconds.get("prompt", 0.0) * 1e3)
+
+
+def plain_step(core: EngineCore, rows: Sequence[Row], steps: int = 4) -> float:
+    """Seconds of a plain step among others, of rows that are left as they were."""
+    before = [(row, list(row.output), row.computed) for row in rows]
+    started = 0.0
+    for step in range(1 + steps):
+        if step == 1:
+            started = time.perf_counter()
+        sampled = core.runner.advance(list(rows))
+        for row in rows:
+            row.output.append(sampled[row.id][0].token)
+            row.computed += 1
+        core.runner.run_ahead(list(rows))
+    seconds = (time.perf_counter() - started) / steps
+    for row, output, computed in before:
+        row.output[:], row.computed = output, computed
+    return seconds
+
+
+def draft_step(runner: Runner, rows: Sequence[Row], start: Callable | None, steps: int = 4) -> float:
+    """Seconds of one of several proposals: steps of a chain where they can be begun (`start`), else one by one."""
+    started = time.perf_counter()
+    if start:
+        Chain(start, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
+              slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
+    else:
+        for _ in range(steps):
+            forward(runner, rows, 1)
+    return (time.perf_counter() - started) / steps
+
+
+def read_prompt(runner: Runner, count: int) -> None:
+    """Feed a draft's first slot `count` tokens, as it catches up with a prompt."""
+    for start in range(0, count, runner.chunks[-1]):
+        part = [0] * min(runner.chunks[-1], count - start)
+        size = bucket_of(runner.chunks, len(part))
+        runner.forward(runner.prefill, [part], [start], [0], size=size)[..., 0].tolist()
+
+
+def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
+    """Steps until a draft has seen all of the rows, and one more."""
+    lagging = True
+    while lagging:
+        core.runner.advance(list(rows))
+        lagging = any(offer.lag for offer in core.runner.speculator.last.offers) if core.runner.speculator else False
+
+
+def forward(runner: Runner, rows: Sequence[Row], size: int) -> list:
+    """One forward of `size` tokens a row, until the host has something of every token."""
+    tokens = [[0] * size for _ in rows]
+    starts, slots = [r.computed for r in rows], [r.slot for r in rows]
+    return runner.forward(runner.decode, tokens, starts, slots, size=size, every=True)[..., 0].tolist()
