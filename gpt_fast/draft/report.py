@@ -62,8 +62,10 @@ def plot(reports: Sequence[DraftReport], path: Path) -> None:
             right.plot(sizes, [s.predicted for s in report.speeds], "--", label=f"{name} predicted")
             right.plot(sizes, [s.measured for s in report.speeds], marker="o", label=f"{name} measured")
         left.set(xlabel="proposal", ylabel="accepted where those before stand (95 % intervals)", ylim=(0, 1.02))
+        left.set_xticks(range(1, 1 + max(len(row.rates) for _, row in rows)))
         right.axhline(1.0, color="grey", linewidth=1)
         right.set(xlabel="batch size", ylabel="speed-up over plain decode")
+        right.set_xticks(sorted({s.batch_size for report in reports for s in report.speeds}))
         for axes in (left, right):
             axes.legend(fontsize="x-small")
 

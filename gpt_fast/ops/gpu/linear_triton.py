@@ -213,10 +213,7 @@ def dots_tensor_cores(
         x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
         sum_SNM = dot(w_SNK, x_SKM, sum_SNM, NATIVE)
         squares_M += part_M
-    out_MN = tl.trans(tl.sum(sum_SNM, 0))
-    if NORM:
-        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
-    return out_MN
+    return shares_added(sum_SNM, squares_M, k, eps, NORM)
 
 
 @triton.jit
@@ -265,10 +262,7 @@ def dots_groups(
             x_SKM, part_M = load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM, TOKENS)
             sum_SNM = scale_SN[:, :, None] * dot(w_SNK, x_SKM, none_SNM, NATIVE) + sum_SNM
             squares_M += part_M
-    out_MN = tl.trans(tl.sum(sum_SNM, 0))
-    if NORM:
-        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
-    return out_MN
+    return shares_added(sum_SNM, squares_M, k, eps, NORM)
 
 
 @triton.jit
@@ -303,10 +297,7 @@ def dots_dequantized(
             code_SNK = codes(w_SNK, SHIFT, x_SKM.dtype, NATIVE) - (OFFSET + 8.0)
             sum_SNM = dot(code_SNK * scale_SNK + center_SNK, x_SKM, sum_SNM, NATIVE)
             squares_M += part_M
-    out_MN = tl.trans(tl.sum(sum_SNM, 0))
-    if NORM:
-        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
-    return out_MN
+    return shares_added(sum_SNM, squares_M, k, eps, NORM)
 
 
 @triton.jit
@@ -356,6 +347,15 @@ def load_tokens(x, norm, at_SK, inside_SK, tokens, k, NORM: tl.constexpr, TOKENS
         squares_M = tl.sum(tl.sum(wide_SKM * wide_SKM, 1), 0)
         x_SKM = (wide_SKM * tl.load(norm + at_SK, inside_SK, 0.0).to(tl.float32)[:, :, None]).to(x_SKM.dtype)
     return x_SKM, squares_M
+
+
+@triton.jit
+def shares_added(sum_SNM, squares_M, k, eps, NORM: tl.constexpr):
+    """The shares' sums as [M, N], times the norm's rsqrt."""
+    out_MN = tl.trans(tl.sum(sum_SNM, 0))
+    if NORM:
+        out_MN *= tl.rsqrt(squares_M / k + eps)[:, None]
+    return out_MN
 
 
 # ------------------------------------------------------------------------------------- the kernels
