@@ -13,11 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from gpt_fast.collector import at_rest
 from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.llm import Engine, TextEvent
-from gpt_fast.speculator import Totals
+
+with at_rest():
+    import torch
+
+    from gpt_fast.llm import Engine, TextEvent
+    from gpt_fast.speculator import Totals
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -219,7 +219,9 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
-    return HuggingFaceTokenizer(backend, read_json_object(path).get("decoder"), facts, where=str(path))
+    # As the file has it, from the library's pickled state: not to read megabytes of JSON a second time.
+    decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    return HuggingFaceTokenizer(backend, decoder, facts, where=str(path))
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "gpt_fast"
 # layer and those below. ops.cpu and ops.gpu are whole forwards over Transformer and KVCache, so they stand beside the
 # model.
 LAYERS = [
-    {"config", "command", "serve.stream", "safetensors_file", "manifest", "guide_check", "memory"},
+    {"config", "command", "collector", "serve.stream", "safetensors_file", "manifest", "guide_check", "memory"},
     {"ops"},
     {"model", "attention", "cache", "sampling", "scheduler", "speculative", "proposers", "controller", "speculator",
      "chain", "verdict", "budget", "parallel", "quantize", "ops.cpu", "ops.gpu"},

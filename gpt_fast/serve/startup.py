@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -97,7 +98,9 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
     engine_config, serve_config = read_config(yaml, root=root)
     if not engine_config.threads:
         engine_config = dataclasses.replace(engine_config, threads=serving_threads())
+    gc.freeze()  # what is imported stays: each full collection would go through it, for 0.1 s
     engine = Engine.load(**dataclasses.asdict(engine_config))
+    gc.freeze()
     logger.info("gpt-fast serves %s", json.dumps(engine.description))
     service = Service(
         engine,

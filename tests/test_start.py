@@ -1,0 +1,88 @@
+"""What a start may not do: import what no request needs, or collect garbage while it imports."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from _quantized import random_model, small_config, write_checkpoint
+from gpt_fast.collector import at_rest
+from gpt_fast.quantize.convert import quantize_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+# Compilers take longer to import than the engine to load; tokenizers and templates are imported with a checkpoint's.
+COMPILERS = {"torch._dynamo", "torch._inductor", "sympy", "triton"}
+EXTRAS = {"transformers", "gguf", "tiktoken", "llguidance", "matplotlib", "lm_eval", "huggingface_hub"}
+OF_CHECKPOINTS = {"tokenizers", "sentencepiece", "jinja2"}
+
+
+def fresh(code: str) -> str:
+    """What a new Python process prints."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def among(names: set[str]) -> str:
+    return f"import sys; print(*sorted({names!r} & sys.modules.keys()))"
+
+
+@pytest.mark.parametrize("module", ["llm", "generate", "serve.startup"])
+def test_the_engine_imports_neither_compilers_nor_extras(module: str) -> None:
+    assert fresh(f"import gpt_fast.{module}; {among(COMPILERS | EXTRAS | OF_CHECKPOINTS)}") == ""
+
+
+@pytest.fixture(scope="module")
+def byte_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = random_model(small_config(vocab_size=257))
+    return write_checkpoint(tmp_path_factory.mktemp("bytes"), model, tokenizer=True)
+
+
+@pytest.mark.parametrize("mode", ["none", "int8"])
+def test_a_first_token_needs_no_compiler(mode: str, byte_checkpoint: Path) -> None:
+    weights = byte_checkpoint if mode == "none" else quantize_checkpoint(byte_checkpoint, mode=mode)
+    code = f"""
+from gpt_fast.config import SamplingParams
+from gpt_fast.llm import Engine
+engine = Engine.load({str(weights)!r}, max_num_seqs=1, threads=1)
+assert len(list(engine.events("a", SamplingParams(max_new_tokens=1)))) == 1
+{among(COMPILERS | EXTRAS)}"""
+    assert fresh(code) == ""
+
+
+def test_the_command_collects_nothing_while_it_imports() -> None:
+    code = "import gc, gpt_fast.generate; print(gc.get_stats()[2]['collections'], gc.get_freeze_count() > 100_000)"
+    assert fresh(code) == "0 True"
+
+
+def test_the_collector_rests_and_goes_on() -> None:
+    with at_rest():
+        assert not gc.isenabled()
+        with at_rest():  # part of the rest around it
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.unfreeze()
+
+
+def test_the_collector_goes_on_after_a_failed_import() -> None:
+    with pytest.raises(ImportError), at_rest():
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()
+
+
+def test_a_collector_that_is_off_stays_off() -> None:
+    before = gc.get_freeze_count()
+    gc.disable()
+    try:
+        with at_rest():
+            pass
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.enable()
