@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def at_rest() -> Iterator[None]:
     """No collection meanwhile, and no later one looks through what there is at the end (gc.freeze).
 
-    For the imports of a program of ours: torch's make hundreds of thousands of objects and no garbage, and the collector
-    would go through the growing heap again and again, for a sixth of the time that the import takes.
+    For the imports of a program of ours: torch's make hundreds of thousands of objects and no garbage, and the
+    collector would go through the growing heap again and again, for a sixth of the time that the import takes.
     """
     if not gc.isenabled():
         yield

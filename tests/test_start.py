@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from _quantized import random_model, small_config, write_checkpoint
+
 from gpt_fast.collector import at_rest
 from gpt_fast.quantize.convert import quantize_checkpoint
 
