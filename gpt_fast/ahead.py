@@ -35,10 +35,11 @@ class Pending(Started, Protocol):
 class Startable(Forward, Protocol):
     """A Forward that can also be begun without waiting for it.
 
-    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them.
+    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them; with `best_only`
+    there need be no logits.
     """
 
-    def start(self, *inputs: Any, after: Any = None, **options: Any) -> Pending: ...
+    def start(self, *inputs: Any, after: Any = None, best_only: bool = False, **options: Any) -> Pending: ...
 
 
 class Ahead(NamedTuple):
@@ -84,7 +85,7 @@ class AheadRunner(Runner):
         counts = [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
         tokens = [s.tokens(s.computed, s.computed + count) for s, count in zip(rows, counts, strict=True)]
         inputs = self._inputs(tokens, [s.computed for s in rows], [s.slot for s in rows], size=max(counts))
-        step = self.decode.start(**inputs)
+        step = self.decode.start(**inputs, best_only=all(map(wants_best, rows)))
         ready = len(plan.decodes) + sum(chunk.last for chunk in plan.chunks)  # only the final chunk may be unfinished
         logits_BV, best_B = step.result(), step.best()
         return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
@@ -115,9 +116,9 @@ class AheadRunner(Runner):
             return logits_BV[: len(index)], best_B[: len(index)]
         return logits_BV[index], best_B[index]
 
-    def _score(self, block: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor]:
         self.ahead = None  # of other sequences
-        step = self.decode.start(**block)
+        step = self.decode.start(**block, best_only=all(map(wants_best, sequences)))
         return step.result(), step.best()
 
     def _plain_next(self, sequences: list[Sequence], *, unknown: int) -> bool:
@@ -129,11 +130,21 @@ class AheadRunner(Runner):
         rows = [(s, s.computed + (after is not None)) for s in sequences]
         last = [[s.output[-1]] for s in sequences]
         inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
-        return Ahead(rows, self.decode.start(**inputs, after=after and after.step))
+        best_only = all(map(wants_best, sequences))
+        return Ahead(rows, self.decode.start(**inputs, after=after and after.step, best_only=best_only))
 
 
 def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
     """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
-    params, done = sequence.params, len(sequence.output)
-    room = done + steps <= params.max_new_tokens and sequence.computed + steps <= max_seq_len
-    return room and params.temperature == 0 and not needs_edit(params, done)
+    room = len(sequence.output) + steps <= sequence.params.max_new_tokens and sequence.computed + steps <= max_seq_len
+    return room and is_greedy(sequence)
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether its next tokens are the argmax of the model's own logits: edits end with more output, or never."""
+    return sequence.params.temperature == 0 and not needs_edit(sequence.params, len(sequence.output))
+
+
+def wants_best(sequence: Sequence) -> bool:
+    """Whether nobody looks at its logits but for the argmax."""
+    return is_greedy(sequence) and sequence.params.logprobs is None

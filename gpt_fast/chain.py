@@ -66,5 +66,5 @@ class Chain:
     def _begin(self, tokens_BS: Tensor, positions_BS: Tensor, last_B: Tensor, after: Started | None) -> Started:
         return self.start(
             tokens_BS, positions_BS, self.cache, length=self.cache.max_seq_len, slots_B=self.slots_B, select_B=last_B,
-            after=after,
+            after=after, best_only=True,
         )  # fmt: skip

@@ -123,7 +123,7 @@ class Runner:
         if self.speculator is None or proposal is None:
             sampled = self._sample(sequences, *self._decode(sequences))
         else:
-            found = self._score(self._block(sequences, proposal))
+            found = self._score(sequences, self._block(sequences, proposal))
             sampled = self._verify(sequences, *found, proposal, self.speculator)
         if self.speculator:
             accepted = [len(sampled[s.id]) - 1 for s in sequences]
@@ -157,7 +157,7 @@ class Runner:
         starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
         return self._inputs(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
 
-    def _score(self, block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The logits of every token [B, S, V], and where known their argmax [B, S]."""
         return self.decode(**block), None
 

@@ -71,6 +71,12 @@ class Activations {
     }
   }
 
+  // The first `n` values of a row, as the products see them.
+  void restore(int row, int n, float* out) const {
+    for (int i = 0; i < n; i++)
+      out[i] = kind_ == Kind::kBf16 ? bf16_to_float(bf16(row)[i]) : scale(row)[i / kGroup] * float(q(row)[i]);
+  }
+
  private:
   static f32x16 load_up_to(const float* p, int n) {
     if (n >= kLanes) return load(p);

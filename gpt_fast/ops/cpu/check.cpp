@@ -1,6 +1,6 @@
 // A standalone run of the decoder over random weights of every format, for the sanitizers (python -m gpt_fast.ops.cpu).
 // Buffers have exactly the documented sizes, so that a read past one is caught. Exits with 1 when a row's logits
-// depend on threads, batch or chunking.
+// depend on threads, batch or chunking, or its best token on the head's screen.
 #include <cstdio>
 #include <random>
 #include <tuple>
@@ -31,6 +31,19 @@ struct RandomModel {
   }
 
   gf::ModelWeights weights{};
+
+  gf::Screen screen() {
+    static const int32_t focus[] = {3, kDim - 1, 40};
+    const Linear& head = weights.head;
+    const size_t rows = size_t(head.tiles()) * gf::kLanes, groups = size_t(head.groups());
+    Linear copy{gf::kInt4, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255), halves(rows * groups * 2),
+                nullptr};
+    gf::Screen s{copy, focus, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
+                 floats(int(rows), 1), 3, 0, 0};
+    gf::build_screen(head, s, 0, 3);
+    gf::build_screen(head, s, 3, head.tiles() - 3);
+    return s;
+  }
 
  private:
   float* floats(int n, float size) {
@@ -138,13 +151,20 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
   return all;
 }
 
+struct Greedy {
+  std::vector<float> logits;
+  std::vector<int64_t> best;
+};
+
 // Two sequences of 40 tokens, each the best after the one before; with `ahead`, a step begins before the last has ended.
-std::vector<float> run_greedily(const RandomModel& model, int threads, bool ahead) {
+// With a screen, no logits.
+Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf::Screen* screen) {
   constexpr int kRows = 2, kTokens = 40;
   gf::Pool pool(threads, 50);
   gf::Decoder decoder(model.weights, pool);
   Cache cache(kRows, gf::CacheType::kFloat);
-  std::vector<float> all(size_t(kTokens) * kRows * RandomModel::kVocab, NAN);
+  if (screen) decoder.set_screen(*screen);
+  std::vector<float> all(screen ? 0 : size_t(kTokens) * kRows * RandomModel::kVocab, NAN);
   std::vector<int64_t> best(size_t(kTokens + 1) * kRows, -1), positions(size_t(kTokens) * kRows);
   best[0] = 5, best[1] = 9;
   for (int at = 0; at < kTokens; at++) {
@@ -155,23 +175,28 @@ std::vector<float> run_greedily(const RandomModel& model, int threads, bool ahea
     step.tokens = at == 0 || !ahead ? &best[size_t(at) * kRows] : nullptr;
     positions[size_t(at) * kRows] = positions[size_t(at) * kRows + 1] = at;
     step.position = &positions[size_t(at) * kRows];
-    step.logits = &all[size_t(at) * kRows * RandomModel::kVocab];
+    step.logits = screen ? nullptr : &all[size_t(at) * kRows * RandomModel::kVocab];
     step.best = &best[size_t(at + 1) * kRows];
     if ((step.tokens ? decoder.start(step) : decoder.follow(step)) != gf::kFine) std::exit(2);
     decoder.finish(uint64_t(ahead ? at : at + 1));
   }
   decoder.finish(kTokens);
-  return all;
+  return {all, best};
 }
 
 bool check(int format, gf::CacheType type) {
-  const RandomModel model(format);
+  RandomModel model(format);
   const std::vector<float> expected = run(model, 1, 1, false, type);
   bool fine = true;
   for (float v : expected) fine = fine && std::isfinite(v);
   for (const auto& [threads, chunk, together] : {std::tuple(3, 1, true), std::tuple(2, 17, false), std::tuple(3, 60, true), std::tuple(1, 7, true)})
     fine = fine && run(model, threads, chunk, together, type) == expected;
-  for (int threads : {1, 2, 3}) fine = fine && run_greedily(model, threads, true) == run_greedily(model, 1, false);
+  const Greedy plain = run_greedily(model, 1, false, nullptr);
+  const gf::Screen screen = format == gf::kInt4 ? gf::Screen{} : model.screen();
+  for (int threads : {1, 2, 3}) {
+    fine = fine && run_greedily(model, threads, true, nullptr).logits == plain.logits;
+    if (screen.weights.rows) fine = fine && run_greedily(model, threads, threads != 2, &screen).best == plain.best;
+  }
   std::printf("format %d, cache %d: %s\n", format, int(type), fine ? "fine" : "DIFFERS");
   return fine;
 }

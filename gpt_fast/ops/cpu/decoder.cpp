@@ -1,10 +1,13 @@
 // The C interface that decoder.py calls through ctypes.
 #include "decoder.h"
 
+#include <tuple>
+
 using gf::Activations;
 using gf::Decoder;
 using gf::Linear;
 using gf::Pool;
+using gf::Screen;
 
 extern "C" {
 
@@ -16,6 +19,34 @@ void gf_decoder_destroy(Decoder* decoder) { delete decoder; }
 int gf_decoder_start(Decoder* decoder, const gf::StepInput* input) { return decoder->start(*input); }
 int gf_decoder_follow(Decoder* decoder, const gf::StepInput* input) { return decoder->follow(*input); }
 int gf_decoder_finish(Decoder* decoder, uint64_t count) { return decoder->finish(count); }
+
+void gf_decoder_head_energy(Decoder* decoder, float* out) { decoder->head_energy(out); }
+void gf_decoder_set_screen(Decoder* decoder, const Screen* screen) { decoder->set_screen(*screen); }
+
+// Fills in some tiles of a screen of `w` (screen.h) and raises its figures.
+void gf_screen_build(const Linear* w, Screen* screen, int tile, int tiles) {
+  gf::build_screen(*w, *screen, tile, tiles);
+}
+
+// What a screen of `w` says of w x, for tests: each output's estimate, and how far it may lie above; [16 w.tiles()] each.
+void gf_screen(const Linear* w, const Screen* screen, const float* x, float* estimate, float* margin) {
+  Activations exact, coarse;
+  std::vector<float> seen(size_t(w->cols)), read(size_t(w->cols));
+  for (const auto& [form, kind, out] : {std::tuple(&exact, w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, &seen),
+                                        std::tuple(&coarse, gf::Kind::kInt8, &read)}) {
+    form->resize(kind, 1, w->cols);
+    form->put_row(0, x, w->cols);
+    form->restore(0, w->cols, out->data());
+  }
+  gf::Glance glance;
+  glance.take(*screen, seen.data(), read.data(), w->cols);
+  for (int tile = 0; tile < w->tiles(); tile++) {
+    float product[gf::kLanes];
+    gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q);
+    gf::store(estimate + tile * gf::kLanes, gf::estimate(*screen, tile, product, glance));
+    gf::store(margin + tile * gf::kLanes, gf::margin(*screen, tile, glance));
+  }
+}
 
 // y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].
 void gf_linear(const Linear* w, const float* x, int rows, float* y) {

@@ -3,6 +3,8 @@
 //   normalize x -> qkv heads (+ bias, norm, rotation, cache write) -> attention -> merge + quantize -> out rows + x
 //   normalize x -> gate and up rows (+ SiLU, quantize) -> down rows + x;        at the end: normalize -> head rows
 //
+// Where only best tokens are wanted, a screen may tell first which of the head's rows can hold them (screen.h).
+//
 // x stays float32. Padding tokens are dropped before the first layer.
 #pragma once
 
@@ -19,6 +21,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "pool.h"
+#include "screen.h"
 
 namespace gf {
 
@@ -59,7 +62,7 @@ struct StepInput {
   void* v;
   float* k_scale;  // int8 only: [layer][slot][kv head][position]
   float* v_scale;
-  float* logits;             // [B][vocab], or [B][S][vocab]
+  float* logits;             // [B][vocab], or [B][S][vocab]; null: only the best are wanted
   int64_t* best;             // [B] or [B][S]: the largest logit's index, the lowest of equals; -1 where none is finite
 };
 
@@ -128,6 +131,18 @@ class Decoder final : public Job {
     return start(input);
   }
 
+  // The squares of the head's inputs, summed over the last step's tokens: [dim]. The pool is idle.
+  void head_energy(float* out) {
+    std::fill(out, out + model_.dim, 0.0f);
+    for (int m = 0; m < int(selected_.size()); m++) {
+      normal_q_.restore(m, model_.dim, scratch_[0].row.data());
+      for (int i = 0; i < model_.dim; i++) out[i] += scratch_[0].row[i] * scratch_[0].row[i];
+    }
+  }
+
+  // From the next step on. The pool is idle.
+  void set_screen(const Screen& screen) { screen_ = screen; }
+
   // Helps until the first `count` steps have ended: their logits and best tokens are there.
   StepError finish(uint64_t count) {
     pool_.help_until([&] { return finished_.load(std::memory_order_acquire) >= count; });
@@ -151,7 +166,7 @@ class Decoder final : public Job {
     return running_;
   }
 
-  int phases() const override { return model_.n_layer * kLayerPhases + 2; }
+  int phases() const override { return model_.n_layer * kLayerPhases + kLastPhases; }
 
   int chunks(int phase) const override {
     return chunks_[phase / kLayerPhases < model_.n_layer ? phase % kLayerPhases
@@ -160,11 +175,15 @@ class Decoder final : public Job {
 
   void run(int phase, int chunk, int thread) override {
     const int index = phase / kLayerPhases;
+    Scratch& s = scratch_[thread];
     if (index == model_.n_layer) {
-      return phase % kLayerPhases == 0 ? normalize_selected(chunk, scratch_[thread]) : head(chunk, scratch_[thread]);
+      switch (phase % kLayerPhases) {
+        case kNormalizeSelected: return normalize_selected(chunk, s);
+        case kScreen: return screen(chunk, s);
+        default: return screened_ ? survivors(chunk, s) : head(chunk, s);
+      }
     }
     const LayerWeights& w = layers_[index];
-    Scratch& s = scratch_[thread];
     switch (phase % kLayerPhases) {
       case kQkv: return qkv(w, index, chunk, s);
       case kAttend: return attend(w, index, chunk, s);
@@ -177,15 +196,16 @@ class Decoder final : public Job {
 
  private:
   enum LayerPhase { kNormalizeAttention, kQkv, kAttend, kMerge, kOut, kNormalizeFfn, kGateUp, kDown, kLayerPhases };
+  enum LastPhase { kNormalizeSelected, kScreen, kHead, kLastPhases };
 
   struct Token {
     int id, position, slot, out;  // `out`: its place among the logits; -1: not wanted
   };
 
-  // The largest of some logits and where its block begins; `poison` is NaN if one of them is.
+  // The largest of some logits and where it is, the lowest of equals; `poison` is NaN if one of them is.
   struct Best {
     float value = -INFINITY, poison = 0;
-    int first = -1;
+    int index = -1;
   };
 
   // Neighbouring tokens of one slot, whose queries read the cache together.
@@ -201,10 +221,14 @@ class Decoder final : public Job {
     bool whole;
   };
 
+  static constexpr int kScreenRows = 4;  // of more, the head is not screened
+
   struct Scratch {
-    Buffer<float> out, row;
+    Buffer<float> out, row, coarse;
     Activations input;  // of few rows, see input()
     uint64_t made = 0;
+    float floor[kScreenRows];  // see floor()
+    uint64_t floors_made = 0;
     AttentionScratch attention;
     std::vector<const float*> q;
     std::vector<int> position;
@@ -236,7 +260,8 @@ class Decoder final : public Job {
       if (input_.select && (input_.select[row] < 0 || input_.select[row] >= input_.row_tokens)) return kBadSelect;
       const int out = !wanted ? -1 : input_.select ? row : i;
       if (input_.position[i] == scratch) {
-        if (wanted) std::memset(logits(out), 0, sizeof(float) * model_.vocab), input_.best[out] = 0;
+        if (wanted) input_.best[out] = 0;
+        if (wanted && input_.logits) std::memset(logits(out), 0, sizeof(float) * model_.vocab);
         continue;
       }
       const int64_t slot = input_.slot ? input_.slot[row] : row;
@@ -261,6 +286,7 @@ class Decoder final : public Job {
     down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
     head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
     best_.assign(selected_.size() * head_split_.tile_chunks(), {});
+    plan_screen(int(selected_.size()));
     const int row_chunks = few() ? 0 : (rows + kFewRows - 1) / kFewRows;
     chunks_[kNormalizeAttention] = chunks_[kNormalizeFfn] = chunks_[kMerge] = row_chunks;
     planned_++;
@@ -269,9 +295,19 @@ class Decoder final : public Job {
     chunks_[kOut] = out_split_.chunks();
     chunks_[kGateUp] = gate_up_split_.chunks();
     chunks_[kDown] = down_split_.chunks();
-    chunks_[kLayerPhases] = (int(selected_.size()) + kFewRows - 1) / kFewRows;
-    chunks_[kLayerPhases + 1] = head_split_.chunks();
+    chunks_[kLayerPhases + kNormalizeSelected] = (int(selected_.size()) + kFewRows - 1) / kFewRows;
+    chunks_[kLayerPhases + kScreen] = screened_ ? head_split_.chunks() : 0;
+    chunks_[kLayerPhases + kHead] = head_split_.chunks();
     resize_buffers(rows);
+  }
+
+  void plan_screen(int rows) {
+    screened_ = !input_.logits && screen_.weights.rows > 0 && rows > 0 && rows <= kScreenRows;
+    if (!screened_) return;
+    guess_.assign(best_.size(), {});
+    if (glance_.size() < size_t(rows)) glance_.resize(size_t(rows));
+    upper_.resize(size_t(rows) * model_.head.tiles());
+    if (kind_ == Kind::kBf16) coarse_q_.resize(Kind::kInt8, rows, model_.dim);
   }
 
   void resize_buffers(int rows) {
@@ -293,6 +329,7 @@ class Decoder final : public Job {
     s.out.resize(size_t(std::min(rows, kRowBlock)) * std::max(model_.head_dim, 4 * kLanes));
     const int widest = round_up(std::max(model_.dim, model_.n_head * model_.head_dim), kGroup);
     s.row.resize(size_t(widest));
+    s.coarse.resize(size_t(widest));
     s.input.resize(kind_, kFewRows, widest);
     s.attention.resize(model_.head_dim, queries);
     s.q.resize(size_t(queries));
@@ -412,9 +449,21 @@ class Decoder final : public Job {
 
   void normalize_selected(int chunk, Scratch& s) {
     const int rows = int(selected_.size());
-    for (int m = chunk * kFewRows; m < std::min(rows, (chunk + 1) * kFewRows); m++)
+    for (int m = chunk * kFewRows; m < std::min(rows, (chunk + 1) * kFewRows); m++) {
       normalize(model_.norm, selected_[m], m, normal_q_, s);
+      if (screened_) glance(m, s);
+    }
   }
+
+  // What the screen reads of the row that was normalized last.
+  void glance(int m, Scratch& s) {
+    if (kind_ == Kind::kBf16) coarse_q_.put_row(m, s.row.data(), model_.dim);
+    normal_q_.restore(m, model_.dim, s.row.data());
+    coarse().restore(m, model_.dim, s.coarse.data());
+    glance_[m].take(screen_, s.row.data(), s.coarse.data(), model_.dim);
+  }
+
+  const Activations& coarse() const { return kind_ == Kind::kBf16 ? coarse_q_ : normal_q_; }
 
   void normalize(const float* weight, int from, int to, Activations& out, Scratch& s) {
     norm_row(x_.data() + size_t(from) * model_.dim, weight, model_.dim, model_.norm_eps, s.row.data());
@@ -590,7 +639,8 @@ class Decoder final : public Job {
 
   void down(const LayerWeights& w, int next_layer, int chunk, Scratch& s) {
     const bool last = next_layer == model_.n_layer;
-    add_product(w.down, down_split_, hidden_q_, chunk, s, last ? model_.head : layers_[next_layer].qkv,
+    const Linear& head = screened_ ? screen_.weights : model_.head;
+    add_product(w.down, down_split_, hidden_q_, chunk, s, last ? head : layers_[next_layer].qkv,
                 last ? head_split_ : qkv_split_);
   }
 
@@ -617,10 +667,59 @@ class Decoder final : public Job {
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.vocab - first);
       for (int m = p.row; m < p.row + p.rows; m++) {
         const float* out = s.out.data() + size_t(m - p.row) * 2 * kLanes;
-        std::memcpy(logits(tokens_[selected_[m]].out) + first, out, sizeof(float) * n);
+        if (input_.logits) std::memcpy(logits(tokens_[selected_[m]].out) + first, out, sizeof(float) * n);
         look(out, first, n, best[m]);
       }
     });
+  }
+
+  // What each tile's logits are at most, and a guess at the best.
+  void screen(int chunk, Scratch& s) {
+    const Screen& screen = screen_;
+    const uint8_t* next = upcoming(screen.weights, head_split_, layers_[0].qkv, qkv_split_, chunk);
+    Best* guess = &guess_[size_t(chunk) * selected_.size()];
+    for_blocks(screen.weights, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
+      multiply(screen.weights, p.tile, p.tiles, coarse(), p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      for (int i = 0; i < p.rows * p.tiles; i++) {
+        const int m = p.row + i / p.tiles, tile = p.tile + i % p.tiles, first = tile * kLanes;
+        const float* product = s.out.data() + (i / p.tiles * 2 + i % p.tiles) * kLanes;
+        const f32x16 likely = keep_range(estimate(screen, tile, product, glance_[m]), 0, model_.vocab - first);
+        const float value = reduce_max(likely);
+        if (value > guess[m].value) guess[m].value = value, guess[m].index = first;
+        upper_[size_t(m) * model_.head.tiles() + tile] = reduce_max(likely + margin(screen, tile, glance_[m]));
+      }
+    });
+  }
+
+  // The logits that the screen has not ruled out.
+  void survivors(int chunk, Scratch& s) {
+    const Split::Part part = head_split_.part(chunk);
+    Best* best = &best_[size_t(chunk) * selected_.size()];
+    for (int m = 0; m < part.rows; m++) {
+      const float least = floor(m, s), *upper = &upper_[size_t(m) * model_.head.tiles()];
+      for (int tile = part.tile; tile < part.tile + part.tiles; tile++)
+        if (!(upper[tile] < least)) look_at_tile(tile, m, s, best[m]);  // NaN rules nothing out
+    }
+  }
+
+  // A logit of the row that is known: the best of the tile that was guessed. Every thread asks for itself.
+  float floor(int m, Scratch& s) {
+    if (std::exchange(s.floors_made, planned_) != planned_)
+      for (int i = 0; i < int(selected_.size()); i++) {
+        Best guess, found;
+        for (int chunk = 0; chunk < head_split_.tile_chunks(); chunk++) {
+          const Best& part = guess_[size_t(chunk) * selected_.size() + i];
+          if (part.value > guess.value) guess = part;
+        }
+        if (guess.index >= 0) look_at_tile(guess.index / kLanes, i, s, found);
+        s.floor[i] = found.value + found.poison;
+      }
+    return s.floor[m];
+  }
+
+  void look_at_tile(int tile, int m, Scratch& s, Best& best) {
+    multiply(model_.head, tile, 1, normal_q_, m, 1, s.out.data(), kLanes, model_.head.pair(tile));
+    look(s.out.data(), tile * kLanes, std::min(kLanes, model_.vocab - tile * kLanes), best);
   }
 
   float* logits(int out) const { return input_.logits + size_t(out) * model_.vocab; }
@@ -635,7 +734,7 @@ class Decoder final : public Job {
     }
     const float value = reduce_max(top);
     best.poison += reduce_add(poison);
-    if (value > best.value) best.value = value, best.first = first;
+    if (value > best.value) best.value = value, best.index = first + int(std::find(out, out + n, value) - out);
   }
 
   void choose_best() {
@@ -646,13 +745,11 @@ class Decoder final : public Job {
       for (int chunk = 0; chunk < head_split_.tile_chunks(); chunk++) {
         const Best& part = best_[chunk * rows + m];
         total.poison += part.poison;
-        if (part.value > total.value) total.value = part.value, total.first = part.first;
+        if (part.value > total.value) total.value = part.value, total.index = part.index;
       }
       const int out = tokens_[selected_[m]].out;
-      const bool fine = total.first >= 0 && total.poison == 0;
-      const float* row = logits(out);
-      input_.best[out] = fine ? std::find(row + total.first, row + model_.vocab, total.value) - row : -1;
-      chosen_[out] = fine ? input_.best[out] : 0;  // a row without a best token is not asked for again
+      input_.best[out] = total.poison == 0 ? total.index : -1;
+      chosen_[out] = std::max<int64_t>(input_.best[out], 0);  // a row without a best token is not asked for again
     }
   }
 
@@ -676,6 +773,7 @@ class Decoder final : public Job {
   }
 
   ModelWeights model_;
+  Screen screen_{};  // of the head
   std::vector<LayerWeights> layers_;
   Pool& pool_;
   Kind kind_;
@@ -694,13 +792,17 @@ class Decoder final : public Job {
   std::vector<Span> spans_;
   std::vector<Item> items_;
   std::vector<Best> best_;        // [chunk of the head's rows][selected]
+  bool screened_ = false;
+  std::vector<Glance> glance_;    // [selected]
+  std::vector<float> upper_;      // [selected][tile of the head]
+  std::vector<Best> guess_;       // as best_; its index is a tile's first row
   std::vector<int64_t> chosen_;   // of the last step, in the order of its logits
   int split_tokens_ = 0, split_parts_ = 0, capacity_ = 0;
-  int chunks_[kLayerPhases + 2] = {};
+  int chunks_[kLayerPhases + kLastPhases] = {};
   Split qkv_split_{}, out_split_{}, gate_up_split_{}, down_split_{}, head_split_{};
 
   Buffer<float> x_, q_, attended_, partials_;
-  Activations normal_q_, attended_q_, hidden_q_;
+  Activations normal_q_, attended_q_, hidden_q_, coarse_q_;
   std::vector<Scratch> scratch_;
 };
 

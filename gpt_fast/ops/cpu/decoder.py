@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import Structure, byref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.pack import Arena, Packed
+from gpt_fast.ops.cpu.screen import build_screen, is_worth_it
 from gpt_fast.ops.cpu.structs import STEP_ERRORS, LayerWeights, Linear, ModelWeights, StepInput, load_library
 from gpt_fast.ops.cpu.weights import Packer
 
@@ -143,6 +145,8 @@ class CpuDecoder:
         self.formats: set[int] = set()
         description = self.describe_model(model, Packer(weights, group))
         self.handle = self.library.gf_decoder_create(byref(description), self.pool.handle)
+        if is_worth_it(description.head, self.weight_bytes):
+            self.screen_head(description.head)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -159,16 +163,19 @@ class CpuDecoder:
         slots_B: Tensor | None = None,
         select_B: Tensor | None = None,
         after: Step | None = None,
+        best_only: bool = False,
     ) -> Step:
         """Begin a forward, as Transformer.forward, on the pool's other threads; `result` brings its logits.
 
         A padding token costs nothing, writes nothing and gets logits of zero.
         after: the step begun last, of one token a row, whose best tokens are fed instead of tokens_BS.
+        best_only: nobody looks at the logits, which are empty ([..., 0]); the best tokens are the same, and for a few
+        rows come sooner (screen.h).
         """
         B, S = tokens_BS.shape
-        shape = (B, S, self.config.vocab_size) if select_B is None else (B, self.config.vocab_size)
-        logits = torch.empty(shape, dtype=torch.float32)
-        best = torch.empty(shape[:-1], dtype=torch.int64)
+        shape = (B, S) if select_B is None else (B,)
+        logits = torch.empty((*shape, 0 if best_only else self.config.vocab_size), dtype=torch.float32)
+        best = torch.empty(shape, dtype=torch.int64)
         inputs = StepInput.of(tokens_BS, positions_BS, cache, length, slots_B, select_B, logits, best)
         return Step(self, inputs, logits, best, after)
 
@@ -178,12 +185,30 @@ class CpuDecoder:
 
     __call__ = forward
 
+    def screen_head(self, head: Linear) -> None:
+        """Build the head's screen, with its focus on the inputs that weigh most in a forward of any tokens."""
+        built, kept = build_screen(self.library, head, self.head_energy(), arena=self.arena, threads=self.pool.threads)
+        self.kept += kept
+        self.library.gf_decoder_set_screen(self.handle, byref(built))
+
+    def head_energy(self) -> Tensor:
+        """The squares of the head's inputs [D], summed over a forward of tokens from all over the vocabulary."""
+        c, tokens = self.config, min(16, self.positions)
+        k, v = torch.zeros(2, c.n_layer, 1, c.n_kv_head, tokens + 1, c.head_dim)
+        cache = SimpleNamespace(k_LNHTD=k, v_LNHTD=v, slots=1, max_seq_len=tokens)
+        energy_D = torch.empty(c.dim)
+        self.forward(torch.linspace(0, c.vocab_size - 1, tokens).long()[None], torch.arange(tokens)[None], cache,
+                     length=tokens)  # fmt: skip
+        self.library.gf_decoder_head_energy(self.handle, energy_D.data_ptr())
+        return energy_D
+
     # ---- describing the model to C++
 
     def describe_model(self, model: Transformer, packer: Packer) -> ModelWeights:
         c = model.config
         if model.rope_cos_sin_PE is None:
             raise ValueError("model: call setup_rope before building the CPU decoder")
+        self.positions = len(model.rope_cos_sin_PE)
         layers = (LayerWeights * c.n_layer)()
         for i, layer in enumerate(model.layers):
             self.describe_layer(layers[i], layer, packer)

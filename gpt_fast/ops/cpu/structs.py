@@ -33,6 +33,15 @@ class Linear(Structure):
     )
 
 
+class Screen(Structure):
+    _fields_ = (
+        ("weights", Linear),
+        *((name, c_void_p) for name in ("focus", "left", "unit", "radius")),
+        ("focused", c_int32),
+        *((name, c_float) for name in ("norm", "left_error")),
+    )
+
+
 class LayerWeights(Structure):
     _fields_ = (
         *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
@@ -71,7 +80,7 @@ class StepInput(Structure):
         logits: Tensor,
         best: Tensor,
     ) -> StepInput:
-        """The structure for one forward; it holds the tensors it points to."""
+        """The structure for one forward; it holds the tensors it points to. Empty logits are not written."""
         B, S = tokens_BS.shape
         index = [None if t is None else index_tensor(t) for t in (tokens_BS, positions_BS, slots_B, select_B)]
         step = cls(
@@ -109,5 +118,9 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     library.gf_decoder_start.argtypes = (c_void_p, POINTER(StepInput))
     library.gf_decoder_follow.argtypes = (c_void_p, POINTER(StepInput))
     library.gf_decoder_finish.argtypes = (c_void_p, ctypes.c_uint64)
+    library.gf_decoder_head_energy.argtypes = (c_void_p, c_void_p)
+    library.gf_decoder_set_screen.argtypes = (c_void_p, POINTER(Screen))
+    library.gf_screen_build.argtypes = (POINTER(Linear), POINTER(Screen), ctypes.c_int, ctypes.c_int)
+    library.gf_screen.argtypes = (POINTER(Linear), POINTER(Screen), c_void_p, c_void_p, c_void_p)
     library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p)
     return library

@@ -1,0 +1,169 @@
+// Which rows of a matrix can hold the largest output, told from half its bytes: an exact greedy token without the whole
+// head. (Two-stage search of maximum inner products, with a bound in place of a guess.)
+//
+// A 4-bit copy of the matrix is multiplied in its place: w = w4 + e, so w x = w4 x + e x. Some inputs are far larger than
+// the others, nearly always the same (Sun et al., Massive Activations, arXiv:2402.17762): for those, the focus, e is
+// kept, and their share of e x computed. The rest of it is at most |rest of e| |rest of x| (Cauchy-Schwarz). A row whose
+// bound lies below an output that is already known cannot be the largest; the others are computed as ever, so that the
+// winner, and the lowest of equals, is the same as without the copy.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "activations.h"
+#include "linear.h"
+
+namespace gf {
+
+// Filled in by build_screen; the order and types of fields are shared with its ctypes twin (structs.py).
+struct Screen {
+  Linear weights;          // kInt4, groups of 32; no rows: there is no screen
+  const int32_t* focus;    // [focused] inputs
+  int8_t* left;            // [tile][focused][16]: e of the focus, in units of its row's `unit`
+  float* unit;             // [tile][16]
+  float* radius;           // [tile][16]: at least |rest of e|; infinite where the row is not finite
+  int32_t focused;
+  float norm;              // the largest |w| of the finite rows
+  float left_error;        // the most by which an entry of `left` is off
+};
+
+// ---- Making it: a tile's rows are the lanes.
+
+// w[i][lane]: 32 inputs of a tile's rows.
+inline void unpack_group(const Linear& w, int tile, int g, float (*out)[kLanes]) {
+  const size_t block = block_index(tile, w.groups()) + 2 * size_t(g);
+  const uint8_t* q = w.q + block * w.block_bytes();
+  for (int i = 0; i < kGroup; i++)
+    for (int lane = 0; lane < kLanes; lane++) {
+      if (w.format == kBf16) {
+        out[i][lane] = bf16_to_float(read_as<uint16_t>(q + (i / 2 * kLanes + lane) * 4 + i % 2 * 2));
+        continue;
+      }
+      const float scale = w.format == kInt8Row ? static_cast<const float*>(w.scale)[tile * kLanes + lane]
+                                               : float(static_cast<const _Float16*>(w.scale)[block * kLanes + lane]);
+      out[i][lane] = scale * float(int(q[(i / 4 * kLanes + lane) * 4 + i % 4]) - 128);
+    }
+}
+
+// What the copy of a tile leaves: e of the focus, and of each row the squares of the other e and of w.
+struct Leftover {
+  std::vector<float> focus;  // [focused][16]
+  float rest[kLanes] = {}, size[kLanes] = {};
+};
+
+// Scale and minimum of each row's group, as GGUF's Q4_1.
+inline void screen_scales(const float (*w)[kLanes], _Float16* half, float* scale, float* minimum, float* inverse) {
+  float low[kLanes], high[kLanes];
+  std::copy(w[0], w[1], low), std::copy(w[0], w[1], high);
+  for (int i = 1; i < kGroup; i++)
+    for (int lane = 0; lane < kLanes; lane++)
+      low[lane] = std::min(low[lane], w[i][lane]), high[lane] = std::max(high[lane], w[i][lane]);
+  for (int lane = 0; lane < kLanes; lane++) {
+    half[lane] = _Float16((high[lane] - low[lane]) / 15), half[kLanes + lane] = _Float16(low[lane]);
+    if (!std::isfinite(float(half[lane])) || !std::isfinite(float(half[kLanes + lane])))
+      half[lane] = half[kLanes + lane] = 0;  // its radius will be infinite
+    scale[lane] = half[lane], minimum[lane] = half[kLanes + lane];
+    inverse[lane] = scale[lane] > 0 ? 1 / scale[lane] : 0;
+  }
+}
+
+// The copy of a group of inputs. place: where an input is in the focus, or -1.
+inline void screen_group(const float (*w)[kLanes], const Screen& s, int tile, int g, const int* place, Leftover& out) {
+  const size_t block = block_index(tile, s.weights.groups()) + 2 * size_t(g);
+  float scale[kLanes], minimum[kLanes], inverse[kLanes];
+  screen_scales(w, static_cast<_Float16*>(const_cast<void*>(s.weights.scale)) + block * 2 * kLanes, scale, minimum,
+                inverse);
+  uint32_t codes[kGroup / 8][kLanes] = {};
+  for (int i = 0; i < kGroup; i++) {
+    float error[kLanes];
+    const int shift = i % 4 * 8 + i / 4 % 2 * 4;
+    for (int lane = 0; lane < kLanes; lane++) {
+      const float v = w[i][lane];
+      const float code = std::min(15.0f, std::max(0.0f, std::nearbyint((v - minimum[lane]) * inverse[lane])));
+      codes[i / 8][lane] |= uint32_t(int32_t(code)) << shift;
+      error[lane] = v - (scale[lane] * code + minimum[lane]);
+      out.size[lane] += v * v;
+    }
+    if (place[g * kGroup + i] >= 0) std::copy(error, error + kLanes, &out.focus[size_t(place[g * kGroup + i]) * kLanes]);
+    else for (int lane = 0; lane < kLanes; lane++) out.rest[lane] += error[lane] * error[lane];
+  }
+  std::memcpy(const_cast<uint8_t*>(s.weights.q) + block * Int4::kBlock, codes, sizeof codes);
+}
+
+inline void finish_tile(const Leftover& from, Screen& s, int tile) {
+  for (int lane = 0; lane < kLanes; lane++) {
+    float largest = 0;
+    for (int k = 0; k < s.focused; k++) largest = std::max(largest, std::abs(from.focus[size_t(k) * kLanes + lane]));
+    const float radius = std::sqrt(from.rest[lane]) * 1.0001f, norm = std::sqrt(from.size[lane]);
+    const bool finite = std::isfinite(radius) && std::isfinite(norm);  // what follows of other rows does not matter
+    const float unit = finite ? largest / 127 : 0, inverse = unit > 0 ? 1 / unit : 0;
+    s.unit[tile * kLanes + lane] = unit;
+    s.radius[tile * kLanes + lane] = finite ? radius : INFINITY;
+    s.norm = std::max(s.norm, finite ? norm : 0);
+    for (int k = 0; k < s.focused; k++) {
+      const float error = finite ? from.focus[size_t(k) * kLanes + lane] : 0;
+      const float left = std::min(127.0f, std::max(-127.0f, std::nearbyint(error * inverse)));
+      s.left[(size_t(tile) * s.focused + k) * kLanes + lane] = int8_t(left);
+      s.left_error = std::max(s.left_error, std::abs(error - left * unit));
+    }
+  }
+}
+
+// Fills in `tiles` tiles of s, whose arrays have their sizes and whose focus is chosen, and raises its two figures.
+inline void build_screen(const Linear& w, Screen& s, int tile, int tiles) {
+  std::vector<int> place(size_t(w.groups()) * kGroup, -1);
+  for (int k = 0; k < s.focused; k++) place[s.focus[k]] = k;
+  for (const int end = tile + tiles; tile < end; tile++) {
+    Leftover leftover{std::vector<float>(size_t(s.focused) * kLanes)};
+    float group[kGroup][kLanes];
+    for (int g = 0; g < w.groups(); g++) {
+      unpack_group(w, tile, g, group);
+      screen_group(group, s, tile, g, place.data(), leftover);
+    }
+    finish_tile(leftover, s, tile);
+  }
+}
+
+// ---- Using it.
+
+// What the bounds of all rows have of one x.
+struct Glance {
+  std::vector<float> focus;  // [focused]: x there
+  float rest;                // |x| elsewhere
+  float slack;               // for rounding
+
+  // exact: x as the matrix's own product sees it; coarse: as the copy's does, dequantized; overwritten. `n` values each.
+  void take(const Screen& s, const float* exact, float* coarse, int n) {
+    float size = 0, gap = 0, focused = 0, other = 0;
+    for (int i = 0; i < n; i++) size += coarse[i] * coarse[i];
+    for (int i = 0; i < n; i++) gap += (exact[i] - coarse[i]) * (exact[i] - coarse[i]);
+    focus.resize(size_t(s.focused));
+    for (int k = 0; k < s.focused; k++) {
+      focus[k] = std::exchange(coarse[s.focus[k]], 0.0f);
+      focused += std::abs(focus[k]);
+    }
+    for (int i = 0; i < n; i++) other += coarse[i] * coarse[i];
+    rest = std::sqrt(other) * 1.0001f + 1e-30f;  // never 0: an infinite radius times it must be infinite
+    // Each of the two products is a sum of n terms, rounded as often; |w4| is at most |w| + |e|.
+    const float rounding = 3 * float(n + 64) * 0x1p-23f * std::sqrt(size);
+    slack = s.norm * (rounding + 1.0001f * std::sqrt(gap)) + s.left_error * focused * 1.0001f;
+  }
+};
+
+// The outputs of a tile as copy and focus have them, given the copy's product.
+inline f32x16 estimate(const Screen& s, int tile, const float* product, const Glance& x) {
+  const int8_t* left = s.left + size_t(tile) * s.focused * kLanes;
+  f32x16 sum = splat(0.0f);
+  for (int k = 0; k < s.focused; k++) sum = fma(load_i8(left + k * kLanes), splat(x.focus[k]), sum);
+  return fma(sum, load(s.unit + tile * kLanes), load(product));
+}
+
+// At most so far above the estimates lie the outputs.
+inline f32x16 margin(const Screen& s, int tile, const Glance& x) {
+  return fma(load(s.radius + tile * kLanes), splat(x.rest), splat(x.slack));
+}
+
+}  // namespace gf
