@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 # ConfigError, CheckpointError and QuantizationError are ValueErrors.
@@ -20,6 +21,32 @@ def one_line_errors(name: str = "error", *, also: tuple[type[Exception], ...] = 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for argparse."""
+
+    def whole(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number (got {value!r}, allowed {low} or more)")
+        return number
+
+    return whole
+
+
+def refuse_useless(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, names: Iterable[str], *, why: str
+) -> None:
+    """Refuse flags that another one leaves without effect, even where their values are the defaults."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(arguments))))
+    given = vars(parser.parse_args(arguments, blank))  # argparse sets no default where there is a value
+    for name in names:
+        if given[name] is not None:
+            raise ValueError(f"--{name}: has no effect: {why}")
 
 
 def text(error: Exception) -> str:

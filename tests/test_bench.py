@@ -503,10 +503,10 @@ def test_the_server_is_asked_for_the_same_case():
     ("arguments", "line"),
     [
         ([], "nothing to measure"),
-        (["--engine", "--prompt_len", "0"], "must be a whole number above 0"),
+        (["--engine", "--prompt_len", "0"], "must be a whole number (got '0', allowed 1 or more)"),
         (["--peer", "vllm"], "unknown peer"),
         (["--engine", "--plot", "figure.txt"], "unknown format (got 'figure.txt', allowed a name in .png, .svg, .pdf)"),
-        (["--engine"], "checkpoint_path: no usable config.json"),
+        (["--engine"], "config.json: FileNotFoundError"),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, line, tmp_path, capsys):

@@ -16,8 +16,8 @@ from gpt_fast.config import ConfigError
 from gpt_fast.controller import PLAIN, Batch, Choice, Controller
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
-from gpt_fast.draft import __main__ as command
 from gpt_fast.draft import speed
+from gpt_fast.draft.__main__ import main
 from gpt_fast.draft.judge import judge_draft
 from gpt_fast.draft.prompts import Prompt
 from gpt_fast.draft.random_model import write_random_model
@@ -165,7 +165,7 @@ def test_a_random_model_has_the_vocabulary_and_its_own_depth(target, tmp_path):
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
-        command.main([str(a) for a in arguments])
+        main([str(a) for a in arguments])
     return ended.value.code, capsys.readouterr().out
 
 
@@ -187,6 +187,25 @@ def test_the_speed_command_prints_ratios_and_json(target, prompts, tmp_path, cap
     assert {r["variant"] for r in result["ratios"]} == {"draft", "auto"} and len(result["ratios"]) == 2 * (4 + 1)
     assert json.loads((tmp_path / "out.json").read_text()) == result
     assert "ratio" in out and "commit" in result and result["engine"]["speculate"] == "draft+ngram"
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "line"),
+    [
+        ("report", ["--batch_sizes", "0"], "--batch_sizes: must be a whole number (got '0', allowed 1 or more)"),
+        ("report", ["--plot", "figure"], "--plot: unknown format (got 'figure', allowed a name in .png, .svg, .pdf)"),
+        ("report", ["--prompts", "/nowhere"], "error: /nowhere: cannot be read as UTF-8 text"),
+        ("report", ["--max_new_tokens", "96"], "error: max_new_tokens: must be a whole number in range (got 96"),
+        ("verify", ["--top_p", "3"], "error: top_p: must be a number in range (got 3.0, allowed 0.0..1.0)"),
+        ("speed", ["--useless_draft", "1", "--draft_checkpoint_path", "x"], "--draft_checkpoint_path: has no effect"),
+        ("speed", ["--checkpoint_path", "/nowhere"], "error: /nowhere: no such file"),
+    ],
+)
+def test_a_wrong_command_is_one_line(command, flags, line, target, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([command, "--checkpoint_path", str(target), "--max_seq_len", "96", "--threads", "1", *flags])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert line in last
 
 
 def test_several_drafts_in_one_table_with_forced_acceptance(target, prompts, tmp_path, capsys):

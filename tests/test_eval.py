@@ -275,6 +275,7 @@ def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
             ["--seq_length", "2048"],
             "error: seq_length: is beyond the model's positions (got 2048, allowed at most 1024)",
         ),
+        (["--tasks", "basics"], "error: --tasks: has no effect: --quality is given"),
         (["--text", "/nowhere"], "error: /nowhere: cannot be read as UTF-8 text"),
         (["--against", "/nowhere"], "error: /nowhere"),
     ],

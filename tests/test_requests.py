@@ -157,6 +157,7 @@ def test_what_torchserve_may_hand_over_that_is_no_json(body):
         (b"{'prompt': 'x'}", "not JSON at character 1"),
         (b'{"prompt": "x", }', "not JSON"),
         (b'["prompt"]', "must be a JSON object (got list)"),
+        (None, "missing, or sent as a form (allowed JSON, with Content-Type: application/json)"),
         (b'{"prompt": "x", "prompt": "y"}', 'the key "prompt" is there twice'),
         (b'{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}', 'the key "1" is there twice'),
         (b'{"prompt": "x", "temperature": NaN}', "NaN is not JSON"),

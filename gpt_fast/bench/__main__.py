@@ -31,7 +31,7 @@ from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
-from gpt_fast.command import one_line_errors
+from gpt_fast.command import at_least, one_line_errors
 
 VERIFY_SIZES = range(1, 9)
 
@@ -68,14 +68,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peer", action="append", default=[], type=peer, metavar="NAME[=PATH]", help=f"may be repeated: {peers}")
     add("--gguf", type=Path, help="the same weights for peers that read GGUF")
     add = parser.add_argument_group("how").add_argument
-    add("--prompt_len", type=positive, nargs="+", default=[32], metavar="N")
-    add("--batch_size", type=positive, nargs="+", default=[1], metavar="N", help="rows decoded together")
-    add("--max_new_tokens", type=positive, default=200)
-    add("--repeat", type=positive, default=5, help="rounds")
-    add("--threads", type=int, default=0, help="of every target; 0: one a core")
-    add("--busy", type=int, default=0, metavar="N", help="measure the engine also beside N programs that never rest")
+    add("--prompt_len", type=at_least(1), nargs="+", default=[32], metavar="N")
+    add("--batch_size", type=at_least(1), nargs="+", default=[1], metavar="N", help="rows decoded together")
+    add("--max_new_tokens", type=at_least(1), default=200)
+    add("--repeat", type=at_least(1), default=5, help="rounds")
+    add("--threads", type=at_least(0), default=0, help="of every target; 0: one a core")
+    add("--busy", type=at_least(0), default=0, metavar="N", help="the engine also beside N programs that never rest")
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
-    add("--long_prompt", type=positive, metavar="N", help="also a stream's gaps while N tokens prefill beside it")
+    add("--long_prompt", type=at_least(1), metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
     add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
     add = parser.add_argument_group("the engine").add_argument
@@ -96,12 +96,6 @@ def peer(value: str) -> tuple[str, Path | None]:
     if name not in PEERS:
         raise argparse.ArgumentTypeError(f"unknown peer (got {name!r}, allowed {', '.join(PEERS)})")
     return name, Path(path) if path else None
-
-
-def positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0 (got {value!r})")
-    return int(value)
 
 
 # ------------------------------------------------------------------------------------------ measuring

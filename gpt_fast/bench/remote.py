@@ -88,4 +88,5 @@ def _attempt(call: Callable[[], Any]) -> tuple[str, Any]:
     except Unavailable as error:
         return "unavailable", str(error)
     except Exception as error:
-        return "error", f"{type(error).__name__}: {error}".splitlines()[0]
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        return "error", f"{kind}{error}".splitlines()[0]

@@ -38,15 +38,17 @@ def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -
 
 def model_facts(checkpoint: Path) -> tuple[int, int | None]:
     """(ids that prompts are drawn from, cache elements of one position over all layers) by the config.json there."""
-    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if not checkpoint.exists():
+        raise ValueError(f"checkpoint_path: no such file or directory (got {checkpoint})")
+    path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         return min(1000, config["vocab_size"]), 2 * config["num_hidden_layers"] * kv_heads * head_dim
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint_path: no usable config.json in {directory}: {error!r}") from None
+        raise ValueError(f"checkpoint_path: no usable {path}: {error!r}") from None
 
 
 def engine(**options: Any) -> Target:

@@ -24,11 +24,11 @@ from gpt_fast.bench import machine
 from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
 from gpt_fast.bench.stats import FOREIGN_LIMIT
-from gpt_fast.command import one_line_errors
-from gpt_fast.config import ConfigError, SamplingParams
+from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.config import ConfigError, SamplingParams, check_int
 from gpt_fast.controller import Choice
 from gpt_fast.draft.judge import DraftReport, judge_draft
-from gpt_fast.draft.prompts import SHIPPED, read_prompts
+from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
@@ -44,15 +44,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="prove on these models that speculation is lossless")
     add_common(verify, several_drafts=False)
-    verify.add_argument("--answers", type=int, default=512, help="sampled answers of the distribution tests")
+    verify.add_argument("--answers", type=at_least(2), default=512, help="sampled answers of the distribution tests")
     verify.add_argument("--temperature", type=float, default=1.0)
     verify.add_argument("--top_k", type=int, default=0)
     verify.add_argument("--top_p", type=float, default=1.0)
     report = commands.add_parser("report", help="what drafts would bring on this machine")
     add_common(report, several_drafts=True)
-    report.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    report.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16])
     report.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    report.add_argument("--repeat", type=int, default=3, help="turns of plain decode and speculation")
+    report.add_argument("--repeat", type=at_least(1), default=3, help="turns of plain decode and speculation")
     forced = "for models of random weights: let proposals stand at this rate, at temperature 1"
     report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
     report.add_argument("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_speed(speed)
     made = commands.add_parser("random", help="write a model of random weights")
     made.add_argument("--like", type=Path, required=True, help="a converted checkpoint: sizes and tokenizer")
-    made.add_argument("--layers", type=int, required=True)
+    made.add_argument("--layers", type=at_least(1), required=True)
     made.add_argument("--out_dir", type=Path, required=True)
     made.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
@@ -70,10 +70,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculate", nargs="+", default=["auto"], choices=["ngram", "draft", "auto"])
-    parser.add_argument("--useless_draft", type=int, default=0, metavar="LAYERS", help="a draft of random weights")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--useless_draft", type=at_least(0), default=0, metavar="LAYERS", help="of random weights")
+    parser.add_argument("--batch_size", type=at_least(1), default=1)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--repeat", type=int, default=5, help="rounds, after a discarded one")
+    parser.add_argument("--repeat", type=at_least(1), default=5, help="rounds, after a discarded one")
     parser.add_argument("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it: dropped")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
 
@@ -83,8 +83,8 @@ def add_common(parser: argparse.ArgumentParser, *, several_drafts: bool) -> None
     parser.add_argument("--draft_checkpoint_path", default=[], nargs="+" if several_drafts else 1)
     parser.add_argument("--speculate_k", type=int, default=8 if several_drafts else 4)
     parser.add_argument("--prompts", type=Path, default=SHIPPED, help='JSON lines of {"category": ..., "prompt": ...}')
-    parser.add_argument("--each", type=int, default=0, help="prompts of a category at most; 0: all")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--each", type=at_least(0), default=0, help="prompts of a category at most; 0: all")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=64)
     parser.add_argument("--max_seq_len", type=int, default=1024)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -114,12 +114,20 @@ def load(args: argparse.Namespace, draft: str | None, *, slots: int, speculate: 
     )
 
 
+def prompts_of(args: argparse.Namespace, engine: Engine) -> list[Prompt]:
+    check_int("max_new_tokens", args.max_new_tokens, 1, args.max_seq_len - 1)  # the prompts get the rest
+    return read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
+
+
 def verify(args: argparse.Namespace) -> bool:
+    params = SamplingParams(
+        max_new_tokens=args.speculate_k + 3, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        ignore_eos=True,
+    )  # fmt: skip
     draft = next(iter(args.draft_checkpoint_path), None)
     engine = load(args, draft, slots=16)
     core, choice = engine.core, Choice("draft" if draft else "ngram", args.speculate_k)
-    prompts = read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
-    tokens = [p.tokens for p in prompts]
+    tokens = [p.tokens for p in prompts_of(args, engine)]
     checks: list[Check] = []
 
     def show(found: Sequence[Check]) -> None:
@@ -127,10 +135,6 @@ def verify(args: argparse.Namespace) -> bool:
         print(*found, sep="\n", flush=True)
 
     show([check_greedy(core, choice, tokens, max_new_tokens=args.max_new_tokens)])
-    params = SamplingParams(
-        max_new_tokens=args.speculate_k + 3, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        ignore_eos=True,
-    )  # fmt: skip
     for prompt in tokens[:: max(len(tokens) // 2, 1)][:2]:
         show(check_sampled(core, choice, prompt, params, answers=args.answers // 2))
     passed = all(check.passed for check in checks)
@@ -148,9 +152,8 @@ def report(args: argparse.Namespace) -> bool:
         if args.synthetic_acceptance is not None:
             force_acceptance(engine.core, args.synthetic_acceptance)
             name, temperatures = f"{name} (synthetic acceptance {args.synthetic_acceptance:g})", [1.0]
-        prompts = read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
         found = judge_draft(
-            engine.core, name, prompts, batch_sizes=args.batch_sizes, temperatures=temperatures,
+            engine.core, name, prompts_of(args, engine), batch_sizes=args.batch_sizes, temperatures=temperatures,
             max_new_tokens=args.max_new_tokens, repeat=args.repeat,
         )  # fmt: skip
         print_report(found)
@@ -166,9 +169,8 @@ def report(args: argparse.Namespace) -> bool:
 def speed(args: argparse.Namespace) -> bool:
     with draft_of(args) as draft:
         engine = load(args, draft, slots=args.batch_size, speculate="auto" if draft else "ngram")
-    prompts = read_prompts(args.prompts, engine, longest=args.max_seq_len - args.max_new_tokens, each=args.each)
     rounds = take_turns(
-        engine.core, variants(engine.core, args.speculate), prompts, rows=args.batch_size,
+        engine.core, variants(engine.core, args.speculate), prompts_of(args, engine), rows=args.batch_size,
         temperatures=args.temperatures, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
     )  # fmt: skip
     ratios = compare(rounds, limit=args.foreign_limit)
@@ -189,14 +191,19 @@ def draft_of(args: argparse.Namespace) -> Iterator[str | None]:
     if not args.useless_draft:
         yield next(iter(args.draft_checkpoint_path), None)
         return
-    target = Path(args.checkpoint_path)
+    if args.draft_checkpoint_path:
+        raise ValueError("--draft_checkpoint_path: has no effect: --useless_draft makes a draft")
     with tempfile.TemporaryDirectory(prefix="gpt-fast-random-") as directory:
-        like = target if target.is_dir() else target.parent
+        like = directory_of(Path(args.checkpoint_path))
         yield str(write_random_model(like, Path(directory) / "draft", layers=args.useless_draft))
 
 
+def directory_of(checkpoint: Path) -> Path:
+    return checkpoint.parent if checkpoint.is_file() else checkpoint
+
+
 def random_model(args: argparse.Namespace) -> bool:
-    print(write_random_model(args.like, args.out_dir, layers=args.layers, seed=args.seed))
+    print(write_random_model(directory_of(args.like), args.out_dir, layers=args.layers, seed=args.seed))
     return True
 
 

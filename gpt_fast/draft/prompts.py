@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt_fast.config import ConfigError
 from gpt_fast.llm import Engine
+from gpt_fast.quantize.text import file_text
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
 
@@ -25,7 +26,7 @@ def read_prompts(path: Path, engine: Engine, *, longest: int, each: int = 0) -> 
     A prompt of more than `longest` tokens keeps its end. ConfigError names the line that is not a prompt.
     """
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file_text(path).content.splitlines(), start=1):
         if not line.strip():
             continue
         category, text = read_line(line, where=f"{path}:{number}")

@@ -14,12 +14,15 @@ from typing import Any
 from gpt_fast import torchrun
 from gpt_fast.bench.picture import picture_path
 from gpt_fast.checkpoint import WEIGHTS
-from gpt_fast.command import MISTAKES, one_line_errors, text
+from gpt_fast.command import MISTAKES, one_line_errors, refuse_useless, text
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.eval.report import Passage, make_report, plot, table
 from gpt_fast.quantize.gate import report_path, write_report
 from gpt_fast.quantize.text import default_text, file_text, held_out_part
 from gpt_fast.torchrun import Group
+
+TASK_FLAGS = ("tasks", "limit", "num_fewshot", "max_seq_length", "batch_size", "compile")
+QUALITY_FLAGS = ("against", "against_dtype", "kernels", "text", "windows", "seq_length", "plot")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,6 +43,8 @@ def run(arguments: list[str] | None, group: Group | None) -> None:
     args = flags.parse_args(arguments)
     if (args.quality is None) == (args.checkpoint_path is None):
         flags.error("give either --checkpoint_path with --tasks, or --quality")
+    names, other = (TASK_FLAGS, "--quality") if args.quality is not None else (QUALITY_FLAGS, "--checkpoint_path")
+    refuse_useless(flags, arguments, names, why=f"{other} is given")
     print(json.dumps(run_quality(args, group) if args.quality is not None else run_tasks(args, group)))
 
 
@@ -110,6 +115,8 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     check_int("batch_size", args.batch_size, 1, 256)
     if args.limit is not None:
         check_int("limit", args.limit, 1, 1 << 31)
+    if args.num_fewshot is not None:
+        check_int("num_fewshot", args.num_fewshot, 0, 1 << 10)
     load_tasks(args.tasks)  # refuse an unknown task before the model is loaded
     from gpt_fast.eval.harness import EngineLM, evaluate
     from gpt_fast.llm import Engine

@@ -41,6 +41,8 @@ def parse_json(body: object) -> dict[str, Any]:
             body = bytes(body).decode("utf-8")
         except UnicodeDecodeError:
             raise RequestError("body: not UTF-8") from None
+    if body is None:  # TorchServe takes apart what says it is a form, as `curl -d` does
+        raise RequestError("body: missing, or sent as a form (allowed JSON, with Content-Type: application/json)")
     value = decode_json(body) if isinstance(body, str) else body
     if not isinstance(value, dict):
         raise RequestError(f"body: must be a JSON object (got {type(value).__name__})")

@@ -21,7 +21,7 @@ from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
 from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
-from gpt_fast.command import one_line_errors
+from gpt_fast.command import at_least, one_line_errors
 from gpt_fast.config import ModelConfig
 
 KINDS = ("ceilings", "decode", "allocated", "verify", "prefill", "sampler", "cold", "peers")
@@ -48,14 +48,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     add("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
     add("--kv_cache", nargs="+", choices=("auto", "int8"), default=["auto"], help="auto: as the activations")
-    add("--batch_size", nargs="+", type=int, default=[1, 4, 16], metavar="N")
-    add("--context", nargs="+", type=int, default=[128, 1024, 8192, 32768], metavar="N", help="cached before the first")
-    add("--widths", nargs="+", type=int, default=[1, 5, 8], metavar="M", help="tokens of a verification")
-    add("--prompt", nargs="+", type=int, default=[512, 4096], metavar="N", help="of a prefill")
-    add("--chunk", type=int, default=512, help="of a prefill, tokens")
-    add("--new_tokens", type=int, default=64, help="of each decode")
-    add("--steps", type=int, default=8, help="tokens of a CUDA graph replay")
-    add("--repeat", type=int, default=5)
+    add("--batch_size", nargs="+", type=at_least(1), default=[1, 4, 16], metavar="N")
+    add("--context", nargs="+", type=at_least(1), default=[128, 1024, 8192, 32768], metavar="N", help="cached already")
+    add("--widths", nargs="+", type=at_least(1), default=[1, 5, 8], metavar="M", help="tokens of a verification")
+    add("--prompt", nargs="+", type=at_least(1), default=[512, 4096], metavar="N", help="of a prefill")
+    add("--chunk", type=at_least(1), default=512, help="of a prefill, tokens")
+    add("--new_tokens", type=at_least(1), default=64, help="of each decode")
+    add("--steps", type=at_least(1), default=8, help="tokens of a CUDA graph replay")
+    add("--repeat", type=at_least(1), default=5)
     add("--probe_gib", type=float, default=4.0, help="buffer of the ceilings")
     add("--peer_dir", type=Path, help="a checkout of meta-pytorch/gpt-fast")
     add("--dry-run", action="store_true", help="a tiny model on the CPU: every code path, no figure worth anything")
