@@ -43,7 +43,8 @@ void gf_screen(const Linear* w, const Screen* screen, const float* x, float* est
   for (int tile = 0; tile < w->tiles(); tile++) {
     float product[gf::kLanes];
     gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q);
-    gf::store(estimate + tile * gf::kLanes, gf::estimate(*screen, tile, product, glance));
+    gf::estimate(*screen, tile, &glance, 1, product, gf::kLanes);
+    std::copy(product, product + gf::kLanes, estimate + tile * gf::kLanes);
     gf::store(margin + tile * gf::kLanes, gf::margin(*screen, tile, glance));
   }
 }

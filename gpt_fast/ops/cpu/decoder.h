@@ -221,7 +221,7 @@ class Decoder final : public Job {
     bool whole;
   };
 
-  static constexpr int kScreenRows = 4;  // of more, the head is not screened
+  static constexpr int kScreenRows = 8;  // of more, the head is not screened
 
   struct Scratch {
     Buffer<float> out, row, coarse;
@@ -680,13 +680,16 @@ class Decoder final : public Job {
     Best* guess = &guess_[size_t(chunk) * selected_.size()];
     for_blocks(screen.weights, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(screen.weights, p.tile, p.tiles, coarse(), p.row, p.rows, s.out.data(), 2 * kLanes, following);
-      for (int i = 0; i < p.rows * p.tiles; i++) {
-        const int m = p.row + i / p.tiles, tile = p.tile + i % p.tiles, first = tile * kLanes;
-        const float* product = s.out.data() + (i / p.tiles * 2 + i % p.tiles) * kLanes;
-        const f32x16 likely = keep_range(estimate(screen, tile, product, glance_[m]), 0, model_.vocab - first);
-        const float value = reduce_max(likely);
-        if (value > guess[m].value) guess[m].value = value, guess[m].index = first;
-        upper_[size_t(m) * model_.head.tiles() + tile] = reduce_max(likely + margin(screen, tile, glance_[m]));
+      for (int t = 0; t < p.tiles; t++) {
+        const int tile = p.tile + t, first = tile * kLanes;
+        gf::estimate(screen, tile, &glance_[p.row], p.rows, s.out.data() + t * kLanes, 2 * kLanes);
+        for (int m = p.row; m < p.row + p.rows; m++) {
+          const float* out = s.out.data() + ((m - p.row) * 2 + t) * kLanes;
+          const f32x16 likely = keep_range(load(out), 0, model_.vocab - first);
+          const float value = reduce_max(likely);
+          if (value > guess[m].value) guess[m].value = value, guess[m].index = first;
+          upper_[size_t(m) * model_.head.tiles() + tile] = reduce_max(likely + margin(screen, tile, glance_[m]));
+        }
       }
     });
   }

@@ -153,12 +153,28 @@ struct Glance {
   }
 };
 
-// The outputs of a tile as copy and focus have them, given the copy's product.
-inline f32x16 estimate(const Screen& s, int tile, const float* product, const Glance& x) {
+template <int R>
+void estimate_rows(const Screen& s, int tile, const Glance* x, float* product, int stride) {
   const int8_t* left = s.left + size_t(tile) * s.focused * kLanes;
-  f32x16 sum = splat(0.0f);
-  for (int k = 0; k < s.focused; k++) sum = fma(load_i8(left + k * kLanes), splat(x.focus[k]), sum);
-  return fma(sum, load(s.unit + tile * kLanes), load(product));
+  const float* focus[R];
+  f32x16 sum[R];
+  GF_UNROLL
+  for (int r = 0; r < R; r++) focus[r] = x[r].focus.data(), sum[r] = splat(0.0f);
+  for (int k = 0; k < s.focused; k++) {
+    const f32x16 e = load_i8(left + k * kLanes);
+    GF_UNROLL
+    for (int r = 0; r < R; r++) sum[r] = fma(e, splat(focus[r][k]), sum[r]);
+  }
+  const f32x16 unit = load(s.unit + tile * kLanes);
+  GF_UNROLL
+  for (int r = 0; r < R; r++) store(product + r * stride, fma(sum[r], unit, load(product + r * stride)));
+}
+
+// The outputs of a tile as copy and focus have them, in place of the copy's products of `rows` x.
+inline void estimate(const Screen& s, int tile, const Glance* x, int rows, float* product, int stride) {
+  for (; rows >= 4; rows -= 4, x += 4, product += 4 * stride) estimate_rows<4>(s, tile, x, product, stride);
+  for (; rows >= 2; rows -= 2, x += 2, product += 2 * stride) estimate_rows<2>(s, tile, x, product, stride);
+  if (rows) estimate_rows<1>(s, tile, x, product, stride);
 }
 
 // At most so far above the estimates lie the outputs.
