@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,6 @@ class Piece(NamedTuple):
 
 Recipe = tuple[Piece, ...]
 Candidates = Mapping[str, tuple[Recipe, ...]]  # target -> ways to make it; the first whose sources exist is taken
-Spell = Callable[[str], str]
 
 HF_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 META_IGNORED = re.compile(r"rope\.freqs")

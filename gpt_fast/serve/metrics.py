@@ -34,7 +34,6 @@ HISTOGRAMS = (
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
 )
-LABELS = {"request_success_total": "finished_reason", "spec_decode_requests_total": "speculation"}
 
 Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
 
