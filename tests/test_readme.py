@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from gpt_fast.config import EngineConfig
+from gpt_fast.serve.startup import ServeConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,3 +78,40 @@ def test_the_archiver_line_makes_an_archive_with_the_package(tmp_path):
     names = run(["tar", "tzf", "gpt-fast.tar.gz"], cwd=tmp_path).splitlines()
     for name in ("handler.py", "model_config.yaml", "gpt_fast/engine.py", "gpt_fast/serve/chat.html"):
         assert f"gpt-fast/{name}" in names
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+WORDS = {  # what comes before a command's flags
+    "gpt_fast.bench": [[], ["--gpu"]],
+    "gpt_fast.draft": [["report"], ["speed"], ["verify"], ["random"]],
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_named_by_the_readme_and_its_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    assert f"(docs/{page.name})" in README
+    for link in re.findall(r"\]\(([^)h#][^)#]*)[^)]*\)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:gpt_fast|tests|scripts|deploy|configs|benchmarks)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_s_commands_have_the_flags_it_names(page):
+    """What `--help` of the command says; a continued line is one command."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    asked: dict[str, set[str]] = {}
+    for module, rest in re.findall(r"python -m (gpt_fast[.\w]+\w)((?: +[^\n`|#)]+)?)", text):
+        asked.setdefault(module, set()).update(re.findall(r"--[a-z_]+", rest))
+    for module, flags in asked.items():
+        known = "".join(run([sys.executable, "-m", module, *words, "--help"]) for words in WORDS.get(module, [[]]))
+        assert flags <= {*re.findall(r"--[a-z_]+", known)}, module
+
+
+def test_the_configuration_table_has_every_key():
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    table = page.split("## Configuration")[1].split("\n## ")[0]
+    named = {key for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    keys = {field.name for kind in (EngineConfig, ServeConfig) for field in dataclasses.fields(kind)}
+    assert named == keys
