@@ -131,7 +131,8 @@ def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, inde
     for row, text in enumerate(texts if args.batch_size > 1 else []):
         print(f"\n--- row {row}\n{text}")
     rate = (count - args.batch_size) / (ended - first) if count > args.batch_size else count / (ended - started)
-    bandwidth = engine.description["weight_bytes_per_step"] * rate / args.batch_size
+    read = engine.description["weight_bytes_per_step" if args.temperature else "greedy_bytes_per_step"]
+    bandwidth = read * rate / args.batch_size
     print(
         f"\nTime for inference {index + 1}: {ended - started:.2f} sec total, {rate:.2f} tokens/sec, "
         f"TTFT {(first - started) * 1000:.1f} ms"

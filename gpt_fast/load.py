@@ -99,6 +99,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
             "max_num_seqs": cache.slots,
             "speculate": "+".join(config.proposers) or "none",
             "weight_bytes_per_step": weight_bytes,
+            "greedy_bytes_per_step": weight_bytes - path.greedy_saves,
             "load_seconds": round(time.perf_counter() - started, 2),
         },
     )
@@ -261,6 +262,7 @@ class ModelPath(NamedTuple):
     warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
     every shape would only take minutes.
     runner: makes the Runner that suits it.
+    greedy_saves: bytes of weights that a greedy step of few rows leaves out.
     """
 
     name: str
@@ -269,6 +271,7 @@ class ModelPath(NamedTuple):
     torch_threads: int
     warm_up: bool = True
     runner: Callable[..., Runner] = Runner
+    greedy_saves: int = 0
 
 
 def choose_path(
@@ -336,7 +339,9 @@ def fused_path(
         fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
     except BuildError as error:
         return str(error)
-    return ModelPath("fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner)
+    return ModelPath(
+        "fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner, greedy_saves=fused.greedy_saves
+    )
 
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:

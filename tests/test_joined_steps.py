@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,25 @@ def test_a_draft_still_stands_after_steps_that_it_did_not_see(fused):
     run(core)
     assert len(core.runner.mixed) > 15
     assert speculator.totals.drafted > drafted and speculator.totals.accepted == speculator.totals.drafted
+
+
+def test_who_looks_at_the_logits_changes_no_greedy_token(fused):
+    """Alone a greedy stream's steps have no logits; with logprobs, edits that change nothing, or company they have."""
+    decoder, rng = fused("int8"), random.Random(3)
+    prompt, asked = prompt_of(rng, 12), []
+    start = decoder.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "start", lambda *a, **o: asked.append(o["best_only"]) or start(*a, **o))
+        plain = answer(core_of(decoder), prompt, GREEDY)
+        assert all(asked)
+        asked.clear()
+        assert answer(core_of(decoder), prompt, replace(GREEDY, logprobs=2)) == plain
+        assert answer(core_of(decoder), prompt, replace(GREEDY, logit_bias={5: 0.0})) == plain
+        assert not any(asked)
+        core = core_of(decoder)
+        core.add("sampled", prompt_of(rng, 9), SamplingParams(max_new_tokens=20, temperature=1.0, ignore_eos=True))
+        assert answer(core, prompt, GREEDY) == plain
+        assert any(asked) and not all(asked)
 
 
 # ------------------------------------------------------------------------------------------ forwards

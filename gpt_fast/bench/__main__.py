@@ -28,7 +28,7 @@ from gpt_fast.bench.peers import PEERS
 from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import Run, interleave
-from gpt_fast.bench.sample import Unavailable
+from gpt_fast.bench.sample import Case, Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
 from gpt_fast.command import at_least, one_line_errors
@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     add("--kernels", default="auto", help="auto (fused where there is one), plain")
     add("--device", default="auto")
+    add("--temperature", type=float, default=0.0, help="of its sampler; 0: the best token, as peers are asked for")
     add("--compile", action="store_true", help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile the prompt's forward too")
     add = parser.add_argument_group("results").add_argument
@@ -105,7 +106,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Start every target, take turns, and put the result together."""
     threads = args.threads or os.cpu_count() or 1
     vocabulary, kv_elements = model_facts(args.checkpoint_path)
-    cases = report.shapes(args.prompt_len, args.max_new_tokens, args.batch_size, vocabulary)
+    cases = [
+        Case(prompt_len, args.max_new_tokens, rows, vocabulary=vocabulary, temperature=args.temperature)
+        for prompt_len in args.prompt_len for rows in args.batch_size
+    ]  # fmt: skip
     with ExitStack() as stack:
         notes: list[str] = []
         targets = {}

@@ -44,6 +44,7 @@ class EngineTarget:
         quality = quality_of(weights, kv_cache=told["kv_cache"], dtype=dtype)
         return Description(
             weight_bytes=told["weight_bytes_per_step"],
+            greedy_bytes=told["greedy_bytes_per_step"],
             kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),
             load_seconds=told["load_seconds"],
             facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
@@ -58,7 +59,7 @@ class EngineTarget:
             return self._run(case, Recorder(CpuMeter(pids)))
 
     def _run(self, case: Case, recorder: Recorder) -> Sample:
-        params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True, temperature=case.temperature)
         names = [f"bench-{next(self.ids)}" for _ in range(case.rows)]
         recorder.start()
         for name, prompt in zip(names, case.prompts(), strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt_fast.bench.picture import picture
 from gpt_fast.bench.rounds import Results
-from gpt_fast.bench.sample import Case, Description
+from gpt_fast.bench.sample import Description
 from gpt_fast.bench.stats import ratio, summarize
 
 # Column -> (heading, figure of stats.summarize, format).
@@ -194,7 +194,3 @@ def http_over_engine(report: Mapping[str, Any]) -> float | None:
         if report["ours"] == "engine" and decode:
             return 1 / decode
     return None
-
-
-def shapes(prompt_lens: list[int], new_tokens: int, batch_sizes: list[int], vocabulary: int) -> list[Case]:
-    return [Case(p, new_tokens, rows, vocabulary=vocabulary) for p in prompt_lens for rows in batch_sizes]

@@ -6,16 +6,22 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+FEW = 8  # rows of which a greedy step may read less of the head (gpt_fast.ops.cpu.screen)
+
 
 @dataclass(frozen=True)
 class Case:
-    """`rows` streams decoded together, each of its own prompt of `prompt_len` random token ids below `vocabulary`."""
+    """`rows` streams decoded together, each of its own prompt of `prompt_len` random token ids below `vocabulary`.
+
+    temperature: of our own sampler; a peer takes the best token, or none.
+    """
 
     prompt_len: int
     new_tokens: int
     rows: int = 1
     round: int = 0
     vocabulary: int = 1000
+    temperature: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,18 +67,23 @@ class Description:
 
     weight_bytes: read by one forward, whatever the rows. kv_bytes: of one position of one row, over all layers.
     facts: anything else worth recording, such as versions and formats.
+    greedy_bytes: weight_bytes of a greedy step of few rows, where they are less.
     """
 
     weight_bytes: int | None = None
     kv_bytes: int | None = None
     load_seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    greedy_bytes: int | None = None
 
     def bytes_per_step(self, case: Case) -> float | None:
         """Weights, and each row's cache at half of the decode."""
         if self.weight_bytes is None or self.kv_bytes is None:
             return None
-        return self.weight_bytes + case.rows * self.kv_bytes * (case.prompt_len + case.new_tokens / 2)
+        weights = self.weight_bytes
+        if self.greedy_bytes is not None and case.temperature == 0 and case.rows <= FEW:
+            weights = self.greedy_bytes
+        return weights + case.rows * self.kv_bytes * (case.prompt_len + case.new_tokens / 2)
 
 
 class Target(Protocol):

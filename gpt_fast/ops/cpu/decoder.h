@@ -221,13 +221,11 @@ class Decoder final : public Job {
     bool whole;
   };
 
-  static constexpr int kScreenRows = 8;  // of more, the head is not screened
-
   struct Scratch {
     Buffer<float> out, row, coarse;
     Activations input;  // of few rows, see input()
     uint64_t made = 0;
-    float floor[kScreenRows];  // see floor()
+    std::vector<float> floor;  // [selected], see floor()
     uint64_t floors_made = 0;
     AttentionScratch attention;
     std::vector<const float*> q;
@@ -302,7 +300,7 @@ class Decoder final : public Job {
   }
 
   void plan_screen(int rows) {
-    screened_ = !input_.logits && screen_.weights.rows > 0 && rows > 0 && rows <= kScreenRows;
+    screened_ = !input_.logits && rows > 0 && rows <= screen_.most_rows;
     if (!screened_) return;
     guess_.assign(best_.size(), {});
     if (glance_.size() < size_t(rows)) glance_.resize(size_t(rows));
@@ -707,16 +705,17 @@ class Decoder final : public Job {
 
   // A logit of the row that is known: the best of the tile that was guessed. Every thread asks for itself.
   float floor(int m, Scratch& s) {
-    if (std::exchange(s.floors_made, planned_) != planned_)
-      for (int i = 0; i < int(selected_.size()); i++) {
-        Best guess, found;
-        for (int chunk = 0; chunk < head_split_.tile_chunks(); chunk++) {
-          const Best& part = guess_[size_t(chunk) * selected_.size() + i];
-          if (part.value > guess.value) guess = part;
-        }
-        if (guess.index >= 0) look_at_tile(guess.index / kLanes, i, s, found);
-        s.floor[i] = found.value + found.poison;
+    if (std::exchange(s.floors_made, planned_) == planned_) return s.floor[m];
+    s.floor.resize(selected_.size());
+    for (int i = 0; i < int(selected_.size()); i++) {
+      Best guess, found;
+      for (int chunk = 0; chunk < head_split_.tile_chunks(); chunk++) {
+        const Best& part = guess_[size_t(chunk) * selected_.size() + i];
+        if (part.value > guess.value) guess = part;
       }
+      if (guess.index >= 0) look_at_tile(guess.index / kLanes, i, s, found);
+      s.floor[i] = found.value + found.poison;
+    }
     return s.floor[m];
   }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.pack import Arena, Packed
-from gpt_fast.ops.cpu.screen import build_screen, is_worth_it
+from gpt_fast.ops.cpu.screen import build_screen, code_bytes, is_worth_it
 from gpt_fast.ops.cpu.structs import STEP_ERRORS, LayerWeights, Linear, ModelWeights, StepInput, load_library
 from gpt_fast.ops.cpu.weights import Packer
 
@@ -141,6 +141,7 @@ class CpuDecoder:
         self.kept: list[Tensor | Structure | ctypes.Array] = []  # what the C++ side points to
         self.arena = Arena()
         self.weight_bytes = 0  # what a step of one token reads
+        self.greedy_saves = 0  # of that, what a greedy step of few rows leaves out, but for rows its screen does not
         self.steps = 0  # begun
         self.formats: set[int] = set()
         description = self.describe_model(model, Packer(weights, group))
@@ -189,6 +190,7 @@ class CpuDecoder:
         """Build the head's screen, with its focus on the inputs that weigh most in a forward of any tokens."""
         built, kept = build_screen(self.library, head, self.head_energy(), arena=self.arena, threads=self.pool.threads)
         self.kept += kept
+        self.greedy_saves = code_bytes(head) - sum(t.nbytes for t in kept)
         self.library.gf_decoder_set_screen(self.handle, byref(built))
 
     def head_energy(self) -> Tensor:

@@ -26,6 +26,7 @@ struct Screen {
   float* unit;             // [tile][16]
   float* radius;           // [tile][16]: at least |rest of e|; infinite where the row is not finite
   int32_t focused;
+  int32_t most_rows;       // of x; more are not worth it
   float norm;              // the largest |w| of the finite rows
   float left_error;        // the most by which an entry of `left` is off
 };

@@ -14,13 +14,18 @@ from gpt_fast.ops.cpu.pack import Arena
 from gpt_fast.ops.cpu.structs import Linear, Screen
 
 FOCUS = 32  # inputs whose error is kept
+MOST_ROWS = 8  # of more, arithmetic costs more than the bytes that it saves
 WORTH = 1 / 8  # of a step's bytes: a head that is less is read whole, for the screen takes memory too
 
 
 def is_worth_it(head: Linear, step_bytes: int) -> bool:
     """Whether a head has more to read than its screen, and enough of a step's bytes to be worth the memory."""
-    bits = {pack.INT8_ROW: 8, pack.INT8_GROUP: 8, pack.BF16: 16}.get(head.format, 0)
-    return head.rows * head.cols * bits / 8 >= WORTH * step_bytes and bits > 0
+    return head.format != pack.INT4 and code_bytes(head) >= WORTH * step_bytes
+
+
+def code_bytes(head: Linear) -> int:
+    """Of a head of 8 or 16 bits, without its scales."""
+    return head.rows * head.cols * (2 if head.format == pack.BF16 else 1)
 
 
 def build_screen(
@@ -37,7 +42,7 @@ def build_screen(
     weights = Linear(format=pack.INT4, rows=head.rows, cols=head.cols, group=pack.GROUP,
                      q=q.data_ptr(), scale=scale.data_ptr(), bias=None)  # fmt: skip
     kept = [q, scale, left, unit, radius, focus]
-    empty = Screen(weights, *(t.data_ptr() for t in (focus, left, unit, radius)), focused, 0.0, 0.0)
+    empty = Screen(weights, *(t.data_ptr() for t in (focus, left, unit, radius)), focused, MOST_ROWS, 0.0, 0.0)
 
     def build(first: int) -> Screen:
         part = Screen.from_buffer_copy(empty)

@@ -37,7 +37,7 @@ class Screen(Structure):
     _fields_ = (
         ("weights", Linear),
         *((name, c_void_p) for name in ("focus", "left", "unit", "radius")),
-        ("focused", c_int32),
+        *((name, c_int32) for name in ("focused", "most_rows")),
         *((name, c_float) for name in ("norm", "left_error")),
     )
 
