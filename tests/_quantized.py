@@ -21,6 +21,13 @@ from gpt_fast.tokenizer import byte_alphabet
 
 CPU = torch.device("cpu")
 
+FAMILIES: dict[str, dict[str, object]] = {  # changes to small_config
+    "tied": {},
+    "untied": {"tie_embeddings": False},
+    "biased": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "experts": {"n_expert": 3, "n_expert_per_token": 2},
+}
+
 
 def small_config(**changes: object) -> ModelConfig:
     sizes: dict = {

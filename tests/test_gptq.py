@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _quantized import logits_of, model_of_state, quantized_model, random_model, small_config
+from _quantized import FAMILIES, logits_of, model_of_state, quantized_model, random_model, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,15 +224,9 @@ def gptq_twin(model, tokens_CS, *, groupsize, options=None):
     return model_of_state(model.config, schemes, state)
 
 
-@pytest.mark.parametrize("family", ["tied", "untied", "biased", "experts"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_is_closer_than_rounding(family):
-    changes = {
-        "tied": {},
-        "untied": {"tie_embeddings": False},
-        "biased": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
-        "experts": {"n_expert": 3, "n_expert_per_token": 2},
-    }
-    model = random_model(small_config(**changes[family]))
+    model = random_model(small_config(**FAMILIES[family]))
     generator = torch.Generator().manual_seed(7)
     basis = torch.randn(96, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
     channels = torch.randn(96, generator=generator).exp() * 0.05

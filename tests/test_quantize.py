@@ -6,7 +6,15 @@ import copy
 
 import pytest
 import torch
-from _quantized import dequantized_model, logits_of, quantized_model, quantized_state, random_model, small_config
+from _quantized import (
+    FAMILIES,
+    dequantized_model,
+    logits_of,
+    quantized_model,
+    quantized_state,
+    random_model,
+    small_config,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -284,16 +292,10 @@ def test_stored_tensors_are_offered_until_packing_drops_them():
     assert filled_linear(INT8).quantized_weight()[2] is None
 
 
-@pytest.mark.parametrize("family", ["tied", "untied", "biased", "experts"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("mode", "groupsize"), [("int8", 0), ("int4", 32), ("int4", 128)])
 def test_a_quantized_model_is_its_dequantized_twin(family, mode, groupsize):
-    changes = {
-        "tied": {},
-        "untied": {"tie_embeddings": False},
-        "biased": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
-        "experts": {"n_expert": 4, "n_expert_per_token": 2},
-    }
-    model = random_model(small_config(**changes[family]))
+    model = random_model(small_config(**FAMILIES[family]))
     tokens = torch.randint(0, 96, (2, 24))
     expected = logits_of(dequantized_model(model, mode=mode, groupsize=groupsize), tokens)
     quantized = quantized_model(model, mode=mode, groupsize=groupsize)

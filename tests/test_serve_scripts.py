@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import archive  # noqa: E402
+from _server import free_ports  # noqa: E402
 from instance import Instance, alive, escape, is_listening, java_version, render_properties, startup_error  # noqa: E402
 
 from gpt_fast.serve.startup_check import check_frontend, check_properties, parse_properties  # noqa: E402
@@ -159,17 +160,6 @@ def test_model_overrides_the_yaml_and_is_resolved(tmp_path):
 
 
 # --- a real TorchServe ----------------------------------------------------------------------------------------
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 @dataclass
