@@ -38,6 +38,13 @@ def at_least(low: int) -> Callable[[str], int]:
     return whole
 
 
+def http_url(value: str) -> str:
+    """A type for argparse."""
+    if not value.startswith("http://"):
+        raise argparse.ArgumentTypeError(f"must be a URL (got {value!r}, allowed http://HOST:PORT/PATH)")
+    return value
+
+
 def refuse_useless(
     parser: argparse.ArgumentParser, arguments: list[str] | None, names: Iterable[str], *, why: str
 ) -> None:

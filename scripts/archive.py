@@ -19,6 +19,8 @@ from pathlib import Path
 
 import yaml
 
+from gpt_fast.command import one_line_errors
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "gpt-fast"
 VERSION = "1.0"
@@ -153,7 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("archive"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"archive: {error}")

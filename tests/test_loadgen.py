@@ -216,5 +216,5 @@ def test_a_server_that_is_not_there_is_one_line():
     done = subprocess.run(
         [sys.executable, "scripts/loadgen.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1 and done.stderr.startswith("error: http://127.0.0.1:9/x: alone, before the load:")
+    assert done.returncode == 2 and done.stderr.startswith("error: http://127.0.0.1:9/x: alone, before the load:")
     assert len(done.stderr.splitlines()) == 1

@@ -31,7 +31,7 @@ from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Case, Unavailable
 from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
-from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.command import at_least, http_url, one_line_errors
 
 VERIFY_SIZES = range(1, 9)
 
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint_path", required=True, type=Path, help="a converted checkpoint, or a weights file in it")
     add("--engine", action="store_true", help="measure the engine called directly")
-    add("--http", metavar="URL", help="measure a running server that serves the same checkpoint")
+    add("--http", type=http_url, metavar="URL", help="measure a running server that serves the same checkpoint")
     add("--token", default="", help="the server's inference key, where it asks for one")
     peers = "; ".join(f"{name}{f'=PATH ({what})' if what else ''}" for name, (_, what) in PEERS.items())
     add("--peer", action="append", default=[], type=peer, metavar="NAME[=PATH]", help=f"may be repeated: {peers}")
