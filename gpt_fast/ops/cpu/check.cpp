@@ -36,8 +36,8 @@ struct RandomModel {
     static const int32_t focus[] = {3, kDim - 1, 40};
     const Linear& head = weights.head;
     const size_t rows = size_t(head.tiles()) * gf::kLanes, groups = size_t(head.groups());
-    Linear copy{gf::kInt4, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255), halves(rows * groups * 2),
-                nullptr};
+    Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255),
+                bytes(rows * (4 + groups), 0, 255), nullptr};
     gf::Screen s{copy, focus, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
                  floats(int(rows), 1), 3, 2, 0, 0};
     gf::build_screen(head, s, 0, 3);

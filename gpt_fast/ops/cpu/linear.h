@@ -16,7 +16,7 @@
 
 namespace gf {
 
-enum Format : int32_t { kInt8Row = 0, kInt8Group = 1, kInt4 = 2, kBf16 = 3 };
+enum Format : int32_t { kInt8Row = 0, kInt8Group = 1, kInt4 = 2, kBf16 = 3, kLevels = 4 };
 
 // Filled in by Python (pack.py); the order and types of fields are shared with its ctypes twin.
 struct Linear {
@@ -27,12 +27,13 @@ struct Linear {
   const uint8_t* q;   // [tile / 2][cols/32][tile % 2] blocks
   const void* scale;  // kInt8Row: float [rows]; kInt8Group: half [tile / 2][cols/32][tile % 2][16];
                       // kInt4: half [tile / 2][cols/group][tile % 2][scale, minimum][16]
+                      // kLevels: float [16 tiles()], then int8 [tile / 2][cols/32][tile % 2][16]
   const float* bias;  // float [rows], or null; rows are padded to whole pairs of tiles everywhere
 
   int tiles() const { return (rows + 2 * kLanes - 1) / (2 * kLanes) * 2; }
   int groups() const { return (cols + kGroup - 1) / kGroup; }
   int scale_groups() const { return (cols + group - 1) / group; }
-  int block_bytes() const { return format == kInt4 ? 256 : format == kBf16 ? 1024 : 512; }
+  int block_bytes() const { return format == kInt4 || format == kLevels ? 256 : format == kBf16 ? 1024 : 512; }
   size_t pair_bytes() const { return size_t(2) * groups() * block_bytes(); }
   const uint8_t* pair(int tile) const { return q + tile / 2 * pair_bytes(); }
 };
@@ -136,6 +137,38 @@ struct Int4 {
     return fma(minimum, splat(x.weighted_sum(row)[g]), sum);
   }
   f32x16 finish(f32x16 sum) const { return sum; }
+};
+
+// w = row scale * group scale * level[q]: a code names one of 16 levels, closer together about zero as weights are.
+// The levels are those of llama.cpp's IQ4_NL, here plus 128.
+inline constexpr uint8_t kLevel[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+struct Levels {
+  static constexpr int kBlock = 256;
+  const uint8_t* q;
+  const float* row_scale;
+  const int8_t* group_scale;
+  f32x16 scale;
+
+  Levels(const Linear& w, int tile)
+      : q(w.q + block_index(tile, w.groups()) * kBlock),
+        row_scale(static_cast<const float*>(w.scale) + tile * kLanes), group_scale(group_scales(w, tile)) {}
+  static const int8_t* group_scales(const Linear& w, int tile) {
+    const auto* after = static_cast<const float*>(w.scale) + size_t(w.tiles()) * kLanes;
+    return reinterpret_cast<const int8_t*>(after) + block_index(tile, w.groups()) * kLanes;
+  }
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const {
+    const i32x16 both = load_i(q + 64 * j);
+    a = look_up(kLevel, low_nibbles(both)), b = look_up(kLevel, high_nibbles(both));
+  }
+  template <bool kShare>
+  void fetch_scales(int) const {}
+  void load_scales(int g) { scale = load_i8(group_scale + g * 2 * kLanes); }
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
+  }
+  f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
 };
 
 // Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane].
@@ -296,6 +329,7 @@ inline void multiply(const Linear& w, int tile, int tiles, const Activations& x,
     case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride, next); break;
     case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride, next); break;
     case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride, next); break;
+    case kLevels: multiply_tiles<Levels>(w, tile, tiles, x, row, rows, out, stride, next); break;
     default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride, next); break;
   }
   if (w.bias == nullptr) return;

@@ -19,7 +19,7 @@ TILE = 16
 PAIR = 2 * TILE
 GROUP = 32
 INT4_GROUPS = (32, 64, 128, 256)
-INT8_ROW, INT8_GROUP, INT4, BF16 = range(4)  # linear.h's Format
+INT8_ROW, INT8_GROUP, INT4, BF16, LEVELS = range(5)  # linear.h's Format
 
 
 @dataclass(frozen=True, kw_only=True)

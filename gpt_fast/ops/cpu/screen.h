@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -20,7 +21,7 @@ namespace gf {
 
 // Filled in by build_screen; the order and types of fields are shared with its ctypes twin (structs.py).
 struct Screen {
-  Linear weights;          // kInt4, groups of 32; no rows: there is no screen
+  Linear weights;          // kLevels; no rows: there is no screen
   const int32_t* focus;    // [focused] inputs
   int8_t* left;            // [tile][focused][16]: e of the focus, in units of its row's `unit`
   float* unit;             // [tile][16]
@@ -55,43 +56,53 @@ struct Leftover {
   float rest[kLanes] = {}, size[kLanes] = {};
 };
 
-// Scale and minimum of each row's group, as GGUF's Q4_1.
-inline void screen_scales(const float (*w)[kLanes], _Float16* half, float* scale, float* minimum, float* inverse) {
-  float low[kLanes], high[kLanes];
-  std::copy(w[0], w[1], low), std::copy(w[0], w[1], high);
-  for (int i = 1; i < kGroup; i++)
-    for (int lane = 0; lane < kLanes; lane++)
-      low[lane] = std::min(low[lane], w[i][lane]), high[lane] = std::max(high[lane], w[i][lane]);
+// The scales of a tile's groups: the largest weight of a group becomes the first level.
+inline void screen_scales(const float (*w)[kLanes], const Screen& s, int tile) {
+  const int groups = s.weights.groups();
+  float* row_scale = static_cast<float*>(const_cast<void*>(s.weights.scale)) + tile * kLanes;
+  int8_t* group_scale = const_cast<int8_t*>(Levels::group_scales(s.weights, tile));
   for (int lane = 0; lane < kLanes; lane++) {
-    half[lane] = _Float16((high[lane] - low[lane]) / 15), half[kLanes + lane] = _Float16(low[lane]);
-    if (!std::isfinite(float(half[lane])) || !std::isfinite(float(half[kLanes + lane])))
-      half[lane] = half[kLanes + lane] = 0;  // its radius will be infinite
-    scale[lane] = half[lane], minimum[lane] = half[kLanes + lane];
-    inverse[lane] = scale[lane] > 0 ? 1 / scale[lane] : 0;
+    std::vector<float> largest(size_t(groups), 0.0f);
+    float all = 0;
+    for (int i = 0; i < groups * kGroup; i++)
+      if (std::abs(w[i][lane]) > std::abs(largest[i / kGroup])) largest[i / kGroup] = w[i][lane];
+    for (float v : largest) all = std::max(all, std::abs(v));
+    const float level = kLevel[0] - 128.0f;
+    row_scale[lane] = std::isfinite(all) ? all / (127 * -level) : 0;  // of a row that is not finite the radius will tell
+    const float inverse = row_scale[lane] > 0 ? 1 / (level * row_scale[lane]) : 0;
+    for (int g = 0; g < groups; g++)
+      group_scale[g * 2 * kLanes + lane] =
+          inverse == 0 ? 0 : int8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(largest[g] * inverse))));
   }
 }
 
 // The copy of a group of inputs. place: where an input is in the focus, or -1.
 inline void screen_group(const float (*w)[kLanes], const Screen& s, int tile, int g, const int* place, Leftover& out) {
   const size_t block = block_index(tile, s.weights.groups()) + 2 * size_t(g);
-  float scale[kLanes], minimum[kLanes], inverse[kLanes];
-  screen_scales(w, static_cast<_Float16*>(const_cast<void*>(s.weights.scale)) + block * 2 * kLanes, scale, minimum,
-                inverse);
+  const float* row_scale = static_cast<const float*>(s.weights.scale) + tile * kLanes;
+  const int8_t* group_scale = Levels::group_scales(s.weights, tile) + g * 2 * kLanes;
+  float scale[kLanes], inverse[kLanes], between[15];
+  for (int i = 0; i < 15; i++) between[i] = (kLevel[i] + kLevel[i + 1]) / 2.0f - 128;
+  for (int lane = 0; lane < kLanes; lane++) {
+    scale[lane] = row_scale[lane] * group_scale[lane];
+    inverse[lane] = scale[lane] != 0 ? 1 / scale[lane] : 0;
+  }
   uint32_t codes[kGroup / 8][kLanes] = {};
   for (int i = 0; i < kGroup; i++) {
     float error[kLanes];
     const int shift = i % 4 * 8 + i / 4 % 2 * 4;
     for (int lane = 0; lane < kLanes; lane++) {
-      const float v = w[i][lane];
-      const float code = std::min(15.0f, std::max(0.0f, std::nearbyint((v - minimum[lane]) * inverse[lane])));
-      codes[i / 8][lane] |= uint32_t(int32_t(code)) << shift;
-      error[lane] = v - (scale[lane] * code + minimum[lane]);
+      const float v = w[i][lane], level = v * inverse[lane];
+      int32_t code = 0;
+      for (int k = 0; k < 15; k++) code += level > between[k];
+      codes[i / 8][lane] |= uint32_t(code) << shift;
+      error[lane] = v - scale[lane] * (kLevel[code] - 128.0f);
       out.size[lane] += v * v;
     }
     if (place[g * kGroup + i] >= 0) std::copy(error, error + kLanes, &out.focus[size_t(place[g * kGroup + i]) * kLanes]);
     else for (int lane = 0; lane < kLanes; lane++) out.rest[lane] += error[lane] * error[lane];
   }
-  std::memcpy(const_cast<uint8_t*>(s.weights.q) + block * Int4::kBlock, codes, sizeof codes);
+  std::memcpy(const_cast<uint8_t*>(s.weights.q) + block * Levels::kBlock, codes, sizeof codes);
 }
 
 inline void finish_tile(const Leftover& from, Screen& s, int tile) {
@@ -117,13 +128,12 @@ inline void finish_tile(const Leftover& from, Screen& s, int tile) {
 inline void build_screen(const Linear& w, Screen& s, int tile, int tiles) {
   std::vector<int> place(size_t(w.groups()) * kGroup, -1);
   for (int k = 0; k < s.focused; k++) place[s.focus[k]] = k;
+  const std::unique_ptr<float[][kLanes]> inputs(new float[size_t(w.groups()) * kGroup][kLanes]);
   for (const int end = tile + tiles; tile < end; tile++) {
     Leftover leftover{std::vector<float>(size_t(s.focused) * kLanes)};
-    float group[kGroup][kLanes];
-    for (int g = 0; g < w.groups(); g++) {
-      unpack_group(w, tile, g, group);
-      screen_group(group, s, tile, g, place.data(), leftover);
-    }
+    for (int g = 0; g < w.groups(); g++) unpack_group(w, tile, g, &inputs[g * kGroup]);
+    screen_scales(inputs.get(), s, tile);
+    for (int g = 0; g < w.groups(); g++) screen_group(&inputs[g * kGroup], s, tile, g, place.data(), leftover);
     finish_tile(leftover, s, tile);
   }
 }

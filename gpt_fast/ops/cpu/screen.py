@@ -35,11 +35,11 @@ def build_screen(
     rows, groups = -(-head.rows // pack.PAIR) * pack.PAIR, -(-head.cols // pack.GROUP)
     tiles, focused = rows // pack.TILE, min(FOCUS, head.cols)
     q = arena.put(torch.empty(rows * groups * pack.GROUP // 2, dtype=torch.uint8))
-    scale = arena.put(torch.empty(rows * groups * 2, dtype=torch.float16))
+    scale = arena.put(torch.empty(rows * (4 + groups), dtype=torch.uint8))  # a float a row, then a byte a group
     left = arena.put(torch.empty(rows * focused, dtype=torch.int8))
     unit, radius = torch.empty(2, rows)
     focus = energy_K.topk(focused).indices.int()
-    weights = Linear(format=pack.INT4, rows=head.rows, cols=head.cols, group=pack.GROUP,
+    weights = Linear(format=pack.LEVELS, rows=head.rows, cols=head.cols, group=pack.GROUP,
                      q=q.data_ptr(), scale=scale.data_ptr(), bias=None)  # fmt: skip
     kept = [q, scale, left, unit, radius, focus]
     empty = Screen(weights, *(t.data_ptr() for t in (focus, left, unit, radius)), focused, MOST_ROWS, 0.0, 0.0)

@@ -153,6 +153,11 @@ inline i32x16 low_nibbles(i32x16 a) {
   return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
 }
 inline i32x16 high_nibbles(i32x16 a) { return low_nibbles({_mm256_srli_epi32(a.lo, 4), _mm256_srli_epi32(a.hi, 4)}); }
+// table[i] for each byte i of `index`, all below 16.
+inline i32x16 look_up(const uint8_t* table, i32x16 index) {
+  const __m256i entries = _mm256_broadcastsi128_si256(load128(table));
+  return {_mm256_shuffle_epi8(entries, index.lo), _mm256_shuffle_epi8(entries, index.hi)};
+}
 
 inline f32x16 even_bf16(i32x16 a) { return as_float({_mm256_slli_epi32(a.lo, 16), _mm256_slli_epi32(a.hi, 16)}); }
 inline f32x16 odd_bf16(i32x16 a) {

@@ -93,6 +93,11 @@ inline i32x16 low_nibbles(i32x16 a) { return {_mm512_and_si512(a.r, _mm512_set1_
 inline i32x16 high_nibbles(i32x16 a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.r, 4), _mm512_set1_epi8(15))};
 }
+// table[i] for each byte i of `index`, all below 16.
+inline i32x16 look_up(const uint8_t* table, i32x16 index) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), index.r)};
+}
 
 inline f32x16 even_bf16(i32x16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.r, 16))}; }
 inline f32x16 odd_bf16(i32x16 a) {
