@@ -164,7 +164,7 @@ def repeat_groups(scale_NG: Tensor, group: int, K: int) -> Tensor:
 
 
 class Arena:
-    """Packed tensors one after another in the order of use, in memory the system may back with huge pages."""
+    """Tensors one after another in the order of use, in memory the system may back with huge pages."""
 
     BLOCK = 64 << 20
 
@@ -172,13 +172,17 @@ class Arena:
         self.block = torch.empty(0, dtype=torch.uint8)
         self.used = 0
 
-    def put(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor`, starting at a cache line."""
-        nbytes = tensor.numel() * tensor.element_size()
+    def take(self, nbytes: int) -> Tensor:
+        """Room for so many bytes, starting at a cache line: uint8."""
         if self.used + nbytes > len(self.block):
             self.block = memory.empty(max(nbytes, self.BLOCK))
             self.used = 0
         place = self.block[self.used : self.used + nbytes]
         self.used += nbytes + padding(nbytes, 64)
+        return place
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`."""
+        place = self.take(tensor.numel() * tensor.element_size())
         place.copy_(tensor.contiguous().view(-1).view(torch.uint8))
         return place.view(tensor.dtype).view(tensor.shape)

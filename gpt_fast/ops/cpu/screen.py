@@ -34,9 +34,9 @@ def build_screen(
     """The screen of a packed head, and the tensors it points to. energy_K: of its inputs, which decides the focus."""
     rows, groups = -(-head.rows // pack.PAIR) * pack.PAIR, -(-head.cols // pack.GROUP)
     tiles, focused = rows // pack.TILE, min(FOCUS, head.cols)
-    q = arena.put(torch.empty(rows * groups * pack.GROUP // 2, dtype=torch.uint8))
-    scale = arena.put(torch.empty(rows * (4 + groups), dtype=torch.uint8))  # a float a row, then a byte a group
-    left = arena.put(torch.empty(rows * focused, dtype=torch.int8))
+    q = arena.take(rows * groups * pack.GROUP // 2)
+    scale = arena.take(rows * (4 + groups))  # a float a row, then a byte a group
+    left = arena.take(rows * focused)
     unit, radius = torch.empty(2, rows)
     focus = energy_K.topk(focused).indices.int()
     weights = Linear(format=pack.LEVELS, rows=head.rows, cols=head.cols, group=pack.GROUP,
