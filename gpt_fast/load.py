@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,9 +59,8 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     device = choose_device(config.device, group)
     threads = config.threads or cores_of(group)
     torch.set_num_threads(threads)
-    loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
+    loaded, tokenizer, chat_template = read_checkpoint(config, device, group)
     model = loaded.model
-    tokenizer = load_tokenizer(loaded.directory)
     check_vocabulary(tokenizer.vocab_size, loaded.config)
     max_seq_len = choose_max_seq_len(config, loaded.config)
     compute_dtype = model.norm.weight.dtype
@@ -84,7 +84,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
         EngineCore(runner),
         tokenizer,
         loaded.config,
-        load_chat_template(loaded.directory),
+        chat_template,
         {
             "checkpoint": str(loaded.weights_file),
             "quantization": (loaded.quantization or {}).get("mode", "none"),
@@ -103,6 +103,17 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
             "load_seconds": round(time.perf_counter() - started, 2),
         },
     )
+
+
+def read_checkpoint(
+    config: EngineConfig, device: torch.device, group: Group | None
+) -> tuple[Loaded, Tokenizer, ChatTemplate | None]:
+    """The model and, read by another thread while this one hashes the weights, what makes its tokens of text."""
+    directory = find_weights(Path(config.checkpoint_path)).parent
+    with ThreadPoolExecutor(1) as beside:
+        text = beside.submit(lambda: (load_tokenizer(directory), load_chat_template(directory)))
+        loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
+    return loaded, *text.result()
 
 
 def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, threads: int) -> Speculator | None:

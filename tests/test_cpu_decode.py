@@ -44,7 +44,7 @@ def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, i
     """gf_linear on a NaN-filled output: [M, N]."""
     linear = torch.nn.Linear(*reversed(w_NK.shape), bias=False)
     linear.weight.data = w_NK
-    packed = Packer(weights, group).body(linear)
+    packed = Packer(weights, group).body(linear).stored(pack.Arena())
     out = torch.full((len(x_MK), -(-len(w_NK) // 32) * 32), torch.nan)
     scale = None if packed.scale is None else packed.scale.data_ptr()
     description = Linear(packed.format, packed.rows, packed.cols, packed.group, packed.q.data_ptr(), scale, None)

@@ -46,7 +46,7 @@ def tell(w_NK: torch.Tensor, x_K: torch.Tensor, weights: str, isa: str | None = 
     library, (N, K) = load_library(isa), w_NK.shape
     linear = torch.nn.Linear(K, N, bias=False)
     linear.weight.data = w_NK
-    packed = Packer(weights, 32).head(linear)
+    packed = Packer(weights, 32).head(linear).stored(Arena())
     scale = None if packed.scale is None else packed.scale.data_ptr()
     head = Linear(packed.format, N, K, packed.group, packed.q.data_ptr(), scale, None)
     screen, kept = build_screen(library, head, x_K.square(), arena=Arena(), threads=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from _quantized import random_model, small_config, write_checkpoint
 
 from gpt_fast.collector import at_rest
+from gpt_fast.llm import Engine
+from gpt_fast.manifest import write_manifest
 from gpt_fast.quantize.convert import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +55,22 @@ engine = Engine.load({str(weights)!r}, max_num_seqs=1, threads=1)
 assert len(list(engine.events("a", SamplingParams(max_new_tokens=1)))) == 1
 {among(COMPILERS | EXTRAS)}"""
     assert fresh(code) == ""
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_damaged_weights_are_named_before_a_broken_tokenizer(
+    damaged: bool, byte_checkpoint: Path, tmp_path: Path
+) -> None:
+    """They are read at the same time."""
+    directory = Path(shutil.copytree(byte_checkpoint, tmp_path / "copy"))
+    (directory / "tokenizer.json").write_text("{}")
+    write_manifest(directory)
+    if damaged:
+        content = bytearray((directory / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="its sha256 differs" if damaged else "not a tokenizer.json"):
+        Engine.load(str(directory), max_num_seqs=1, threads=1)
 
 
 def test_the_command_collects_nothing_while_it_imports() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt_fast.bench.peers import PeerOptions, load_peer
 from gpt_fast.bench.sample import Target
+from gpt_fast.collector import at_rest
 
 ENGINE_OPTIONS = ("dtype", "kv_cache", "kernels", "device", "compile", "compile_prefill")
 Factory = tuple[Callable[..., Any], dict[str, Any]]  # what makes a target, and its options
@@ -52,7 +53,8 @@ def model_facts(checkpoint: Path) -> tuple[int, int | None]:
 
 
 def engine(**options: Any) -> Target:
-    from gpt_fast.bench.engine import EngineTarget
+    with at_rest():
+        from gpt_fast.bench.engine import EngineTarget
 
     return EngineTarget(**options)
 

@@ -243,11 +243,11 @@ class CpuDecoder:
         if pack.BF16 in self.formats and len(self.formats) > 1:
             raise ValueError("weights: bfloat16 cannot be mixed with quantized modules (allowed int8, int8_groups, "
                              "int4)")
-        q, scale = self.keep(self.arena.put(packed.q)), packed.scale
+        packed = packed.stored(self.arena)
         self.weight_bytes += packed.nbytes
         return Linear(
-            format=packed.format, rows=packed.rows, cols=packed.cols, group=packed.group, q=q,
-            scale=None if scale is None else self.keep(self.arena.put(scale)),
+            format=packed.format, rows=packed.rows, cols=packed.cols, group=packed.group, q=self.keep(packed.q),
+            scale=None if packed.scale is None else self.keep(packed.scale),
             bias=None if packed.bias is None else self.keep_float(packed.bias),
         )
 

@@ -7,7 +7,7 @@ every 32 inputs; see linear.h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,16 @@ TILE = 16
 PAIR = 2 * TILE
 GROUP = 32
 INT4_GROUPS = (32, 64, 128, 256)
+SIGN_BITS = -0x7F7F7F80  # of a word's four bytes: flipped, int8 is uint8 with 128 added
 INT8_ROW, INT8_GROUP, INT4, BF16, LEVELS = range(5)  # linear.h's Format
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """One matrix: `q` uint8 and `scale` as linear.h's Linear wants them; `bias` float32 padded to tiles, or None."""
+    """One matrix: `q` int32 and `scale` as linear.h's Linear wants them; `bias` float32 padded to tiles, or None.
+
+    Until they are `stored`, q and scale may be views of another order of memory: it changes in that one copy.
+    """
 
     format: int
     rows: int
@@ -36,7 +40,11 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return self.q.numel() + (0 if self.scale is None else self.scale.numel() * self.scale.element_size())
+        return self.q.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def stored(self, arena: Arena) -> Packed:
+        """With q and scale in the arena, as the kernels read them."""
+        return replace(self, q=arena.put(self.q), scale=None if self.scale is None else arena.put(self.scale))
 
 
 # ------------------------------------------------------------------------------ codes of a float matrix
@@ -104,34 +112,28 @@ def pack_int4(
     if group not in INT4_GROUPS or scale_NG.shape[1] != -(-q_NK.shape[1] // group):
         raise ValueError(f"int4: group must be one of {INT4_GROUPS} and give one scale a group "
                          f"(got {group} for {q_NK.shape[1]} inputs with {scale_NG.shape[1]} scales a row)")
-    q = pad_tiles(q_NK)
-    quads = q.view(-1, TILE, q.shape[1] // 8, 2, 4).permute(0, 2, 3, 1, 4)
-    codes = quads[:, :, 0] | quads[:, :, 1] << 4  # [T, K/8, 16, 4]: inputs 0-3 low, 4-7 high
+    words = words_of(q_NK)
+    codes = words[:, ::2] | words[:, 1::2] << 4  # of eight inputs, 0-3 low and 4-7 high
     scale = torch.stack((interleave_scales(scale_NG), interleave_scales(minimum_NG)), 3)
-    return packed(INT4, q_NK.shape, group, take_turns(codes, q.shape[1] // GROUP), scale, bias_N)
+    return packed(INT4, q_NK.shape, group, take_turns(codes, GROUP // 8), scale, bias_N)
 
 
 def pack_bf16(w_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
     """bfloat16 weights."""
-    w = pad_tiles(w_NK.to(torch.bfloat16))
-    couples = w.view(-1, TILE, w.shape[1] // 2, 2).permute(0, 2, 1, 3)
-    q = take_turns(couples, w.shape[1] // GROUP).view(torch.uint8)
-    return packed(BF16, w_NK.shape, GROUP, q, None, bias_N)
+    words = words_of(w_NK.to(torch.bfloat16))
+    return packed(BF16, w_NK.shape, GROUP, take_turns(words, GROUP // 2), None, bias_N)
 
 
 def packed(
     kind: int, shape: torch.Size, group: int, q: Tensor, scale: Tensor | None, bias_N: Tensor | None
 ) -> Packed:
     bias = None if bias_N is None else F.pad(bias_N.float(), (0, padding(len(bias_N), PAIR)))
-    scale = None if scale is None else scale.contiguous()
-    return Packed(format=kind, rows=shape[0], cols=shape[1], group=group, q=q.flatten(), scale=scale, bias=bias)
+    return Packed(format=kind, rows=shape[0], cols=shape[1], group=group, q=q, scale=scale, bias=bias)
 
 
 def interleave_int8(q_NK: Tensor) -> Tensor:
     """Codes + 128, the unsigned side of the dot-product instruction, as the kernels read them."""
-    q = pad_tiles(q_NK)
-    quads = q.view(-1, TILE, q.shape[1] // 4, 4).permute(0, 2, 1, 3)
-    return take_turns((quads.to(torch.int16) + 128).to(torch.uint8), q.shape[1] // GROUP)
+    return take_turns(words_of(q_NK) ^ SIGN_BITS, GROUP // 4)
 
 
 def interleave_scales(scale_NG: Tensor) -> Tensor:
@@ -140,13 +142,19 @@ def interleave_scales(scale_NG: Tensor) -> Tensor:
     return rows.view(-1, 2, TILE, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def take_turns(tiles: Tensor, groups: int) -> Tensor:
-    """[T, ...] with `groups` equal parts in a tile as [T/2, groups, 2, part]."""
-    return tiles.reshape(len(tiles) // 2, 2, groups, -1).transpose(1, 2).contiguous()
+def words_of(w_NK: Tensor) -> Tensor:
+    """int32 [N, W]: the bytes of neighbouring inputs, four at a time, padded to whole tiles."""
+    return pad_tiles(w_NK).view(torch.int32)
+
+
+def take_turns(words_NW: Tensor, words: int) -> Tensor:
+    """[T/2, G, 2, words, 16]: a view of rows of words as the kernels read them, with `words` words in 32 inputs."""
+    return words_NW.view(-1, 2, TILE, words_NW.shape[1] // words, words).permute(0, 3, 1, 4, 2)
 
 
 def pad_tiles(w_NK: Tensor) -> Tensor:
-    return F.pad(w_NK, (0, padding(w_NK.shape[1], GROUP), 0, padding(w_NK.shape[0], PAIR)))
+    columns, rows = padding(w_NK.shape[1], GROUP), padding(w_NK.shape[0], PAIR)
+    return F.pad(w_NK, (0, columns, 0, rows)) if columns or rows else w_NK.contiguous()
 
 
 def padding(size: int, multiple: int) -> int:
@@ -184,5 +192,4 @@ class Arena:
     def put(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor`."""
         place = self.take(tensor.numel() * tensor.element_size())
-        place.copy_(tensor.contiguous().view(-1).view(torch.uint8))
-        return place.view(tensor.dtype).view(tensor.shape)
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
