@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_fast.collector import at_rest
-from gpt_fast.config import ConfigError, SamplingParams
+from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.config import SamplingParams
 
 with at_rest():
     import torch
@@ -30,9 +30,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint_path", required=True, help="a converted checkpoint, or a weights file in it")
     parser.add_argument("--prompt", default="Hello, my name is")
     parser.add_argument("--interactive", action="store_true", help="chat with the model's own chat template")
-    parser.add_argument("--num_samples", type=int, default=5)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=1, help="rows decoded together, each with its own seed")
+    parser.add_argument("--num_samples", type=at_least(1), default=5)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=200)
+    parser.add_argument("--batch_size", type=at_least(1), default=1, help="rows decoded together, each its own seed")
     parser.add_argument("--top_k", type=int, default=200)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -53,11 +53,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         engine = load(args)
         chat(engine, args) if args.interactive else samples(engine, args)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
 
 
 def load(args: argparse.Namespace) -> Engine:

@@ -12,6 +12,7 @@ import pytest
 from _quantized import random_model, small_config, write_checkpoint
 
 from gpt_fast.collector import at_rest
+from gpt_fast.generate import main as generate
 from gpt_fast.llm import Engine
 from gpt_fast.manifest import write_manifest
 from gpt_fast.quantize.convert import quantize_checkpoint
@@ -50,6 +51,7 @@ def test_a_first_token_needs_no_compiler(mode: str, byte_checkpoint: Path) -> No
     weights = byte_checkpoint if mode == "none" else quantize_checkpoint(byte_checkpoint, mode=mode)
     code = f"""
 from gpt_fast.config import SamplingParams
+from gpt_fast.generate import main as generate
 from gpt_fast.llm import Engine
 engine = Engine.load({str(weights)!r}, max_num_seqs=1, threads=1)
 assert len(list(engine.events("a", SamplingParams(max_new_tokens=1)))) == 1
@@ -105,3 +107,20 @@ def test_a_collector_that_is_off_stays_off() -> None:
         assert gc.get_freeze_count() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint_path", "/nowhere"], "/nowhere"),
+        (["--num_samples", "0"], "argument --num_samples: must be a whole number (got '0', allowed 1 or more)"),
+        (["--prompt", ""], "prompt"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
+def test_generate_ends_on_a_mistake_with_one_line(
+    flags: list[str], message: str, byte_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        generate(["--checkpoint_path", str(byte_checkpoint), "--max_new_tokens", "4", *flags])
+    assert caught.value.code == 2 and message in capfd.readouterr().err.splitlines()[-1]

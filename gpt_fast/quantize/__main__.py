@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from gpt_fast.command import one_line_errors
 from gpt_fast.hf_config import load_model_config
 from gpt_fast.quantize.blocks import GPTQOptions
 from gpt_fast.quantize.convert import Calibration, Progress, quantize_checkpoint, repack_gguf
@@ -25,12 +25,10 @@ GPTQ_FLAGS = (
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         check_used(given_flags(arguments, args), args)
         with tqdm(unit="B", unit_scale=True, desc=args.gguf.name if args.gguf else args.mode) as bar:
             path = run(args, bar_progress(bar))
-    except ValueError as error:  # ConfigError, CheckpointError, QuantizationError: each is one line
-        sys.exit(f"error: {error}")
     print(path)
 
 
