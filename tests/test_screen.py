@@ -18,19 +18,19 @@ from gpt_fast.ops.cpu.screen import build_screen, is_worth_it
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.weights import Packer
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+pytestmark = [
+    pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2"),
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 FORMATS = ("int8", "int8_groups", "bfloat16")
 ISAS = [name for name, (needs, _) in build.ISAS.items() if build.cpu_flags().issuperset(needs.split())]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients() -> Iterator[None]:
     with torch.inference_mode():
         yield
-    torch.set_num_threads(before)
 
 
 class Told(NamedTuple):
