@@ -39,7 +39,7 @@ struct RandomModel {
     Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255),
                 bytes(rows * (4 + groups), 0, 255), nullptr};
     gf::Screen s{copy, focus, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
-                 floats(int(rows), 1), 3, 2, 0, 0};
+                 floats(int(rows), 1), floats(int(rows), 1), 3, 2, 0};
     gf::build_screen(head, s, 0, 3);
     gf::build_screen(head, s, 3, head.tiles() - 3);
     return s;

@@ -225,7 +225,7 @@ class Decoder final : public Job {
     Buffer<float> out, row, coarse;
     Activations input;  // of few rows, see input()
     uint64_t made = 0;
-    std::vector<float> floor;  // [selected], see floor()
+    std::vector<float> floor;  // [selected], see floors()
     uint64_t floors_made = 0;
     AttentionScratch attention;
     std::vector<const float*> q;
@@ -237,6 +237,8 @@ class Decoder final : public Job {
   static constexpr int kSpanTokens = 16;      // tokens of a slot attended together
   static constexpr int kItemsEach = 4;        // of the attention to a thread, where there is that much to share out
   static constexpr int kFewRows = 4;          // rows to a chunk of the small phases
+  static constexpr int kVain = 4;             // a screen that leaves more than this part of the head was in vain,
+  static constexpr int kRest = 15;            // and as many steps do without
 
   // ---- Setting up
 
@@ -300,8 +302,11 @@ class Decoder final : public Job {
   }
 
   void plan_screen(int rows) {
-    screened_ = !input_.logits && rows > 0 && rows <= screen_.most_rows;
+    const bool possible = !input_.logits && rows > 0 && rows <= screen_.most_rows;
+    screened_ = possible && rest_ == 0;
+    if (possible && rest_ > 0) rest_--;
     if (!screened_) return;
+    looked_ = 0;
     guess_.assign(best_.size(), {});
     if (glance_.size() < size_t(rows)) glance_.resize(size_t(rows));
     upper_.resize(size_t(rows) * model_.head.tiles());
@@ -692,20 +697,24 @@ class Decoder final : public Job {
     });
   }
 
-  // The logits that the screen has not ruled out.
+  // The logits that the screen has not ruled out: of all rows where it has not for one.
   void survivors(int chunk, Scratch& s) {
     const Split::Part part = head_split_.part(chunk);
     Best* best = &best_[size_t(chunk) * selected_.size()];
-    for (int m = 0; m < part.rows; m++) {
-      const float least = floor(m, s), *upper = &upper_[size_t(m) * model_.head.tiles()];
-      for (int tile = part.tile; tile < part.tile + part.tiles; tile++)
-        if (!(upper[tile] < least)) look_at_tile(tile, m, s, best[m]);  // NaN rules nothing out
+    const std::vector<float>& least = floors(s);
+    int looked = 0;
+    for (int tile = part.tile; tile < part.tile + part.tiles; tile++) {
+      bool alive = false;
+      for (int m = 0; m < part.rows; m++)
+        alive |= !(upper_[size_t(m) * model_.head.tiles() + tile] < least[m]);  // NaN rules nothing out
+      if (alive) look_at_tile(tile, 0, part.rows, s, best), looked++;
     }
+    looked_.fetch_add(looked, std::memory_order_relaxed);
   }
 
-  // A logit of the row that is known: the best of the tile that was guessed. Every thread asks for itself.
-  float floor(int m, Scratch& s) {
-    if (std::exchange(s.floors_made, planned_) == planned_) return s.floor[m];
+  // A logit of each row that is known: the best of the tile that was guessed. Every thread asks for itself.
+  const std::vector<float>& floors(Scratch& s) {
+    if (std::exchange(s.floors_made, planned_) == planned_) return s.floor;
     s.floor.resize(selected_.size());
     for (int i = 0; i < int(selected_.size()); i++) {
       Best guess, found;
@@ -713,15 +722,16 @@ class Decoder final : public Job {
         const Best& part = guess_[size_t(chunk) * selected_.size() + i];
         if (part.value > guess.value) guess = part;
       }
-      if (guess.index >= 0) look_at_tile(guess.index / kLanes, i, s, found);
+      if (guess.index >= 0) look_at_tile(guess.index / kLanes, i, 1, s, &found);
       s.floor[i] = found.value + found.poison;
     }
-    return s.floor[m];
+    return s.floor;
   }
 
-  void look_at_tile(int tile, int m, Scratch& s, Best& best) {
-    multiply(model_.head, tile, 1, normal_q_, m, 1, s.out.data(), kLanes, model_.head.pair(tile));
-    look(s.out.data(), tile * kLanes, std::min(kLanes, model_.vocab - tile * kLanes), best);
+  void look_at_tile(int tile, int row, int rows, Scratch& s, Best* best) {
+    multiply(model_.head, tile, 1, normal_q_, row, rows, s.out.data(), kLanes, model_.head.pair(tile));
+    for (int m = 0; m < rows; m++)
+      look(s.out.data() + m * kLanes, tile * kLanes, std::min(kLanes, model_.vocab - tile * kLanes), best[m]);
   }
 
   float* logits(int out) const { return input_.logits + size_t(out) * model_.vocab; }
@@ -740,6 +750,7 @@ class Decoder final : public Job {
   }
 
   void choose_best() {
+    if (screened_ && looked_ > model_.head.tiles() / kVain) rest_ = kRest;
     const size_t rows = selected_.size();
     chosen_.assign(size_t(input_.rows) * input_.row_tokens, 0);
     for (size_t m = 0; m < rows; m++) {
@@ -795,6 +806,8 @@ class Decoder final : public Job {
   std::vector<Item> items_;
   std::vector<Best> best_;        // [chunk of the head's rows][selected]
   bool screened_ = false;
+  int rest_ = 0;                  // steps to do without a screen
+  std::atomic<int> looked_{0};    // tiles that the screen left
   std::vector<Glance> glance_;    // [selected]
   std::vector<float> upper_;      // [selected][tile of the head]
   std::vector<Best> guess_;       // as best_; its index is a tile's first row

@@ -26,9 +26,9 @@ struct Screen {
   int8_t* left;            // [tile][focused][16]: e of the focus, in units of its row's `unit`
   float* unit;             // [tile][16]
   float* radius;           // [tile][16]: at least |rest of e|; infinite where the row is not finite
+  float* norm;             // [tile]: the largest |w| of its finite rows
   int32_t focused;
   int32_t most_rows;       // of x; more are not worth it
-  float norm;              // the largest |w| of the finite rows
   float left_error;        // the most by which an entry of `left` is off
 };
 
@@ -106,6 +106,7 @@ inline void screen_group(const float (*w)[kLanes], const Screen& s, int tile, in
 }
 
 inline void finish_tile(const Leftover& from, Screen& s, int tile) {
+  s.norm[tile] = 0;
   for (int lane = 0; lane < kLanes; lane++) {
     float largest = 0;
     for (int k = 0; k < s.focused; k++) largest = std::max(largest, std::abs(from.focus[size_t(k) * kLanes + lane]));
@@ -114,7 +115,7 @@ inline void finish_tile(const Leftover& from, Screen& s, int tile) {
     const float unit = finite ? largest / 127 : 0, inverse = unit > 0 ? 1 / unit : 0;
     s.unit[tile * kLanes + lane] = unit;
     s.radius[tile * kLanes + lane] = finite ? radius : INFINITY;
-    s.norm = std::max(s.norm, finite ? norm : 0);
+    s.norm[tile] = std::max(s.norm[tile], finite ? norm : 0);
     for (int k = 0; k < s.focused; k++) {
       const float error = finite ? from.focus[size_t(k) * kLanes + lane] : 0;
       const float left = std::min(127.0f, std::max(-127.0f, std::nearbyint(error * inverse)));
@@ -124,7 +125,7 @@ inline void finish_tile(const Leftover& from, Screen& s, int tile) {
   }
 }
 
-// Fills in `tiles` tiles of s, whose arrays have their sizes and whose focus is chosen, and raises its two figures.
+// Fills in `tiles` tiles of s, whose arrays have their sizes and whose focus is chosen, and raises its one figure.
 inline void build_screen(const Linear& w, Screen& s, int tile, int tiles) {
   std::vector<int> place(size_t(w.groups()) * kGroup, -1);
   for (int k = 0; k < s.focused; k++) place[s.focus[k]] = k;
@@ -144,13 +145,14 @@ inline void build_screen(const Linear& w, Screen& s, int tile, int tiles) {
 struct Glance {
   std::vector<float> focus;  // [focused]: x there
   float rest;                // |x| elsewhere
-  float slack;               // for rounding
+  float gap;                 // a row's |w| times this, and
+  float slack;               // this, are what rounding may do
 
   // exact: x as the matrix's own product sees it; coarse: as the copy's does, dequantized; overwritten. `n` values each.
   void take(const Screen& s, const float* exact, float* coarse, int n) {
-    float size = 0, gap = 0, focused = 0, other = 0;
+    float size = 0, apart = 0, focused = 0, other = 0;
     for (int i = 0; i < n; i++) size += coarse[i] * coarse[i];
-    for (int i = 0; i < n; i++) gap += (exact[i] - coarse[i]) * (exact[i] - coarse[i]);
+    for (int i = 0; i < n; i++) apart += (exact[i] - coarse[i]) * (exact[i] - coarse[i]);
     focus.resize(size_t(s.focused));
     for (int k = 0; k < s.focused; k++) {
       focus[k] = std::exchange(coarse[s.focus[k]], 0.0f);
@@ -160,7 +162,8 @@ struct Glance {
     rest = std::sqrt(other) * 1.0001f + 1e-30f;  // never 0: an infinite radius times it must be infinite
     // Each of the two products is a sum of n terms, rounded as often; |w4| is at most |w| + |e|.
     const float rounding = 3 * float(n + 64) * 0x1p-23f * std::sqrt(size);
-    slack = s.norm * (rounding + 1.0001f * std::sqrt(gap)) + s.left_error * focused * 1.0001f;
+    gap = rounding + 1.0001f * std::sqrt(apart);
+    slack = s.left_error * focused * 1.0001f;
   }
 };
 
@@ -190,7 +193,7 @@ inline void estimate(const Screen& s, int tile, const Glance* x, int rows, float
 
 // At most so far above the estimates lie the outputs.
 inline f32x16 margin(const Screen& s, int tile, const Glance& x) {
-  return fma(load(s.radius + tile * kLanes), splat(x.rest), splat(x.slack));
+  return fma(load(s.radius + tile * kLanes), splat(x.rest), splat(s.norm[tile] * x.gap + x.slack));
 }
 
 }  // namespace gf

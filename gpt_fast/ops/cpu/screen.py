@@ -38,11 +38,12 @@ def build_screen(
     scale = arena.take(rows * (4 + groups))  # a float a row, then a byte a group
     left = arena.take(rows * focused)
     unit, radius = torch.empty(2, rows)
+    norm = torch.empty(tiles)
     focus = energy_K.topk(focused).indices.int()
     weights = Linear(format=pack.LEVELS, rows=head.rows, cols=head.cols, group=pack.GROUP,
                      q=q.data_ptr(), scale=scale.data_ptr(), bias=None)  # fmt: skip
-    kept = [q, scale, left, unit, radius, focus]
-    empty = Screen(weights, *(t.data_ptr() for t in (focus, left, unit, radius)), focused, MOST_ROWS, 0.0, 0.0)
+    kept = [q, scale, left, unit, radius, norm, focus]
+    empty = Screen(weights, *(t.data_ptr() for t in (focus, left, unit, radius, norm)), focused, MOST_ROWS, 0.0)
 
     def build(first: int) -> Screen:
         part = Screen.from_buffer_copy(empty)
@@ -53,5 +54,5 @@ def build_screen(
     with ThreadPoolExecutor(threads) as pool:  # the foreign call lets go of the interpreter
         parts = list(pool.map(build, range(0, tiles, each)))
     whole = parts[0]
-    whole.norm, whole.left_error = (max(getattr(part, name) for part in parts) for name in ("norm", "left_error"))
+    whole.left_error = max(part.left_error for part in parts)
     return whole, kept

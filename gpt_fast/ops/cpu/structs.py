@@ -36,9 +36,9 @@ class Linear(Structure):
 class Screen(Structure):
     _fields_ = (
         ("weights", Linear),
-        *((name, c_void_p) for name in ("focus", "left", "unit", "radius")),
+        *((name, c_void_p) for name in ("focus", "left", "unit", "radius", "norm")),
         *((name, c_int32) for name in ("focused", "most_rows")),
-        *((name, c_float) for name in ("norm", "left_error")),
+        ("left_error", c_float),
     )
 
 
