@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -21,13 +20,12 @@ VERSION = 1
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Of the mapped file in one call, beside which other threads run."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:  # which cannot be mapped
-            return FileRecord(0, hashlib.sha256().hexdigest())
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped:
-            return FileRecord(size, hashlib.sha256(mapped).hexdigest())
+    """In large pieces, beside which other threads run."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 23))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+        return FileRecord(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:

@@ -354,13 +354,15 @@ def test_figures_while_load_runs(server):
     for thread in threads:
         thread.join()
     assert results == [200] * 24
+    timed = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+    expected = {f"{name}_seconds_count": 24 for name in timed}
+    expected |= {"generation_tokens_total": 4800, "request_success_total:length": 24}
+    # The front end takes in a round's figures one by one.
+    server.wait_for(lambda f: all(f[k] - before.get(k, 0.0) >= v for k, v in expected.items()), seconds=5)
     server.wait_for(lambda figures: figures["num_requests_running"] == 0, seconds=5)
     after = server.metrics()
     gained = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert gained["generation_tokens_total"] == 4800
-    assert gained["request_success_total:length"] == 24
-    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"):
-        assert gained[f"{name}_seconds_count"] == 24
+    assert {name: gained[name] for name in expected} == expected
     assert gained["prefix_cache_hits_total"] >= 0 and gained["recompiles_total"] == 0
     assert after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
 

@@ -28,12 +28,12 @@ void gf_screen_build(const Linear* w, Screen* screen, int tile, int tiles) {
   gf::build_screen(*w, *screen, tile, tiles);
 }
 
-// What a screen of `w` says of w x, for tests: each output's estimate, and how far it may lie above; [16 w.tiles()] each.
+// What a screen of `w` says of w x, for tests: each output's estimate and how far above it may lie, [16 w.tiles()].
 void gf_screen(const Linear* w, const Screen* screen, const float* x, float* estimate, float* margin) {
   Activations exact, coarse;
   std::vector<float> seen(size_t(w->cols)), read(size_t(w->cols));
-  for (const auto& [form, kind, out] : {std::tuple(&exact, w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, &seen),
-                                        std::tuple(&coarse, gf::Kind::kInt8, &read)}) {
+  const gf::Kind own = w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8;
+  for (const auto& [form, kind, out] : {std::tuple(&exact, own, &seen), std::tuple(&coarse, gf::Kind::kInt8, &read)}) {
     form->resize(kind, 1, w->cols);
     form->put_row(0, x, w->cols);
     form->restore(0, w->cols, out->data());

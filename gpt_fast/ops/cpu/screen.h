@@ -1,11 +1,11 @@
 // Which rows of a matrix can hold the largest output, told from half its bytes: an exact greedy token without the whole
 // head. (Two-stage search of maximum inner products, with a bound in place of a guess.)
 //
-// A 4-bit copy of the matrix is multiplied in its place: w = w4 + e, so w x = w4 x + e x. Some inputs are far larger than
-// the others, nearly always the same (Sun et al., Massive Activations, arXiv:2402.17762): for those, the focus, e is
-// kept, and their share of e x computed. The rest of it is at most |rest of e| |rest of x| (Cauchy-Schwarz). A row whose
-// bound lies below an output that is already known cannot be the largest; the others are computed as ever, so that the
-// winner, and the lowest of equals, is the same as without the copy.
+// A 4-bit copy of the matrix is multiplied in its place: w = w4 + e, so w x = w4 x + e x. Some inputs are far larger
+// than the others, nearly always the same (Sun et al., Massive Activations, arXiv:2402.17762): for those, the focus, e
+// is kept, and their share of e x computed. The rest of it is at most |rest of e| |rest of x| (Cauchy-Schwarz). A row
+// whose bound lies below an output that is already known cannot be the largest; the others are computed as ever, so
+// that the winner, and the lowest of equals, is the same as without the copy.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,9 @@ struct Screen {
   int32_t most_rows;       // of x; more are not worth it
   float left_error;        // the most by which an entry of `left` is off
 };
+
+// At least the square root of a sum of n squares, whatever rounding took from it.
+inline float norm_above(float squares, int n) { return std::sqrt(squares) * (1 + float(n + 8) * 0x1p-23f) + 1e-17f; }
 
 // ---- Making it: a tile's rows are the lanes.
 
@@ -68,7 +71,7 @@ inline void screen_scales(const float (*w)[kLanes], const Screen& s, int tile) {
       if (std::abs(w[i][lane]) > std::abs(largest[i / kGroup])) largest[i / kGroup] = w[i][lane];
     for (float v : largest) all = std::max(all, std::abs(v));
     const float level = kLevel[0] - 128.0f;
-    row_scale[lane] = std::isfinite(all) ? all / (127 * -level) : 0;  // of a row that is not finite the radius will tell
+    row_scale[lane] = std::isfinite(all) ? all / (127 * -level) : 0;  // else the radius will be infinite
     const float inverse = row_scale[lane] > 0 ? 1 / (level * row_scale[lane]) : 0;
     for (int g = 0; g < groups; g++)
       group_scale[g * 2 * kLanes + lane] =
@@ -99,8 +102,9 @@ inline void screen_group(const float (*w)[kLanes], const Screen& s, int tile, in
       error[lane] = v - scale[lane] * (kLevel[code] - 128.0f);
       out.size[lane] += v * v;
     }
-    if (place[g * kGroup + i] >= 0) std::copy(error, error + kLanes, &out.focus[size_t(place[g * kGroup + i]) * kLanes]);
-    else for (int lane = 0; lane < kLanes; lane++) out.rest[lane] += error[lane] * error[lane];
+    const int k = place[g * kGroup + i];
+    if (k >= 0) std::copy(error, error + kLanes, &out.focus[size_t(k) * kLanes]);
+    for (int lane = 0; k < 0 && lane < kLanes; lane++) out.rest[lane] += error[lane] * error[lane];
   }
   std::memcpy(const_cast<uint8_t*>(s.weights.q) + block * Levels::kBlock, codes, sizeof codes);
 }
@@ -110,7 +114,8 @@ inline void finish_tile(const Leftover& from, Screen& s, int tile) {
   for (int lane = 0; lane < kLanes; lane++) {
     float largest = 0;
     for (int k = 0; k < s.focused; k++) largest = std::max(largest, std::abs(from.focus[size_t(k) * kLanes + lane]));
-    const float radius = std::sqrt(from.rest[lane]) * 1.0001f, norm = std::sqrt(from.size[lane]);
+    const int n = s.weights.cols;
+    const float radius = norm_above(from.rest[lane], n), norm = norm_above(from.size[lane], n);
     const bool finite = std::isfinite(radius) && std::isfinite(norm);  // what follows of other rows does not matter
     const float unit = finite ? largest / 127 : 0, inverse = unit > 0 ? 1 / unit : 0;
     s.unit[tile * kLanes + lane] = unit;
@@ -148,7 +153,7 @@ struct Glance {
   float gap;                 // a row's |w| times this, and
   float slack;               // this, are what rounding may do
 
-  // exact: x as the matrix's own product sees it; coarse: as the copy's does, dequantized; overwritten. `n` values each.
+  // exact: x as the matrix's own product sees it; coarse: as the copy's does, overwritten; both dequantized, [n].
   void take(const Screen& s, const float* exact, float* coarse, int n) {
     float size = 0, apart = 0, focused = 0, other = 0;
     for (int i = 0; i < n; i++) size += coarse[i] * coarse[i];
@@ -159,10 +164,9 @@ struct Glance {
       focused += std::abs(focus[k]);
     }
     for (int i = 0; i < n; i++) other += coarse[i] * coarse[i];
-    rest = std::sqrt(other) * 1.0001f + 1e-30f;  // never 0: an infinite radius times it must be infinite
+    rest = norm_above(other, n);  // never 0: an infinite radius times it must be infinite
     // Each of the two products is a sum of n terms, rounded as often; |w4| is at most |w| + |e|.
-    const float rounding = 3 * float(n + 64) * 0x1p-23f * std::sqrt(size);
-    gap = rounding + 1.0001f * std::sqrt(apart);
+    gap = 3 * float(n + 64) * 0x1p-23f * norm_above(size, n) + norm_above(apart, n);
     slack = s.left_error * focused * 1.0001f;
   }
 };
