@@ -6,8 +6,6 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-FEW = 8  # rows of which a greedy step may read less of the head (gpt_fast.ops.cpu.screen)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -67,7 +65,7 @@ class Description:
 
     weight_bytes: read by one forward, whatever the rows. kv_bytes: of one position of one row, over all layers.
     facts: anything else worth recording, such as versions and formats.
-    greedy_bytes: weight_bytes of a greedy step of few rows, where they are less.
+    greedy_bytes: weight_bytes of a greedy step of at most greedy_rows rows, where they are less.
     """
 
     weight_bytes: int | None = None
@@ -75,13 +73,14 @@ class Description:
     load_seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     greedy_bytes: int | None = None
+    greedy_rows: int = 0
 
     def bytes_per_step(self, case: Case) -> float | None:
         """Weights, and each row's cache at half of the decode."""
         if self.weight_bytes is None or self.kv_bytes is None:
             return None
         weights = self.weight_bytes
-        if self.greedy_bytes is not None and case.temperature == 0 and case.rows <= FEW:
+        if self.greedy_bytes is not None and case.temperature == 0 and case.rows <= self.greedy_rows:
             weights = self.greedy_bytes
         return weights + case.rows * self.kv_bytes * (case.prompt_len + case.new_tokens / 2)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.command import one_line_errors, refuse_useless
 from gpt_fast.hf_config import load_model_config
 from gpt_fast.quantize.blocks import GPTQOptions
 from gpt_fast.quantize.convert import Calibration, Progress, quantize_checkpoint, repack_gguf
@@ -26,7 +27,7 @@ GPTQ_FLAGS = (
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     with one_line_errors():
-        check_used(given_flags(arguments, args), args)
+        check_used(arguments, args)
         with tqdm(unit="B", unit_scale=True, desc=args.gguf.name if args.gguf else args.mode) as bar:
             path = run(args, bar_progress(bar))
     print(path)
@@ -57,30 +58,18 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def given_flags(arguments: list[str] | None, args: argparse.Namespace) -> set[str]:
-    """The flags that were said, even where their values are the defaults."""
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default where there is a value
-    parser().parse_args(arguments, blank)
-    return {name for name, value in vars(blank).items() if value is not None}
-
-
-def check_used(given: set[str], args: argparse.Namespace) -> None:
+def check_used(arguments: list[str] | None, args: argparse.Namespace) -> None:
     """Refuse a flag that another one leaves without effect, naming both."""
+    refuse = partial(refuse_useless, parser(), arguments)
     if args.gguf is not None:
         why = f"--gguf takes the blocks of {args.gguf.name} as they are"
-        refuse_given(given, ("mode", "groupsize", "embedding", "device", *GPTQ_FLAGS), why)
+        refuse(("mode", "groupsize", "embedding", "device", *GPTQ_FLAGS), why=why)
     if args.mode != "int4-gptq":
-        refuse_given(given, GPTQ_FLAGS, f"--mode {args.mode} calibrates nothing (allowed with int4-gptq)")
+        refuse(GPTQ_FLAGS, why=f"--mode {args.mode} calibrates nothing (allowed with int4-gptq)")
     if args.mode == "int8":
-        refuse_given(given, ("groupsize",), "--mode int8 has a scale a row (allowed with int4 and int4-gptq)")
-    if "calibration_text" in given:
-        refuse_given(given, ("calibration_tasks",), "--calibration_text is read instead")
-
-
-def refuse_given(given: set[str], useless: tuple[str, ...], why: str) -> None:
-    for name in useless:
-        if name in given:
-            raise QuantizationError(f"--{name}: has no effect: {why}")
+        refuse(("groupsize",), why="--mode int8 has a scale a row (allowed with int4 and int4-gptq)")
+    if args.calibration_text is not None:
+        refuse(("calibration_tasks",), why="--calibration_text is read instead")
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Path:
