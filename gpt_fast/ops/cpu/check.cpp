@@ -1,6 +1,6 @@
 // A standalone run of the decoder over random weights of every format, for the sanitizers (python -m gpt_fast.ops.cpu).
 // Buffers have exactly the documented sizes, so that a read past one is caught. Exits with 1 when a row's logits
-// depend on threads, batch or chunking, or its best token on the head's screen.
+// depend on threads, batch or chunking, or its best token on the head's screen, or when a pool loses or repeats work.
 #include <cstdio>
 #include <random>
 #include <tuple>
@@ -184,6 +184,47 @@ Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf:
   return {all, best};
 }
 
+// A job that counts its chunks; each time its phases are through it checks that every chunk ran once, in its phase.
+struct Counting final : gf::Job {
+  static constexpr int kRounds = 3;
+  std::vector<int> wanted;
+  std::vector<std::atomic<int>> ran;
+  std::atomic<int> rounds{0};
+  std::atomic<bool> fine{true};
+
+  explicit Counting(std::vector<int> chunks) : wanted(std::move(chunks)), ran(wanted.size()) {}
+  int phases() const override { return int(wanted.size()); }
+  int chunks(int phase) const override { return wanted[size_t(phase)]; }
+  void run(int phase, int, int) override {
+    if (phase > 0 && ran[size_t(phase - 1)] != wanted[size_t(phase - 1)]) fine = false;
+    ran[size_t(phase)]++;
+  }
+  bool again() override {
+    for (size_t i = 0; i < wanted.size(); i++) fine = fine && ran[i].exchange(0) == wanted[i];
+    return ++rounds < kRounds;
+  }
+};
+
+// Jobs of a few phases with no chunks, fewer than threads, or more; the user leaves early or helps to the end.
+bool check_pool(int threads, int spins) {
+  gf::Pool pool(threads, spins);
+  std::mt19937 random(unsigned(threads * 1000 + spins));
+  bool fine = true;
+  for (int i = 0; i < 2000; i++) {
+    std::vector<int> chunks(1 + random() % 9);
+    for (int& n : chunks) n = random() % 4 ? int(random() % 12) : 0;
+    chunks[0]++;
+    Counting job(chunks);
+    pool.start(job);
+    pool.help_until([&, enough = int(random() % 3)] { return job.rounds >= enough; });
+    if (threads == 1 || i % 2) pool.help_until([] { return false; });
+    pool.wait_until_idle();
+    fine = fine && job.fine && job.rounds == Counting::kRounds;
+  }
+  std::printf("pool of %d: %s\n", threads, fine ? "fine" : "DIFFERS");
+  return fine;
+}
+
 bool check(int format, gf::CacheType type) {
   RandomModel model(format);
   const std::vector<float> expected = run(model, 1, 1, false, type);
@@ -205,6 +246,7 @@ bool check(int format, gf::CacheType type) {
 
 int main() {
   bool fine = true;
+  for (int threads : {1, 2, 3, 5}) fine = check_pool(threads, 20) && check_pool(threads, 2000) && fine;
   for (int format : {gf::kInt8Row, gf::kInt8Group, gf::kInt4, gf::kBf16})
     for (gf::CacheType type : gf::kCacheTypes) fine = check(format, type) && fine;
   return fine ? 0 : 1;

@@ -78,8 +78,7 @@ struct Split {
     Split s{tiles, 0, rows, 0};
     const int fit = 256 * 1024 / cols / 24 * 24;  // rows of x that stay in the level 2 cache
     s.rows_each = std::min(rows, std::max(fit, 48));
-    const int each = (tiles + threads * 8 - 1) / (threads * 8);
-    s.tiles_each = std::max(unit, std::min(round_up(each, unit), round_up(1024, unit)));
+    s.tiles_each = unit * std::max(1, std::min(tiles / unit / (threads * 8), 1024 / unit));
     while (s.chunks() > Pool::kMaxChunks) s.tiles_each *= 2;
     return s;
   }
@@ -100,6 +99,7 @@ class Decoder final : public Job {
       : model_(model), layers_(model.layers, model.layers + model.n_layer), pool_(pool),
         kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8) {
     scratch_.resize(size_t(pool.threads()));
+    for (int i = 0; i < pool.threads(); i++) scratch_[i].thread = i;
   }
 
   // Begins a step on the pool's other threads; all earlier ones were finished. What `input` points to must live until
@@ -222,6 +222,7 @@ class Decoder final : public Job {
   };
 
   struct Scratch {
+    int thread = 0;
     Buffer<float> out, row, coarse;
     Activations input;  // of few rows, see input()
     uint64_t made = 0;
@@ -477,7 +478,7 @@ class Decoder final : public Job {
   void qkv(const LayerWeights& w, int layer, int chunk, Scratch& s) {
     const Split::Part part = qkv_split_.part(chunk);
     const int D = model_.head_dim, row = part.row, head = part.tile * kLanes / D;
-    const uint8_t* next = upcoming(w.qkv, qkv_split_, w.out, out_split_, chunk);
+    const uint8_t* next = upcoming(w.qkv, qkv_split_, w.out, out_split_, chunk, s.thread);
     const Activations& from = input(layer, kNormalizeAttention, normal_q_, s);
     multiply(w.qkv, part.tile, part.tiles, from, row, part.rows, s.out.data(), D, next);
     for (int m = 0; m < part.rows; m++) {
@@ -544,7 +545,7 @@ class Decoder final : public Job {
       const bool scaled = input_.k_scale != nullptr;
       attend_item(w, item, Slot<T>{static_cast<T*>(input_.k) + first, static_cast<T*>(input_.v) + first,
                                    scaled ? input_.k_scale + at : nullptr, scaled ? input_.v_scale + at : nullptr},
-                  (first_position(layer, chunk + pool_.threads()) - ptrdiff_t(at)) * model_.head_dim, s);
+                  (first_position(layer, chunk + 1) - ptrdiff_t(at)) * model_.head_dim, s);
     });
   }
 
@@ -628,7 +629,7 @@ class Decoder final : public Job {
   // x += product: the output and down projections.
   void add_product(const Linear& w, const Split& split, const Activations& from, int chunk, Scratch& s,
                    const Linear& then, const Split& then_split) {
-    const uint8_t* next = upcoming(w, split, then, then_split, chunk);
+    const uint8_t* next = upcoming(w, split, then, then_split, chunk, s.thread);
     for_blocks(w, split.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(w, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 2 * kLanes, following);
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, w.rows - first);
@@ -650,7 +651,7 @@ class Decoder final : public Job {
   // silu(gate) * up of 32 hidden values at a time, which are one group of the down projection's input.
   void gate_up(const LayerWeights& w, int layer, int chunk, Scratch& s) {
     const Activations& from = input(layer, kNormalizeFfn, normal_q_, s);
-    const uint8_t* next = upcoming(w.gate_up, gate_up_split_, w.down, down_split_, chunk);
+    const uint8_t* next = upcoming(w.gate_up, gate_up_split_, w.down, down_split_, chunk, s.thread);
     for_blocks(w.gate_up, gate_up_split_.part(chunk), 4, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(w.gate_up, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 4 * kLanes, following);
       for (int m = 0; m < p.rows; m++) {
@@ -663,7 +664,7 @@ class Decoder final : public Job {
   }
 
   void head(int chunk, Scratch& s) {
-    const uint8_t* next = upcoming(model_.head, head_split_, layers_[0].qkv, qkv_split_, chunk);
+    const uint8_t* next = upcoming(model_.head, head_split_, layers_[0].qkv, qkv_split_, chunk, s.thread);
     Best* best = &best_[size_t(chunk % head_split_.tile_chunks()) * selected_.size()];
     for_blocks(model_.head, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(model_.head, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 2 * kLanes, following);
@@ -679,7 +680,7 @@ class Decoder final : public Job {
   // What each tile's logits are at most, and a guess at the best.
   void screen(int chunk, Scratch& s) {
     const Screen& screen = screen_;
-    const uint8_t* next = upcoming(screen.weights, head_split_, layers_[0].qkv, qkv_split_, chunk);
+    const uint8_t* next = upcoming(screen.weights, head_split_, layers_[0].qkv, qkv_split_, chunk, s.thread);
     Best* guess = &guess_[size_t(chunk) * selected_.size()];
     for_blocks(screen.weights, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(screen.weights, p.tile, p.tiles, coarse(), p.row, p.rows, s.out.data(), 2 * kLanes, following);
@@ -777,12 +778,12 @@ class Decoder final : public Job {
     }
   }
 
-  // Where the weights begin that a thread will probably want after `chunk`: its next chunk, if all threads take turns.
-  const uint8_t* upcoming(const Linear& w, const Split& split, const Linear& then, const Split& then_split,
-                          int chunk) const {
-    const int next = chunk + pool_.threads();
-    if (next < split.chunks()) return w.pair(split.part(next).tile);
-    return then.pair(then_split.part(std::min(next - split.chunks(), then_split.tile_chunks() - 1)).tile);
+  // Where the weights begin that a thread will probably want after `chunk`: on in its share, then its next share.
+  const uint8_t* upcoming(const Linear& w, const Split& split, const Linear& then, const Split& then_split, int chunk,
+                          int thread) const {
+    const Pool::Range mine = pool_.share(split.chunks(), thread);
+    if (mine.first <= chunk && chunk + 1 < mine.end) return w.pair(split.part(chunk + 1).tile);
+    return then.pair(then_split.part(pool_.share(then_split.chunks(), thread).first).tile);
   }
 
   ModelWeights model_;

@@ -39,25 +39,30 @@ struct Linear {
 };
 
 // What a block of rows fetches while it computes. A lone block reads its weights once: it fetches a little ahead, past
-// the level 2 cache (measured best of 1..16 KB and of all hints). Several blocks over the same tiles share out the lines
-// of the pair of tiles that comes next, in turn, for otherwise only the first would wait for memory.
+// the level 2 cache, and where its stream ends from where the next one begins. Several blocks over the same tiles share
+// out the lines of the pair of tiles that comes next, in turn, for otherwise only the first would wait for memory.
 struct Prefetch {
-  ptrdiff_t distance;
-  ptrdiff_t stride;  // bytes from one fetched line to the next
+  ptrdiff_t distance;  // from a line that is read to the first one to fetch
+  ptrdiff_t stride;    // bytes from one fetched line to the next
+  const uint8_t* end;  // what would lie from here on
+  ptrdiff_t jump;      // is fetched so much further
 
+  static constexpr ptrdiff_t kLoneDistance = 2048;  // measured best of 1..16 KB, and this hint of all
+
+  static Prefetch alone(const uint8_t* end, const uint8_t* next) { return {kLoneDistance, 64, end, next - end}; }
   static Prefetch share(ptrdiff_t distance, int block, int blocks) {
-    return {distance + 64 * block, 64 * ptrdiff_t(blocks)};
+    return {distance + 64 * block, 64 * ptrdiff_t(blocks), nullptr, 0};
   }
 };
 
-inline constexpr ptrdiff_t kLoneDistance = 4096;
-
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
+  const uint8_t* at = q + ahead.distance;
+  if (!kShare && at >= ahead.end) at += ahead.jump;
   GF_UNROLL
   for (int i = 0; i < kBytes / (kShare ? 128 : 64); i++) {
-    if constexpr (kShare) prefetch(q + ahead.distance + i * ahead.stride);
-    else prefetch_once(q + kLoneDistance + i * 64);
+    if constexpr (kShare) prefetch(at + i * ahead.stride);
+    else prefetch_once(at + i * 64);
   }
 }
 
@@ -129,7 +134,7 @@ struct Int4 {
   template <bool kShare>
   void fetch_scales(int g) const {
     if constexpr (kShare) prefetch(scales(g + groups));
-    else prefetch_once(scales(g + int(kLoneDistance) / (2 * kBlock)));
+    else prefetch_once(scales(g + int(Prefetch::kLoneDistance) / (2 * kBlock)));
   }
   void load_scales(int g) { scale = load_f16(scales(g)), minimum = load_f16(scales(g) + kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
@@ -171,10 +176,12 @@ struct Levels {
   f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
 };
 
-// Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane].
+// Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane]. A lone block, which waits for
+// memory, reads its two tiles' weights in the order in which they lie; others load each input once for both.
 template <class W, int MR, int NR, bool kShare>
 void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
                    const Prefetch& ahead) {
+  constexpr int kAtOnce = kShare ? NR : 1;
   f32x16 sum[MR][NR];
   GF_UNROLL
   for (int m = 0; m < MR; m++)
@@ -184,34 +191,38 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
   GF_UNROLL
   for (int m = 0; m < MR; m++) xq[m] = x.q(row + m);
   for (int g = 0; g < groups; g++) {
-    i32x16 block[MR][NR];
     GF_UNROLL
-    for (int m = 0; m < MR; m++)
+    for (int first = 0; first < NR; first += kAtOnce) {
+      i32x16 block[MR][kAtOnce];
       GF_UNROLL
-      for (int n = 0; n < NR; n++) block[m][n] = splat_i(W::start(x, row + m, g));
-    GF_UNROLL
-    for (int j = 0; j < 4; j++) {
-      i32x16 a[NR], b[NR];
-      GF_UNROLL
-      for (int n = 0; n < NR; n++) w[n].vectors(j, a[n], b[n]);
-      GF_UNROLL
-      for (int m = 0; m < MR; m++) {
-        const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
+      for (int m = 0; m < MR; m++)
         GF_UNROLL
-        for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], a[n], xa);
-        const i32x16 xb = splat_i(read_as<int32_t>(xq[m] + 8 * j + 4));
+        for (int n = 0; n < kAtOnce; n++) block[m][n] = splat_i(W::start(x, row + m, g));
+      GF_UNROLL
+      for (int j = 0; j < 4; j++) {
+        i32x16 a[kAtOnce], b[kAtOnce];
         GF_UNROLL
-        for (int n = 0; n < NR; n++) block[m][n] = dot4(block[m][n], b[n], xb);
+        for (int n = 0; n < kAtOnce; n++) w[first + n].vectors(j, a[n], b[n]);
+        GF_UNROLL
+        for (int m = 0; m < MR; m++) {
+          const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
+          GF_UNROLL
+          for (int n = 0; n < kAtOnce; n++) block[m][n] = dot4(block[m][n], a[n], xa);
+          const i32x16 xb = splat_i(read_as<int32_t>(xq[m] + 8 * j + 4));
+          GF_UNROLL
+          for (int n = 0; n < kAtOnce; n++) block[m][n] = dot4(block[m][n], b[n], xb);
+        }
       }
-    }
-    GF_UNROLL
-    for (int n = 0; n < NR; n++) {
-      fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
-      w[n].template fetch_scales<kShare>(g);
-      w[n].load_scales(g);
       GF_UNROLL
-      for (int m = 0; m < MR; m++) sum[m][n] = w[n].add(sum[m][n], block[m][n], x, row + m, g);
-      w[n].q += 2 * W::kBlock;
+      for (int n = 0; n < kAtOnce; n++) {
+        W& tile = w[first + n];
+        fetch_ahead<kShare, W::kBlock>(tile.q, ahead);
+        tile.template fetch_scales<kShare>(g);
+        tile.load_scales(g);
+        GF_UNROLL
+        for (int m = 0; m < MR; m++) sum[m][first + n] = tile.add(sum[m][first + n], block[m][n], x, row + m, g);
+        tile.q += 2 * W::kBlock;
+      }
     }
     GF_UNROLL
     for (int m = 0; m < MR; m++) xq[m] += kGroup;
@@ -297,9 +308,14 @@ void multiply_some_rows(const Linear& w, int tile, const Activations& x, int row
 // Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
 template <class W, int NR>
 void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
-                   ptrdiff_t distance) {
+                   const uint8_t* next) {
+  constexpr ptrdiff_t kFarthest = 64 * 1024;  // what two pairs may take of the level 2 cache
   const int blocks = (rows + kMaxRowBlock<W> - 1) / kMaxRowBlock<W>;
-  if (blocks == 1) return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, {});
+  if (blocks == 1) {
+    const auto ahead = Prefetch::alone(w.pair(tile + 2), next);
+    return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, ahead);
+  }
+  const ptrdiff_t distance = ptrdiff_t(w.pair_bytes()) > kFarthest ? kFarthest : next - w.pair(tile);
   for (int block = 0; block < blocks; block++) {
     const int now = (rows + blocks - block - 1) / (blocks - block);
     multiply_some_rows<W, NR, true>(w, tile, x, row, now, out, stride, Prefetch::share(distance, block, blocks));
@@ -310,13 +326,11 @@ void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int
 template <class W>
 void multiply_tiles(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
                     int stride, const uint8_t* next) {
-  constexpr ptrdiff_t kFarthest = 64 * 1024;  // what two pairs may take of the level 2 cache
-  const ptrdiff_t pair = ptrdiff_t(w.pair_bytes());
   while (tiles > 0) {
     const int now = tile % 2 || tiles == 1 ? 1 : 2;
-    const ptrdiff_t distance = pair > kFarthest ? kFarthest : tiles == now ? next - w.pair(tile) : pair;
-    if (now == 2) multiply_rows<W, 2>(w, tile, x, row, rows, out, stride, distance);
-    else multiply_rows<W, 1>(w, tile, x, row, rows, out, stride, distance);
+    const uint8_t* following = tiles == now ? next : w.pair(tile + now);
+    if (now == 2) multiply_rows<W, 2>(w, tile, x, row, rows, out, stride, following);
+    else multiply_rows<W, 1>(w, tile, x, row, rows, out, stride, following);
     tiles -= now, tile += now, out += now * kLanes;
   }
 }

@@ -1,7 +1,8 @@
 // A few threads that run a job made of phases, each phase a number of independent chunks.
 //
-// Chunks are handed out by one counter, and a phase ends when its chunks are done, not when every thread has
-// arrived: a thread that the system has put aside between two chunks delays nobody, the others take its share.
+// Each thread has a share of neighbouring chunks, so that it reads memory in one stream and knows where its next one
+// begins. Who is through takes chunks from the end of others' shares: a phase ends when its chunks are done, not when
+// every thread has arrived, and a thread that the system has put aside between two chunks delays nobody.
 // A thread without work spins briefly and then sleeps, so that two waiting threads never fight over one core.
 #pragma once
 
@@ -29,27 +30,34 @@ class Pool {
   static constexpr int kMaxChunks = 60000;
 
   // `spins`: how many pauses a thread waits before it sleeps.
-  Pool(int threads, int spins) : spins_(spins) {
+  Pool(int threads, int spins) : shares_(size_t(threads)), spins_(spins) {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
   }
 
   ~Pool() {
     stopping_.store(true);
-    publish(0);
+    wake();
     for (auto& worker : workers_) worker.join();
   }
 
-  int threads() const { return int(workers_.size()) + 1; }
+  int threads() const { return int(shares_.size()); }
 
-  // The last job has ended, but the thread that ends it may not be through yet.
+  struct Range {
+    int first, end;
+  };
+  // The chunks that a thread begins with.
+  Range share(int chunks, int thread) const { return {chunks * thread / threads(), chunks * (thread + 1) / threads()}; }
+
+  // The last job has ended, and the thread that ended it has left it.
   void wait_until_idle() const {
-    while (!is_idle(ticket_.load(std::memory_order_acquire))) pause();
+    while (!idle_.load(std::memory_order_acquire)) pause();
   }
 
   // Begins a job on the idle pool's other threads. Its users take turns.
   void start(Job& job) {
     job_ = &job;
     phase_ = -1;
+    idle_.store(false, std::memory_order_relaxed);
     open_next_phase();
   }
 
@@ -57,45 +65,72 @@ class Pool {
   template <class F>
   void help_until(F&& done) {
     while (!done()) {
-      const uint64_t ticket = ticket_.load(std::memory_order_acquire);
-      if (is_idle(ticket)) return;
-      take_chunk_or_wait(0, ticket);
+      const uint32_t epoch = epoch_.load(std::memory_order_acquire);
+      if (idle_.load(std::memory_order_acquire)) return;
+      if (!take_chunks(0, done)) wait_for_change(0, epoch);
     }
   }
 
  private:
-  // The ticket packs what a thread must learn at once: which phase (epoch), its chunks, the next one to hand out.
-  static uint32_t epoch_of(uint64_t ticket) { return uint32_t(ticket >> 32); }
-  static uint32_t chunks_of(uint64_t ticket) { return uint32_t(ticket >> 16) & 0xffff; }
-  static uint32_t next_of(uint64_t ticket) { return uint32_t(ticket) & 0xffff; }
-  static bool has_chunk(uint64_t ticket) { return next_of(ticket) < chunks_of(ticket); }
-  static bool is_idle(uint64_t ticket) { return chunks_of(ticket) == 0; }
+  // What is left of a share: its phase (a thread that looked at an older one takes no chunk from its end), the end, the
+  // next chunk.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+  static uint64_t pack(uint32_t serial, Range r) {
+    return uint64_t(serial) << 32 | uint64_t(r.end) << 16 | uint64_t(r.first);
+  }
+  static int end_of(uint64_t left) { return int(left >> 16 & 0xffff); }
+  static int next_of(uint64_t left) { return int(left & 0xffff); }
+  static bool has_chunk(uint64_t left) { return next_of(left) < end_of(left); }
 
   void work(int thread) {
     for (;;) {
-      // The ticket first: whoever sees the destructor's ticket sees stopping_ too, and does not sleep on it for ever.
-      const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      // The epoch first: what changes after it is seen before a sleep.
+      const uint32_t epoch = epoch_.load(std::memory_order_acquire);
       if (stopping_.load()) return;
-      take_chunk_or_wait(thread, ticket);
+      if (!take_chunks(thread, [] { return false; })) wait_for_change(thread, epoch);
     }
   }
 
-  // `ticket`: the one the caller looked at. A newer one may be idle, and help_until() would sleep on it for ever.
-  void take_chunk_or_wait(int thread, uint64_t ticket) {
-    if (!has_chunk(ticket)) return wait_for_change(ticket);
-    ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    if (!has_chunk(ticket)) return;
-    // Holding a chunk keeps the phase open, so job_ and phase_ cannot change under us.
-    job_->run(phase_, int(next_of(ticket)), thread);
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks_of(ticket)) open_next_phase();
+  // Chunks of one phase, until none is left or enough(); false: there was none. While a thread holds chunks that it has
+  // not counted, the phase stays open, and job_, phase_ and chunks_ the same.
+  template <class F>
+  bool take_chunks(int thread, F&& enough) {
+    int taken = 0, all = 0;
+    for (int chunk; !enough() && (chunk = take(thread)) >= 0; taken++) {
+      all = chunks_;
+      job_->run(phase_, chunk, thread);
+    }
+    if (taken > 0 && done_.fetch_add(taken, std::memory_order_acq_rel) + taken == all) open_next_phase();
+    return taken > 0;
   }
 
-  // Only the caller, or the thread that finished a phase's last chunk, gets here.
+  // The next chunk of one's own share, else the last one of another's; -1: all are taken.
+  int take(int thread) {
+    std::atomic<uint64_t>& own = shares_[size_t(thread)].left;
+    if (has_chunk(own.load(std::memory_order_relaxed))) {
+      const uint64_t left = own.fetch_add(1, std::memory_order_acq_rel);
+      if (has_chunk(left)) return next_of(left);
+    }
+    for (int i = 1; i < threads(); i++) {
+      std::atomic<uint64_t>& other = shares_[size_t((thread + i) % threads())].left;
+      uint64_t left = other.load(std::memory_order_relaxed);
+      while (has_chunk(left))
+        if (other.compare_exchange_weak(left, left - (1 << 16), std::memory_order_acq_rel)) return end_of(left) - 1;
+    }
+    return -1;
+  }
+
+  // Only the user, or the thread that finished a phase's last chunk, gets here.
   void open_next_phase() {
     int chunks = 0;
     while (chunks == 0) {
       if (++phase_ == job_->phases()) {
-        if (!job_->again()) break;
+        if (!job_->again()) {
+          idle_.store(true, std::memory_order_release);
+          return wake();
+        }
         phase_ = 0;
       }
       chunks = job_->chunks(phase_);
@@ -103,28 +138,40 @@ class Pool {
     publish(chunks);
   }
 
+  // Empty shares are left as they are, empty too. Until the last of the others is out the phase cannot end, and after
+  // it nothing here belongs to this thread.
   void publish(int chunks) {
-    const uint32_t epoch = epoch_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    const uint32_t serial = ++serial_;
+    chunks_ = chunks;
     done_.store(0, std::memory_order_relaxed);
-    // The epoch first: no one can publish the next one before the ticket is out, so it never goes back.
-    epoch_.store(epoch);  // sequentially consistent: a sleeper is either seen by notify_all or sees this
-    ticket_.store(uint64_t(epoch) << 32 | uint64_t(chunks) << 16, std::memory_order_release);
+    for (int i = 0; i < threads(); i++) {
+      const Range range = share(chunks, i);
+      if (range.first < range.end) shares_[size_t(i)].left.store(pack(serial, range), std::memory_order_release);
+    }
+    wake();
+  }
+
+  void wake() {
+    epoch_.fetch_add(1);  // sequentially consistent: a sleeper is either seen by notify_all or sees this
     epoch_.notify_all();
   }
 
-  void wait_for_change(uint64_t seen) {
+  void wait_for_change(int thread, uint32_t seen) {
+    const std::atomic<uint64_t>& own = shares_[size_t(thread)].left;
     for (int i = 0; i < spins_; i++) {
-      if (epoch_of(ticket_.load(std::memory_order_acquire)) != epoch_of(seen)) return;
+      if (has_chunk(own.load(std::memory_order_relaxed)) || epoch_.load(std::memory_order_acquire) != seen) return;
       pause();
     }
-    epoch_.wait(epoch_of(seen));
+    epoch_.wait(seen);
   }
 
-  alignas(64) std::atomic<uint64_t> ticket_{0};
-  alignas(64) std::atomic<uint32_t> done_{0};
+  std::vector<Share> shares_;
+  alignas(64) std::atomic<int> done_{0};  // chunks
   alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<bool> idle_{true};
   alignas(64) Job* job_ = nullptr;
-  int phase_ = 0;
+  int phase_ = 0, chunks_ = 0;
+  uint32_t serial_ = 0;
   int spins_;
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> workers_;
