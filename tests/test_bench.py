@@ -425,7 +425,7 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
             "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
             "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
             "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
-            "--long_prompt", "40", "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
+            "--long_prompt", "40", "--starts", "2", "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
         ]  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-m", "gpt_fast.bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -446,6 +446,8 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
         assert case["targets"]["engine beside 1 busy"]["decode_tokens_per_s"] > 0
     told = result["targets"]["engine"]
     assert told["recompiles"] == 0 and told["peak_rss_mb"] > 10 and told["quality"] == "no report"
+    assert len(told["starts"]) == 2 and min(told["starts"]) < told["start_seconds"] < max(told["starts"])
+    assert any("2 starts)" in line for line in table)
     assert list(told["verify_ms"]) == [str(m) for m in range(1, 9)] and told["verify_ms"]["1"]["ratio"] == 1
     beside = told["long_prompt"]
     assert (beside["prompt_len"], beside["rounds"]) == (40, 2) and beside["alone_s"] > 0 and beside["beside_s"] > 0

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -74,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=at_least(1), default=5, help="rounds")
     add("--threads", type=at_least(0), default=0, help="of every target; 0: one a core")
     add("--busy", type=at_least(0), default=0, metavar="N", help="the engine also beside N programs that never rest")
+    add("--starts", type=at_least(0), default=3, help="the engine's start, again with warm caches: median; 0: the first")
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
     add("--long_prompt", type=at_least(1), metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
@@ -112,10 +114,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     with ExitStack() as stack:
         notes: list[str] = []
-        targets = {}
-        for name, factory in factories(args, threads, kv_elements).items():
-            if remote := start(stack, notes, name, factory):
-                targets[name] = remote
+        makers = factories(args, threads, kv_elements)
+        targets = {name: remote for name, maker in makers.items() if (remote := start(stack, notes, name, maker))}
         probe = start(stack, notes, "probe", (bandwidth, {"nbytes": int(args.probe_gib * 2**30), "threads": threads}))
         if not targets:
             raise RuntimeError(f"nothing could be measured: {'; '.join(notes)}")
@@ -129,6 +129,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         descriptions = {name: target.call("describe") for name, target in targets.items()}
         processes = {name: process_figures(name, target, args) for name, target in targets.items()}
         method = probe.call("method") if probe else None
+    if args.engine and args.starts:  # when every target is gone
+        processes["engine"] |= starts(makers["engine"], args.starts)
     told = machine.description("python -m gpt_fast.bench", args.arguments) | {
         "threads": threads,
         "probe": method,
@@ -162,6 +164,17 @@ def start(stack: ExitStack, notes: list[str], name: str, factory: Factory) -> Re
         return None
     stack.callback(remote.close)
     return remote
+
+
+def starts(factory: Factory, count: int) -> dict[str, Any]:
+    """Seconds from before a process exists to its first token: of `count` in a row, all and their median."""
+    make, options = factory
+    seconds = []
+    for _ in range(count):
+        remote = Remote(make, **options)
+        seconds.append(remote.start_seconds)
+        remote.close()
+    return {"start_seconds": statistics.median(seconds), "starts": seconds}
 
 
 def process_figures(name: str, target: Remote, args: argparse.Namespace) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def build(
     """The dict that everything below shows.
 
     Args:
-        processes: per target what was measured of its process: peak_rss_mb, start_seconds, recompiles, verify_ms,
-            long_prompt.
+        processes: per target what was measured of its process: peak_rss_mb, start_seconds, starts, recompiles,
+            verify_ms, long_prompt.
         ours: the target that the others are compared with. limit: foreign load above which a segment is noisy.
     """
     cases, described = [], descriptions[ours]  # a target that is ours again, under other conditions, has no own
@@ -110,7 +110,9 @@ def ratio_lines(case: Mapping[str, Any], ours: str) -> list[str]:
 
 def target_line(name: str, target: Mapping[str, Any]) -> str:
     """ "" when nothing is known of the target's process, as of a server."""
-    known = (("load_seconds", "load {:.2f} s"), ("start_seconds", "start to first token {:.2f} s"),
+    seconds = target.get("starts")
+    several = f" ({min(seconds):.2f}..{max(seconds):.2f}, {len(seconds)} starts)" if seconds else ""
+    known = (("load_seconds", "load {:.2f} s"), ("start_seconds", f"start to first token {{:.2f}} s{several}"),
              ("peak_rss_mb", "peak memory {:.0f} MB"))  # fmt: skip
     parts = [text.format(target[key]) for key, text in known if target.get(key) is not None]
     if "quality" in target:
