@@ -425,7 +425,8 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
             "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
             "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
             "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
-            "--long_prompt", "40", "--starts", "2", "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
+            "--long_prompt", "40", "--starts", "2",
+            "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
         ]  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-m", "gpt_fast.bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
