@@ -55,14 +55,17 @@ struct Prefetch {
   }
 };
 
+// A lone block's loop stays one: unrolled, so many prefetches at once hold up the loads after them (by up to 1.3 times).
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
   const uint8_t* at = q + ahead.distance;
-  if (!kShare && at >= ahead.end) at += ahead.jump;
-  GF_UNROLL
-  for (int i = 0; i < kBytes / (kShare ? 128 : 64); i++) {
-    if constexpr (kShare) prefetch(at + i * ahead.stride);
-    else prefetch_once(at + i * 64);
+  if constexpr (kShare) {
+    GF_UNROLL
+    for (int i = 0; i < kBytes / 128; i++) prefetch(at + i * ahead.stride);
+  } else {
+    if (at >= ahead.end) at += ahead.jump;
+#pragma GCC unroll 1
+    for (const uint8_t* end = at + kBytes; at < end; at += 64) prefetch_once(at);
   }
 }
 
@@ -266,7 +269,8 @@ void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float*
     }
     GF_UNROLL
     for (int n = 0; n < NR; n++) {
-      fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
+      if (kShare) fetch_ahead<kShare, W::kBlock>(w[n].q, ahead);
+      else if (n == 0) fetch_ahead<kShare, NR * W::kBlock>(w[n].q, ahead);  // of both tiles, which take turns
       w[n].q += 2 * W::kBlock;
     }
     GF_UNROLL
