@@ -97,7 +97,7 @@ def test_an_engine_failure_is_reported(service, monkeypatch):
 def test_a_hung_engine_is_noticed(monkeypatch):
     service = Service(tiny_engine(), hung_after=0.05)
     assert service.failure() is None
-    monkeypatch.setattr(service.engine, "step", lambda: time.sleep(60))
+    monkeypatch.setattr(service.engine, "step", lambda: time.sleep(60) or [])
     service.start()
     service.submit("r0", PROMPT, params(3))
     wait_until(lambda: service.failure() is not None)
