@@ -55,7 +55,7 @@ struct Prefetch {
   }
 };
 
-// A lone block's loop stays one: unrolled, so many prefetches at once hold up the loads after them (by up to 1.3 times).
+// A lone block's loop stays one: unrolled, so many prefetches at once hold up the loads after them.
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
   const uint8_t* at = q + ahead.distance;
