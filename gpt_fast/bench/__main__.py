@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=at_least(1), default=5, help="rounds")
     add("--threads", type=at_least(0), default=0, help="of every target; 0: one a core")
     add("--busy", type=at_least(0), default=0, metavar="N", help="the engine also beside N programs that never rest")
-    add("--starts", type=at_least(0), default=3, help="of the engine again, with warm caches: the median; 0: none")
+    add("--starts", type=at_least(0), default=3, help="of the engine again, caches warm: their median; 0: the first")
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
     add("--long_prompt", type=at_least(1), metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")

@@ -43,13 +43,13 @@ struct Linear {
 // out the lines of the pair of tiles that comes next, in turn, for otherwise only the first would wait for memory.
 struct Prefetch {
   ptrdiff_t distance;  // from a line that is read to the first one to fetch
-  ptrdiff_t stride;    // bytes from one fetched line to the next
-  const uint8_t* end;  // what would lie from here on
+  ptrdiff_t stride;    // several blocks: bytes from one fetched line to the next
+  const uint8_t* end;  // a lone block: what would lie from here on
   ptrdiff_t jump;      // is fetched so much further
 
   static constexpr ptrdiff_t kLoneDistance = 4096;  // measured best of 1..16 KB, and this hint of all
 
-  static Prefetch alone(const uint8_t* end, const uint8_t* next) { return {kLoneDistance, 64, end, next - end}; }
+  static Prefetch alone(const uint8_t* end, const uint8_t* next) { return {kLoneDistance, 0, end, next - end}; }
   static Prefetch share(ptrdiff_t distance, int block, int blocks) {
     return {distance + 64 * block, 64 * ptrdiff_t(blocks), nullptr, 0};
   }
