@@ -89,6 +89,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
             "checkpoint": str(loaded.weights_file),
             "quantization": (loaded.quantization or {}).get("mode", "none"),
             "path": path.name,
+            "tuning": path.tuning,
             "device": str(device),
             "threads": threads,
             "torch_threads": path.torch_threads,
@@ -274,6 +275,7 @@ class ModelPath(NamedTuple):
     every shape would only take minutes.
     runner: makes the Runner that suits it.
     greedy_saves: bytes of weights that a greedy step of few rows leaves out.
+    tuning: what was chosen for this processor, and how; "" where there is no choice.
     """
 
     name: str
@@ -283,6 +285,7 @@ class ModelPath(NamedTuple):
     warm_up: bool = True
     runner: Callable[..., Runner] = Runner
     greedy_saves: int = 0
+    tuning: str = ""
 
 
 def choose_path(
@@ -351,7 +354,8 @@ def fused_path(
     except BuildError as error:
         return str(error)
     return ModelPath(
-        "fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner, greedy_saves=fused.greedy_saves
+        "fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner, greedy_saves=fused.greedy_saves,
+        tuning=str(fused.tuned),
     )
 
 

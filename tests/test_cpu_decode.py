@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from gpt_fast import memory
 from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
+from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
@@ -48,7 +49,8 @@ def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, i
     out = torch.full((len(x_MK), -(-len(w_NK) // 32) * 32), torch.nan)
     scale = None if packed.scale is None else packed.scale.data_ptr()
     description = Linear(packed.format, packed.rows, packed.cols, packed.group, packed.q.data_ptr(), scale, None)
-    load_library(isa).gf_linear(byref(description), x_MK.contiguous().data_ptr(), len(x_MK), out.data_ptr())
+    rows, usual = x_MK.contiguous(), DEFAULT.struct()
+    load_library(isa).gf_linear(byref(description), rows.data_ptr(), len(rows), out.data_ptr(), byref(usual))
     return out[:, : len(w_NK)]
 
 

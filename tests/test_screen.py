@@ -17,6 +17,7 @@ from gpt_fast.ops.cpu import CpuDecoder, build, pack, reference
 from gpt_fast.ops.cpu.pack import Arena
 from gpt_fast.ops.cpu.screen import build_screen, is_worth_it
 from gpt_fast.ops.cpu.structs import Linear, load_library
+from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
 
 pytestmark = [
@@ -53,7 +54,7 @@ def tell(w_NK: torch.Tensor, x_K: torch.Tensor, weights: str, isa: str | None = 
     screen, kept = build_screen(library, head, x_K.square(), arena=Arena(), threads=2)
     out = torch.full((3, -(-N // 32) * 32), torch.nan)
     output, estimate, margin = out
-    library.gf_linear(byref(head), x_K.data_ptr(), 1, output.data_ptr())
+    library.gf_linear(byref(head), x_K.data_ptr(), 1, output.data_ptr(), byref(DEFAULT.struct()))
     library.gf_screen(byref(head), byref(screen), x_K.data_ptr(), estimate.data_ptr(), margin.data_ptr())
     return Told(*out[:, :N], unpack(kept[0], kept[1], N, K))
 

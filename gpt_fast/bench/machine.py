@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gpt_fast.ops.cpu import build
+
 LOCAL = ("127.0.0.1", "localhost", "::1")
 TICKS = os.sysconf("SC_CLK_TCK")
 WINDOW_SECONDS = 0.25  # /proc/stat counts in ticks of 10 ms: over less than this, a quiet machine looks busy
@@ -170,7 +172,7 @@ def description(program: str, arguments: Sequence[str]) -> dict[str, str | int |
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": cpu_model(),
+        "cpu": build.processor(),
         "cpus": os.cpu_count(),
         "compiler": first_line([os.environ.get("CXX", "g++"), "--version"]),
         "commit": commit(),
@@ -183,14 +185,6 @@ def without_place(argument: str) -> str:
     """An argument with only the last part of an absolute path: where things lie here means nothing elsewhere."""
     name, equals, value = argument.rpartition("=")
     return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def commit() -> str | None:

@@ -1,8 +1,12 @@
-"""`python -m gpt_fast.ops.cpu`: what this machine can build. With --sanitize: run the decoder under the sanitizers."""
+"""`python -m gpt_fast.ops.cpu`: what this machine can build, and what it is tuned to.
+
+With --tune: measure every variant and keep the best. With --sanitize: run the decoder under the sanitizers.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +18,13 @@ SANITIZERS = ("address,undefined", "thread")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gpt_fast.ops.cpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--tune", action="store_true", help="measure every variant on layers of two models' shapes in "
+                        "each format, print the table and keep the best (a few minutes; nothing else should run)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of --tune (default: all cores)")
+    parser.add_argument("--rounds", type=int, default=15, help="of --tune, for each variant (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where --tune writes its table as JSON")
     parser.add_argument("--sanitize", action="store_true", help="build check.cpp with each sanitizer and run it")
     arguments = parser.parse_args()
     if reason := build.unavailable():
@@ -22,7 +32,13 @@ def main() -> int:
         return 1
     isa = build.best_isa(build.cpu_flags())
     assert isa is not None
-    print(f"instruction set {isa}, compiler {build.compiler()}, cache {build.cache_dir()}")
+    print(f"{build.processor()}: instruction set {isa}, compiler {build.compiler()}, cache {build.cache_dir()}")
+    from gpt_fast.ops.cpu import tuning_report
+
+    for line in tuning_report.kept_choices():
+        print(line)
+    if arguments.tune:
+        tuning_report.run(arguments.threads, arguments.rounds, arguments.out)
     return max(sanitize(isa, which) for which in SANITIZERS) if arguments.sanitize else 0
 
 

@@ -212,7 +212,7 @@ struct Ahead {
         if (second_left == 0) return;
         at = second, left = second_left, second_left = 0;
       }
-      prefetch(at), at += 64, left--;
+      prefetch<kToL2>(at), at += 64, left--;
     }
   }
 };

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -30,13 +31,26 @@ class BuildError(RuntimeError):
     """Why the library cannot be had here: one line."""
 
 
+def cpuinfo() -> dict[str, str]:
+    """What the system says of the first processor; empty where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def cpu_flags() -> frozenset[str]:
     """The processor's feature flags; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+    return frozenset(cpuinfo().get("flags", "").split())
+
+
+def processor() -> str:
+    """The processor's name, with the numbers that tell apart what virtual machines give one name."""
+    told = cpuinfo()
+    numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model", "stepping")
+                        if key in told)  # fmt: skip
+    return f"{told.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
 
 def best_isa(flags: frozenset[str]) -> str | None:

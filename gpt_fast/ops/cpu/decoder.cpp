@@ -11,7 +11,9 @@ using gf::Screen;
 
 extern "C" {
 
-Pool* gf_pool_create(int threads, int spins) { return new Pool(threads, spins); }
+Pool* gf_pool_create(int threads, int spin_microseconds) {
+  return new Pool(threads, gf::pauses_in(spin_microseconds));
+}
 void gf_pool_destroy(Pool* pool) { delete pool; }
 
 Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool) { return new Decoder(*model, *pool); }
@@ -21,6 +23,7 @@ int gf_decoder_follow(Decoder* decoder, const gf::StepInput* input) { return dec
 int gf_decoder_finish(Decoder* decoder, uint64_t count) { return decoder->finish(count); }
 
 void gf_decoder_head_energy(Decoder* decoder, float* out) { decoder->head_energy(out); }
+void gf_decoder_set_tuning(Decoder* decoder, const gf::Tuning* tuning) { decoder->set_tuning(*tuning); }
 void gf_decoder_set_screen(Decoder* decoder, const Screen* screen) { decoder->set_screen(*screen); }
 
 // Fills in some tiles of a screen of `w` (screen.h) and raises its figures.
@@ -42,7 +45,7 @@ void gf_screen(const Linear* w, const Screen* screen, const float* x, float* est
   glance.take(*screen, seen.data(), read.data(), w->cols);
   for (int tile = 0; tile < w->tiles(); tile++) {
     float product[gf::kLanes];
-    gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q);
+    gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q, {});
     gf::estimate(*screen, tile, &glance, 1, product, gf::kLanes);
     std::copy(product, product + gf::kLanes, estimate + tile * gf::kLanes);
     gf::store(margin + tile * gf::kLanes, gf::margin(*screen, tile, glance));
@@ -50,10 +53,10 @@ void gf_screen(const Linear* w, const Screen* screen, const float* x, float* est
 }
 
 // y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].
-void gf_linear(const Linear* w, const float* x, int rows, float* y) {
+void gf_linear(const Linear* w, const float* x, int rows, float* y, const gf::Tuning* tuning) {
   Activations a;
   a.resize(w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, rows, w->cols);
   for (int m = 0; m < rows; m++) a.put_row(m, x + size_t(m) * w->cols, w->cols);
-  gf::multiply(*w, 0, w->tiles(), a, 0, rows, y, w->tiles() * gf::kLanes, w->q);
+  gf::multiply(*w, 0, w->tiles(), a, 0, rows, y, w->tiles() * gf::kLanes, w->q, *tuning);
 }
 }

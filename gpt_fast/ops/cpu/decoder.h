@@ -73,12 +73,12 @@ enum StepError { kFine = 0, kBadToken = 1, kBadPosition = 2, kBadSlot = 3, kBadS
 struct Split {
   int tiles, tiles_each, rows, rows_each;
 
-  // `unit` tiles belong together. Small enough to share out evenly, large enough to stream.
-  static Split make(int tiles, int unit, int rows, int cols, int threads) {
+  // `unit` tiles belong together. About `chunks` of them: small enough to share out evenly, large enough to stream.
+  static Split make(int tiles, int unit, int rows, int cols, int chunks) {
     Split s{tiles, 0, rows, 0};
     const int fit = 256 * 1024 / cols / 24 * 24;  // rows of x that stay in the level 2 cache
     s.rows_each = std::min(rows, std::max(fit, 48));
-    s.tiles_each = unit * std::max(1, std::min(tiles / unit / (threads * 8), 1024 / unit));
+    s.tiles_each = unit * std::max(1, std::min(tiles / unit / chunks, 1024 / unit));
     while (s.chunks() > Pool::kMaxChunks) s.tiles_each *= 2;
     return s;
   }
@@ -142,6 +142,7 @@ class Decoder final : public Job {
 
   // From the next step on. The pool is idle.
   void set_screen(const Screen& screen) { screen_ = screen; }
+  void set_tuning(const Tuning& tuning) { tuning_ = tuning; }
 
   // Helps until the first `count` steps have ended: their logits and best tokens are there.
   StepError finish(uint64_t count) {
@@ -275,17 +276,17 @@ class Decoder final : public Job {
   }
 
   void plan() {
-    const int rows = int(tokens_.size()), threads = pool_.threads();
+    const int rows = int(tokens_.size()), chunks = pool_.threads() * tuning_.chunks_each;
     selected_.clear();
     for (int i = 0; i < rows; i++)
       if (tokens_[i].out >= 0) selected_.push_back(i);
     plan_attention();
     const int head_tiles = model_.head_dim / kLanes;
     qkv_split_ = {heads() * head_tiles, head_tiles, rows, std::min(rows, kRowBlock)};
-    out_split_ = Split::make(layers_[0].out.tiles(), 2, rows, layers_[0].out.cols, threads);
-    gate_up_split_ = Split::make(layers_[0].gate_up.tiles(), 4, rows, model_.dim, threads);
-    down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, threads);
-    head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, threads);
+    out_split_ = Split::make(layers_[0].out.tiles(), 2, rows, layers_[0].out.cols, chunks);
+    gate_up_split_ = Split::make(layers_[0].gate_up.tiles(), 4, rows, model_.dim, chunks);
+    down_split_ = Split::make(layers_[0].down.tiles(), 2, rows, layers_[0].down.cols, chunks);
+    head_split_ = Split::make(model_.head.tiles(), 2, int(selected_.size()), model_.dim, chunks);
     best_.assign(selected_.size() * head_split_.tile_chunks(), {});
     plan_screen(int(selected_.size()));
     const int row_chunks = few() ? 0 : (rows + kFewRows - 1) / kFewRows;
@@ -480,7 +481,7 @@ class Decoder final : public Job {
     const int D = model_.head_dim, row = part.row, head = part.tile * kLanes / D;
     const uint8_t* next = upcoming(w.qkv, qkv_split_, w.out, out_split_, chunk, s.thread);
     const Activations& from = input(layer, kNormalizeAttention, normal_q_, s);
-    multiply(w.qkv, part.tile, part.tiles, from, row, part.rows, s.out.data(), D, next);
+    multiply(w.qkv, part.tile, part.tiles, from, row, part.rows, s.out.data(), D, next, tuning_);
     for (int m = 0; m < part.rows; m++) {
       float* x = s.out.data() + size_t(m) * D;
       const Token& token = tokens_[row + m];
@@ -631,7 +632,7 @@ class Decoder final : public Job {
                    const Linear& then, const Split& then_split) {
     const uint8_t* next = upcoming(w, split, then, then_split, chunk, s.thread);
     for_blocks(w, split.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
-      multiply(w, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      multiply(w, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 2 * kLanes, following, tuning_);
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, w.rows - first);
       for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 2 * kLanes;
@@ -653,7 +654,7 @@ class Decoder final : public Job {
     const Activations& from = input(layer, kNormalizeFfn, normal_q_, s);
     const uint8_t* next = upcoming(w.gate_up, gate_up_split_, w.down, down_split_, chunk, s.thread);
     for_blocks(w.gate_up, gate_up_split_.part(chunk), 4, next, [&](const Split::Part& p, const uint8_t* following) {
-      multiply(w.gate_up, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 4 * kLanes, following);
+      multiply(w.gate_up, p.tile, p.tiles, from, p.row, p.rows, s.out.data(), 4 * kLanes, following, tuning_);
       for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 4 * kLanes;
         const f32x16 a = silu(load(out)) * load(out + kLanes);
@@ -667,7 +668,7 @@ class Decoder final : public Job {
     const uint8_t* next = upcoming(model_.head, head_split_, layers_[0].qkv, qkv_split_, chunk, s.thread);
     Best* best = &best_[size_t(chunk % head_split_.tile_chunks()) * selected_.size()];
     for_blocks(model_.head, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
-      multiply(model_.head, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      multiply(model_.head, p.tile, p.tiles, normal_q_, p.row, p.rows, s.out.data(), 2 * kLanes, following, tuning_);
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.vocab - first);
       for (int m = p.row; m < p.row + p.rows; m++) {
         const float* out = s.out.data() + size_t(m - p.row) * 2 * kLanes;
@@ -683,7 +684,7 @@ class Decoder final : public Job {
     const uint8_t* next = upcoming(screen.weights, head_split_, layers_[0].qkv, qkv_split_, chunk, s.thread);
     Best* guess = &guess_[size_t(chunk) * selected_.size()];
     for_blocks(screen.weights, head_split_.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
-      multiply(screen.weights, p.tile, p.tiles, coarse(), p.row, p.rows, s.out.data(), 2 * kLanes, following);
+      multiply(screen.weights, p.tile, p.tiles, coarse(), p.row, p.rows, s.out.data(), 2 * kLanes, following, tuning_);
       for (int t = 0; t < p.tiles; t++) {
         const int tile = p.tile + t, first = tile * kLanes;
         gf::estimate(screen, tile, &glance_[p.row], p.rows, s.out.data() + t * kLanes, 2 * kLanes);
@@ -730,7 +731,7 @@ class Decoder final : public Job {
   }
 
   void look_at_tile(int tile, int row, int rows, Scratch& s, Best* best) {
-    multiply(model_.head, tile, 1, normal_q_, row, rows, s.out.data(), kLanes, model_.head.pair(tile));
+    multiply(model_.head, tile, 1, normal_q_, row, rows, s.out.data(), kLanes, model_.head.pair(tile), tuning_);
     for (int m = 0; m < rows; m++)
       look(s.out.data() + m * kLanes, tile * kLanes, std::min(kLanes, model_.vocab - tile * kLanes), best[m]);
   }
@@ -788,6 +789,7 @@ class Decoder final : public Job {
 
   ModelWeights model_;
   Screen screen_{};  // of the head
+  Tuning tuning_;
   std::vector<LayerWeights> layers_;
   Pool& pool_;
   Kind kind_;

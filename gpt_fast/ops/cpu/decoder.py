@@ -20,6 +20,7 @@ from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.pack import Arena, Packed
 from gpt_fast.ops.cpu.screen import build_screen, code_bytes, is_worth_it
 from gpt_fast.ops.cpu.structs import STEP_ERRORS, LayerWeights, Linear, ModelWeights, StepInput, load_library
+from gpt_fast.ops.cpu.tuning import Choice, Tuned, tune
 from gpt_fast.ops.cpu.weights import Packer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("bfloat16", "int8", "int8_groups", "int4")
 EMBEDDING_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-SPINS = 2000  # pauses before a waiting thread sleeps: some 50 microseconds, then the core is another's
+SPIN_MICROSECONDS = 50  # a waiting thread spins, before it sleeps and the core is another's
 
 
 def unsupported(model: Transformer) -> str | None:
@@ -48,10 +49,10 @@ def unsupported(model: Transformer) -> str | None:
 class Pool:
     """Threads that decoders share (a target and its draft); closed with its last user. `step` is what runs on it."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int, spins: int = SPINS) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int, spin_microseconds: int = SPIN_MICROSECONDS) -> None:
         self.library, self.threads = library, threads
         self.step: Step | None = None
-        self.handle = library.gf_pool_create(threads, spins)
+        self.handle = library.gf_pool_create(threads, spin_microseconds)
 
     def settle(self) -> None:
         """Wait for the step that runs, if any: there is room for one."""
@@ -116,8 +117,8 @@ class CpuDecoder:
     of gpt_fast.quantize, not yet packed, keep their own codes. Activations are int8 per 32 inputs beside integer
     weights, else bfloat16; sums, residual and attention are float32.
     threads: of the forward, the caller's included. pool: another decoder's, to share its threads. isa: one of
-    build.ISAS, for tests. One forward at a time. The model's own weights are not needed afterwards, but for the
-    embedding table, which is kept.
+    build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. One forward at a time. The
+    model's own weights are not needed afterwards, but for the embedding table, which is kept.
     Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses.
     """
 
@@ -130,6 +131,7 @@ class CpuDecoder:
         group: int = 32,
         pool: Pool | None = None,
         isa: str | None = None,
+        choice: Choice | None = None,
     ) -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"weights: unknown format (got {weights!r}, allowed {', '.join(WEIGHTS)})")
@@ -144,10 +146,15 @@ class CpuDecoder:
         self.greedy_saves = 0  # of that, what a greedy step of few rows leaves out, but for rows its screen does not
         self.steps = 0  # begun
         self.formats: set[int] = set()
-        description = self.describe_model(model, Packer(weights, group))
-        self.handle = self.library.gf_decoder_create(byref(description), self.pool.handle)
-        if is_worth_it(description.head, self.weight_bytes):
-            self.screen_head(description.head)
+        self.described = self.describe_model(model, Packer(weights, group))
+        self.handle = self.library.gf_decoder_create(byref(self.described), self.pool.handle)
+        self.pool.settle()
+        self.tuned = Tuned(choice, "given") if choice else tune(
+            self.library, self.pool.handle, self.pool.threads, self.described
+        )
+        self.library.gf_decoder_set_tuning(self.handle, byref(self.tuned.choice.struct()))
+        if is_worth_it(self.described.head, self.weight_bytes):
+            self.screen_head(self.described.head)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):

@@ -9,10 +9,12 @@
 // added in order), so a row's result does not depend on what it is batched with.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "activations.h"
 #include "simd.h"
+#include "tuning.h"
 
 namespace gf {
 
@@ -38,34 +40,50 @@ struct Linear {
   const uint8_t* pair(int tile) const { return q + tile / 2 * pair_bytes(); }
 };
 
-// What a block of rows fetches while it computes. A lone block reads its weights once: it fetches a little ahead, past
-// the level 2 cache, and where its stream ends from where the next one begins. Several blocks over the same tiles share
-// out the lines of the pair of tiles that comes next, in turn, for otherwise only the first would wait for memory.
+// What a block of rows fetches while it computes. A lone block reads its weights once: it fetches a little ahead, by the
+// hint and the distance that its processor is best with (tuning.h), and where its stream ends from where the next one
+// begins. Several blocks over the same tiles share out the lines of the pair of tiles that comes next, in turn, for
+// otherwise only the first would wait for memory.
 struct Prefetch {
   ptrdiff_t distance;  // from a line that is read to the first one to fetch
   ptrdiff_t stride;    // several blocks: bytes from one fetched line to the next
-  const uint8_t* end;  // a lone block: what would lie from here on
-  ptrdiff_t jump;      // is fetched so much further
+  const uint8_t* end;  // a lone block: the last byte of its stream; addresses from here on
+  ptrdiff_t jump;      // are fetched so much further on, where the next stream begins
+  int32_t hint;        // a lone block's Hint
 
-  static constexpr ptrdiff_t kLoneDistance = 4096;  // measured best of 1..16 KB, and this hint of all
-
-  static Prefetch alone(const uint8_t* end, const uint8_t* next) { return {kLoneDistance, 0, end, next - end}; }
+  static Prefetch alone(const Fetch& fetch, const uint8_t* end, const uint8_t* next) {
+    return {fetch.distance, 0, end, next - end, fetch.hint};
+  }
   static Prefetch share(ptrdiff_t distance, int block, int blocks) {
-    return {distance + 64 * block, 64 * ptrdiff_t(blocks), nullptr, 0};
+    return {distance + 64 * block, 64 * ptrdiff_t(blocks), nullptr, 0, kToL2};
   }
 };
 
 // A lone block's loop stays one: unrolled, so many prefetches at once hold up the loads after them.
+template <Hint kHint>
+inline void fetch_lines(const uint8_t* at, int bytes) {
+#pragma GCC unroll 1
+  for (const uint8_t* end = at + bytes; at < end; at += 64) prefetch<kHint>(at);
+}
+
+inline void fetch_lines(int32_t hint, const uint8_t* at, int bytes) {
+  switch (hint) {
+    case kToL1: return fetch_lines<kToL1>(at, bytes);
+    case kToL2: return fetch_lines<kToL2>(at, bytes);
+    case kOnce: return fetch_lines<kOnce>(at, bytes);
+    default: return;
+  }
+}
+
 template <bool kShare, int kBytes>
 inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
   const uint8_t* at = q + ahead.distance;
   if constexpr (kShare) {
     GF_UNROLL
-    for (int i = 0; i < kBytes / 128; i++) prefetch(at + i * ahead.stride);
+    for (int i = 0; i < kBytes / 128; i++) prefetch<kToL2>(at + i * ahead.stride);
   } else {
     if (at >= ahead.end) at += ahead.jump;
-#pragma GCC unroll 1
-    for (const uint8_t* end = at + kBytes; at < end; at += 64) prefetch_once(at);
+    fetch_lines(ahead.hint, at, kBytes);
   }
 }
 
@@ -85,7 +103,7 @@ struct Int8Row {
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
   template <bool kShare>
-  void fetch_scales(int) const {}
+  void fetch_scales(int, const Prefetch&) const {}
   void load_scales(int) {}
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
     return fma(to_float(block), splat(x.scale(row)[g]), sum);
@@ -106,8 +124,8 @@ struct Int8Group {
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
   template <bool kShare>
-  void fetch_scales(int g) const {  // a lone block gains nothing by it: they are a sixteenth of what it reads
-    if constexpr (kShare) prefetch(half + (g + groups) * 2 * kLanes);
+  void fetch_scales(int g, const Prefetch&) const {  // a lone block gains nothing by it: a sixteenth of what it reads
+    if constexpr (kShare) prefetch<kToL2>(half + (g + groups) * 2 * kLanes);
   }
   void load_scales(int g) { scale = load_f16(half + g * 2 * kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
@@ -135,9 +153,9 @@ struct Int4 {
   }
   const uint16_t* scales(int g) const { return half + g / blocks_per_scale * (4 * kLanes); }
   template <bool kShare>
-  void fetch_scales(int g) const {
-    if constexpr (kShare) prefetch(scales(g + groups));
-    else prefetch_once(scales(g + int(Prefetch::kLoneDistance) / (2 * kBlock)));
+  void fetch_scales(int g, const Prefetch& ahead) const {
+    if constexpr (kShare) prefetch<kToL2>(scales(g + groups));
+    else fetch_lines(ahead.hint, reinterpret_cast<const uint8_t*>(scales(g + int(ahead.distance) / (2 * kBlock))), 64);
   }
   void load_scales(int g) { scale = load_f16(scales(g)), minimum = load_f16(scales(g) + kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
@@ -171,7 +189,7 @@ struct Levels {
     a = look_up(kLevel, low_nibbles(both)), b = look_up(kLevel, high_nibbles(both));
   }
   template <bool kShare>
-  void fetch_scales(int) const {}
+  void fetch_scales(int, const Prefetch&) const {}
   void load_scales(int g) { scale = load_i8(group_scale + g * 2 * kLanes); }
   f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
     return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
@@ -179,12 +197,11 @@ struct Levels {
   f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
 };
 
-// Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane]. A lone block, which waits for
-// memory, reads its two tiles' weights in the order in which they lie; others load each input once for both.
-template <class W, int MR, int NR, bool kShare>
+// Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane]. One tile at a time reads the
+// weights in the order in which they lie; both at once load each input once.
+template <class W, int MR, int NR, bool kShare, int kAtOnce>
 void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
                    const Prefetch& ahead) {
-  constexpr int kAtOnce = kShare ? NR : 1;
   f32x16 sum[MR][NR];
   GF_UNROLL
   for (int m = 0; m < MR; m++)
@@ -220,7 +237,7 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
       for (int n = 0; n < kAtOnce; n++) {
         W& tile = w[first + n];
         fetch_ahead<kShare, W::kBlock>(tile.q, ahead);
-        tile.template fetch_scales<kShare>(g);
+        tile.template fetch_scales<kShare>(g, ahead);
         tile.load_scales(g);
         GF_UNROLL
         for (int m = 0; m < MR; m++) sum[m][first + n] = tile.add(sum[m][first + n], block[m][n], x, row + m, g);
@@ -282,7 +299,7 @@ void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float*
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, sum[m][n]);
 }
 
-template <class W, int MR, int NR, bool kShare>
+template <class W, int MR, int NR, bool kShare, int kAtOnce>
 void multiply_block(const Linear& w, int tile, const Activations& x, int row, float* out, int stride,
                     const Prefetch& ahead) {
   const auto run = [&](auto... offset) {
@@ -290,7 +307,7 @@ void multiply_block(const Linear& w, int tile, const Activations& x, int row, fl
     if constexpr (W::kBlock == Bf16::kBlock)
       multiply_bf16<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
     else
-      multiply_int8<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
+      multiply_int8<W, MR, NR, kShare, kAtOnce>(at, w.groups(), x, row, out, stride, ahead);
   };
   if constexpr (NR == 1) run(0);
   else run(0, 1);
@@ -300,55 +317,59 @@ void multiply_block(const Linear& w, int tile, const Activations& x, int row, fl
 template <class W>
 inline constexpr int kMaxRowBlock = kVectorRegisters < 32 ? 2 : W::kBlock == Bf16::kBlock ? 8 : 6;
 
-// `rows` (at most MR) as one block; with kShare, one of several, none of which is smaller than half of kMaxRowBlock.
-template <class W, int NR, bool kShare, int MR = kMaxRowBlock<W>>
+// `rows` (at most MR) as one block; with kShare, one of several.
+template <class W, int NR, bool kShare, int kAtOnce, int MR = kMaxRowBlock<W>>
 void multiply_some_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
                         const Prefetch& ahead) {
-  if (rows == MR) return multiply_block<W, MR, NR, kShare>(w, tile, x, row, out, stride, ahead);
-  if constexpr (MR > (kShare ? kMaxRowBlock<W> / 2 : 1))
-    multiply_some_rows<W, NR, kShare, MR - 1>(w, tile, x, row, rows, out, stride, ahead);
+  if (rows == MR) return multiply_block<W, MR, NR, kShare, kAtOnce>(w, tile, x, row, out, stride, ahead);
+  if constexpr (MR > 1)
+    multiply_some_rows<W, NR, kShare, kAtOnce, MR - 1>(w, tile, x, row, rows, out, stride, ahead);
 }
 
-// Any number of rows, in blocks as even as kMaxRowBlock allows (13 = 5 + 4 + 4).
+// Any number of rows, in blocks as even as `tuning` and kMaxRowBlock allow (13 = 5 + 4 + 4).
 template <class W, int NR>
 void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
-                   const uint8_t* next) {
+                   const uint8_t* next, const Tuning& tuning) {
   constexpr ptrdiff_t kFarthest = 64 * 1024;  // what two pairs may take of the level 2 cache
-  const int blocks = (rows + kMaxRowBlock<W> - 1) / kMaxRowBlock<W>;
+  const int most = std::min(kMaxRowBlock<W>, std::max(1, int(tuning.row_block)));
+  const int blocks = (rows + most - 1) / most;
   if (blocks == 1) {
-    const auto ahead = Prefetch::alone(w.pair(tile + 2), next);
-    return multiply_some_rows<W, NR, false>(w, tile, x, row, rows, out, stride, ahead);
+    const Fetch& fetch = rows == 1 ? tuning.one_row : tuning.few_rows;
+    const auto ahead = Prefetch::alone(fetch, w.pair(tile + 2), next);
+    if (rows == 1 && tuning.both_tiles)
+      return multiply_some_rows<W, NR, false, NR>(w, tile, x, row, rows, out, stride, ahead);
+    return multiply_some_rows<W, NR, false, 1>(w, tile, x, row, rows, out, stride, ahead);
   }
   const ptrdiff_t distance = ptrdiff_t(w.pair_bytes()) > kFarthest ? kFarthest : next - w.pair(tile);
   for (int block = 0; block < blocks; block++) {
     const int now = (rows + blocks - block - 1) / (blocks - block);
-    multiply_some_rows<W, NR, true>(w, tile, x, row, now, out, stride, Prefetch::share(distance, block, blocks));
+    multiply_some_rows<W, NR, true, NR>(w, tile, x, row, now, out, stride, Prefetch::share(distance, block, blocks));
     row += now, rows -= now, out += size_t(now) * stride;
   }
 }
 
 template <class W>
 void multiply_tiles(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
-                    int stride, const uint8_t* next) {
+                    int stride, const uint8_t* next, const Tuning& tuning) {
   while (tiles > 0) {
     const int now = tile % 2 || tiles == 1 ? 1 : 2;
     const uint8_t* following = tiles == now ? next : w.pair(tile + now);
-    if (now == 2) multiply_rows<W, 2>(w, tile, x, row, rows, out, stride, following);
-    else multiply_rows<W, 1>(w, tile, x, row, rows, out, stride, following);
+    if (now == 2) multiply_rows<W, 2>(w, tile, x, row, rows, out, stride, following, tuning);
+    else multiply_rows<W, 1>(w, tile, x, row, rows, out, stride, following, tuning);
     tiles -= now, tile += now, out += now * kLanes;
   }
 }
 
 // out[r * stride + 16 t + lane] = output 16 (tile + t) + lane of x's row (row + r), bias included. `next` is where the
-// weights begin that are wanted afterwards.
+// weights begin that are wanted afterwards. `tuning` changes the time it takes and nothing else.
 inline void multiply(const Linear& w, int tile, int tiles, const Activations& x, int row, int rows, float* out,
-                     int stride, const uint8_t* next) {
+                     int stride, const uint8_t* next, const Tuning& tuning) {
   switch (w.format) {
-    case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride, next); break;
-    case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride, next); break;
-    case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride, next); break;
-    case kLevels: multiply_tiles<Levels>(w, tile, tiles, x, row, rows, out, stride, next); break;
-    default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride, next); break;
+    case kInt8Row: multiply_tiles<Int8Row>(w, tile, tiles, x, row, rows, out, stride, next, tuning); break;
+    case kInt8Group: multiply_tiles<Int8Group>(w, tile, tiles, x, row, rows, out, stride, next, tuning); break;
+    case kInt4: multiply_tiles<Int4>(w, tile, tiles, x, row, rows, out, stride, next, tuning); break;
+    case kLevels: multiply_tiles<Levels>(w, tile, tiles, x, row, rows, out, stride, next, tuning); break;
+    default: multiply_tiles<Bf16>(w, tile, tiles, x, row, rows, out, stride, next, tuning); break;
   }
   if (w.bias == nullptr) return;
   for (int r = 0; r < rows; r++)

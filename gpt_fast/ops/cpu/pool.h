@@ -6,7 +6,9 @@
 // A thread without work spins briefly and then sleeps, so that two waiting threads never fight over one core.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -14,6 +16,20 @@
 #include "simd.h"
 
 namespace gf {
+
+// How many pauses take so long. One takes from 10 to 140 cycles, depending on the processor.
+inline int pauses_in(int microseconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int kPauses = 1000;
+  auto least = Clock::duration::max();
+  for (int i = 0; i < 3; i++) {  // the shortest, for the system may put this thread aside
+    const auto began = Clock::now();
+    for (int j = 0; j < kPauses; j++) pause();
+    least = std::min(least, Clock::now() - began);
+  }
+  const double each = std::max(1.0, double(std::chrono::nanoseconds(least).count()) / kPauses);
+  return int(microseconds * 1000.0 / each);
+}
 
 struct Job {
   virtual int phases() const = 0;

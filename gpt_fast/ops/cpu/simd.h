@@ -8,6 +8,8 @@
 #include <new>
 #include <vector>
 
+#include "tuning.h"
+
 namespace gf {
 
 inline constexpr int kLanes = 16;
@@ -58,10 +60,14 @@ inline uint16_t float_to_bf16(float value) {  // nearest, ties to even
 
 namespace gf {
 
-// Towards the level 2 cache, and past it for what is read once. As assembly: gcc takes a function of nothing but
-// prefetches for one without effect, and drops it.
-inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
-inline void prefetch_once(const void* p) { asm volatile("prefetchnta %0" : : "m"(*static_cast<const char*>(p))); }
+// As assembly: gcc takes a function of nothing but prefetches for one without effect, and drops it.
+template <Hint kHint>
+inline void prefetch(const void* p) {
+  const char& line = *static_cast<const char*>(p);
+  if constexpr (kHint == kToL1) asm volatile("prefetcht0 %0" : : "m"(line));
+  if constexpr (kHint == kToL2) asm volatile("prefetcht1 %0" : : "m"(line));
+  if constexpr (kHint == kOnce) asm volatile("prefetchnta %0" : : "m"(line));
+}
 
 inline f32x16 splat(float v) { return splat_f(v); }
 inline f32x16 operator-(f32x16 a) { return splat(0.0f) - a; }

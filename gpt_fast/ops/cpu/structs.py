@@ -61,6 +61,18 @@ class ModelWeights(Structure):
     )
 
 
+class Fetch(Structure):
+    _fields_ = (("hint", c_int32), ("distance", c_int32))
+
+
+class Tuning(Structure):
+    _fields_ = (
+        ("one_row", Fetch),
+        ("few_rows", Fetch),
+        *((name, c_int32) for name in ("both_tiles", "row_block", "chunks_each")),
+    )
+
+
 class StepInput(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "row_tokens", "length", "positions", "slots", "cache_type")),
@@ -119,8 +131,9 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     library.gf_decoder_follow.argtypes = (c_void_p, POINTER(StepInput))
     library.gf_decoder_finish.argtypes = (c_void_p, ctypes.c_uint64)
     library.gf_decoder_head_energy.argtypes = (c_void_p, c_void_p)
+    library.gf_decoder_set_tuning.argtypes = (c_void_p, POINTER(Tuning))
     library.gf_decoder_set_screen.argtypes = (c_void_p, POINTER(Screen))
     library.gf_screen_build.argtypes = (POINTER(Linear), POINTER(Screen), ctypes.c_int, ctypes.c_int)
     library.gf_screen.argtypes = (POINTER(Linear), POINTER(Screen), c_void_p, c_void_p, c_void_p)
-    library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p)
+    library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p, POINTER(Tuning))
     return library
