@@ -4,7 +4,16 @@ import random
 
 import pytest
 import torch
-from _cpu_models import MAX_SEQ_LEN, new_cache, random_tokens, relative_error, run_chunks, small_model
+from _cpu_models import (
+    MAX_SEQ_LEN,
+    activations_unrounded,
+    assert_rounded_alike,
+    new_cache,
+    random_tokens,
+    relative_error,
+    run_chunks,
+    small_model,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,16 +154,20 @@ def test_logits_are_near_those_of_a_float_cache():
 def test_fused_rows_out_of_order_equal_plain_ones():
     model = small_model()
     fused, plain = CpuDecoder(model, weights="int8", threads=2).forward, reference.twin(model, weights="int8")
-    tokens, slots_B = random_tokens(model, 2, 41), torch.tensor([3, 1])
-    got, expected = (new_cache(model, dtype=torch.int8) for _ in range(2))
-    logits = []
-    for forward, cache in ((fused, got), (plain, expected)):
-        forward(tokens[:, :40], torch.arange(40).expand(2, 40), cache, length=40, slots_B=slots_B)
-        at = torch.full((2, 1), 40)
-        logits.append(forward(tokens[:, 40:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B))
-    assert relative_error(*logits) < 6e-3
-    for slot in (1, 3):
-        assert relative_error(got.v_scale_LNHT[:, slot], expected.v_scale_LNHT[:, slot]) < 3e-3
+    tokens, slots_B = random_tokens(model, 2, 151), torch.tensor([3, 1])
+    caches = [new_cache(model, dtype=torch.int8) for _ in range(2)]
+
+    def run(forward, cache):
+        before = forward(tokens[:, :150], torch.arange(150).expand(2, 150), cache, length=150, slots_B=slots_B)
+        at = torch.full((2, 1), 150)
+        return torch.cat((before, forward(tokens[:, 150:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B)), 1)
+
+    with torch.inference_mode():
+        got, expected = (run(*each) for each in zip((fused, plain), caches, strict=True))
+        with activations_unrounded():
+            assert_rounded_alike(got, expected, run(plain, new_cache(model)))
+            run(plain, exact := new_cache(model, dtype=torch.int8))
+    assert_rounded_alike(*(cache.v_scale_LNHT[:, [1, 3], :, :151] for cache in (*caches, exact)))
 
 
 def runner_of(model, forward=None, **options):
