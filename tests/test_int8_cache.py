@@ -243,7 +243,7 @@ def test_compiled_code_equals_plain(tiny_model):
 
 
 @pytest.mark.model
-def test_perplexity_of_the_default_model_changes_by_a_five_hundredth_at_most(default_checkpoint):
+def test_the_default_models_predictions_hardly_change(default_checkpoint):
     loaded = load_checkpoint(default_checkpoint, device="cpu", dtype=torch.float32)
     loaded.model.setup_rope(256, CPU)
     tokens = load_tokenizer(default_checkpoint).encode(held_out_part(default_text()).content, add_bos=False)
@@ -254,9 +254,12 @@ def test_perplexity_of_the_default_model_changes_by_a_five_hundredth_at_most(def
     )
     parts = [figures for passage in passages for figures in window_figures(int8, float32, passage)]
     nll_int8, nll_float32, kl = (torch.cat([getattr(p, name) for p in parts]) for name in ("nll_a", "nll_b", "kl"))
-    change = float((nll_int8.mean() - nll_float32.mean()).exp()) - 1
-    print(f"{len(kl)} tokens: perplexity {change:+.3%}, mean KL {kl.mean():.5f}")
-    assert abs(change) <= 0.002 and 0 < kl.mean() < 0.002
+    change = nll_int8 - nll_float32
+    error, kl_error = (float(x.std()) / len(x) ** 0.5 for x in (change, kl))
+    print(f"{len(kl)} tokens: loss {change.mean():+.5f} +- {error:.5f}, mean KL {kl.mean():.5f} +- {kl_error:.5f}")
+    assert 0 < kl.mean() < 0.002
+    # In the mean over what the model expects, the loss grows by the KL; this text is a sample: 5 standard errors.
+    assert abs(change.mean() - kl.mean()) < 5 * error
 
 
 @pytest.mark.model
