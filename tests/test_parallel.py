@@ -162,11 +162,9 @@ def test_three_ranks_answer_as_one_process_does(default_checkpoint, tmp_path):
     int4, int8 = default_checkpoint / "model_int4.g32.safetensors", quantized_beside(default_checkpoint, tmp_path)
     kinds = [(default_checkpoint, "float32", 20, 1e-3), (int8, "bfloat16", 8, 0.4), (int4, "bfloat16", 8, 0.4)]
     asked = [{"checkpoint_path": str(path), "dtype": dtype, "limit": n, **shared} for path, dtype, n, _ in kinds]
-    for ours, theirs, (_, dtype, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
+    for ours, theirs, (_, _, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
         assert len(ours["basics"]) == limit
-        same_answers(ours, theirs, within=within)
-        pairs = zip(ours["basics"].values(), theirs["basics"].values(), strict=True)
-        assert sum(choice(a) == choice(b) for a, b in pairs) >= (limit if dtype == "float32" else limit - 1)
+        same_answers(ours, theirs, within=within)  # also the choice, unless two are as near as that
 
 
 def quantized_beside(checkpoint, directory):
@@ -179,11 +177,6 @@ def quantized_beside(checkpoint, directory):
     shutil.copy(checkpoint / "manifest.json", new)
     (new / "model_int8.safetensors").unlink(missing_ok=True)
     return quantize_checkpoint(new, mode="int8")
-
-
-def choice(answers):
-    """The index of the most likely one."""
-    return max(range(len(answers)), key=lambda i: float(answers[i][0]))
 
 
 def test_the_command_scores_with_ranks_and_one_of_them_speaks(checkpoint, capsys):
