@@ -93,25 +93,31 @@ def built(changes: Mapping[str, Any], quantization: tuple[str, int] | None, dtyp
 
 def small_models(group: Any, _directory: Path) -> dict[str, Any]:
     """Each case's logits and generated tokens, whole and sharded."""
+    import torch
+
     from gpt_fast.parallel import shard
     from gpt_fast.quantize.linear import pack
 
     found = {}
     for name, (changes, quantization, dtype, cache_dtype) in CASES.items():
-        whole, share = (built(changes, quantization, dtype) for _ in range(2))
+        whole, share, exact = (built(changes, quantization, dtype) for _ in range(3))
+        exact = exact.to(torch.float32)  # the same weights
         shard(share, group.ranks)
         for model in (whole, share):
             pack(model)
         found[name] = {
-            **logits_figures(whole, share, cache_dtype),
+            **logits_figures(whole, share, exact, cache_dtype),
             "tokens": [generated(model, cache_dtype) for model in (whole, share)],
             "elements": [held(model) for model in (whole, share)],
         }
     return found
 
 
-def logits_figures(whole: Any, share: Any, cache_dtype: str) -> dict[str, Any]:
-    """Of a prefill of 60 tokens and a step after it, on both: the largest difference, relative to the largest logit."""
+def logits_figures(whole: Any, share: Any, exact: Any, cache_dtype: str) -> dict[str, Any]:
+    """Of a prefill of 60 tokens and a step after it: how far whole and share are apart, whole and float32's logits.
+
+    difference: the largest, relative to the largest logit. apart, rounding: norms, relative to that of all logits.
+    """
     import torch
     from _quantized import CPU
 
@@ -119,16 +125,18 @@ def logits_figures(whole: Any, share: Any, cache_dtype: str) -> dict[str, Any]:
 
     tokens_BS = torch.randint(0, 96, (2, 61), generator=torch.Generator().manual_seed(3))
     positions_BS = torch.arange(61).repeat(2, 1)
-    both = []
-    for model in (whole, share):
-        cache = KVCache(model.config, slots=2, max_seq_len=128, dtype=getattr(torch, cache_dtype), device=CPU)
+    found = []
+    for model, dtype in ((exact, "float32"), (whole, cache_dtype), (share, cache_dtype)):
+        cache = KVCache(model.config, slots=2, max_seq_len=128, dtype=getattr(torch, dtype), device=CPU)
         with torch.inference_mode():
             first_BSV = model(tokens_BS[:, :60], positions_BS[:, :60], cache, length=64)
             last_B1V = model(tokens_BS[:, 60:], positions_BS[:, 60:], cache, length=64)
-        both.append(torch.cat((first_BSV, last_B1V), dim=1))
-    digest = hashlib.sha256(both[1].numpy().tobytes()).hexdigest()
+        found.append(torch.cat((first_BSV, last_B1V), dim=1))
+    digest = hashlib.sha256(found[2].numpy().tobytes()).hexdigest()
     return {
-        "difference": float((both[0] - both[1]).abs().max() / both[0].abs().max()),
+        "difference": float((found[1] - found[2]).abs().max() / found[1].abs().max()),
+        "apart": float((found[1] - found[2]).norm() / found[0].norm()),
+        "rounding": float((found[1] - found[0]).norm() / found[0].norm()),
         "sha256": digest,
         "cache_bytes": cache.nbytes,
     }

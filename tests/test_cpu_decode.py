@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cpu_models import MAX_SEQ_LEN, new_cache, random_tokens, relative_error, run_chunks, small_model
+from _cpu_models import (
+    MAX_SEQ_LEN,
+    activations_unrounded,
+    assert_rounded_alike,
+    new_cache,
+    random_tokens,
+    relative_error,
+    run_chunks,
+    small_model,
+)
 from _quantized import quantized_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +63,21 @@ def multiply(w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int, i
     return out[:, : len(w_NK)]
 
 
+def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, weights: str, group: int) -> None:
+    """`got` is the product of what the format makes of both, but for float32's roundings, of every output's own terms.
+
+    A sum of K products is off by at most K roundings of the sum of their sizes, in whatever order it is taken; scales,
+    minima and the twin's own numbers make a few more.
+    """
+    x, w = reference.round_activations(x_MK, weights).double(), reference.round_weight(w_NK, weights, group).double()
+    sizes_NK = w.abs()
+    if weights == "int4":  # codes * scale and the minimum are multiplied by themselves
+        minimum_NK = pack.expand_groups(pack.int4_groups(w_NK, group)[2], group, w.shape[1])
+        sizes_NK = sizes_NK + 2 * minimum_NK.double().abs()
+    bound_MN = (w.shape[1] + 8) * 2.0**-24 * (x.abs() @ sizes_NK.T)
+    assert ((got.double() - x @ w.T).abs() <= bound_MN).all()
+
+
 # ------------------------------------------------------------------------------------------ one matrix
 
 
@@ -67,10 +91,7 @@ def test_product_equals_twin(isa: str, weights: str, rows: int, groups: int, tai
     K = 32 * groups - tail
     w_NK, x_MK = torch.randn(rows, K, generator=generator), torch.randn(x_rows, K, generator=generator)
     x_MK[0, : K // 2] = 0
-    got = multiply(w_NK, x_MK, weights, 32, isa)
-    rounded = reference.round_weight(w_NK, weights, 32).double()
-    expected = reference.round_activations(x_MK, weights).double() @ rounded.T
-    assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert_product(multiply(w_NK, x_MK, weights, 32, isa), w_NK, x_MK, weights, 32)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -84,8 +105,7 @@ def test_product_of_a_row_is_the_same_bits_in_any_batch(weights: str) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_int4_groups(group: int) -> None:
     w_NK, x_MK = torch.randn(33, 576), torch.randn(3, 576)  # 576 = 4.5 groups of 128
-    expected = reference.round_activations(x_MK, "int4") @ reference.round_weight(w_NK, "int4", group).T
-    assert relative_error(multiply(w_NK, x_MK, "int4", group), expected) < 1e-6
+    assert_product(multiply(w_NK, x_MK, "int4", group), w_NK, x_MK, "int4", group)
 
 
 def test_stored_q4_1_comes_back_without_loss() -> None:
@@ -152,14 +172,20 @@ def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
     plain = reference.twin(model, weights=weights)
     tokens = random_tokens(model, 150)
     sizes = [100, 1, 5, 1, 43]
-    cache, cache_plain = new_cache(model, fill=torch.nan), new_cache(model)
+    cache, cache_plain, cache_exact = new_cache(model, fill=torch.nan), new_cache(model), new_cache(model)
     got = run_chunks(fused.forward, tokens, cache, sizes, slot=3)
     expected = run_chunks(plain, tokens, cache_plain, sizes, slot=3)
-    # A sum that differs in its last bit can round an activation to the next code: few rows, a bounded error.
-    assert relative_error(got, expected) < 6e-3
-    assert torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, expected, strict=True)]).median() < 1e-3
-    assert relative_error(cache.k_LNHTD[:, 3, :, :150], cache_plain.k_LNHTD[:, 3, :, :150]) < 3e-3
+    with activations_unrounded():
+        exact = run_chunks(plain, tokens, cache_exact, sizes, slot=3)
+    assert_rounded_alike(got, expected, exact)
+    assert_rounded_alike(*(c.k_LNHTD[:, 3, :, :150] for c in (cache, cache_plain, cache_exact)))
     assert torch.isnan(cache.k_LNHTD[:, :3]).all() and torch.isnan(cache.v_LNHTD[:, 3, :, 150:]).all()
+    # Of short texts a tenth at most has a number that near to a tie, and the others differ in float32's last bits
+    # only: that a third of 60 has one is less likely than 1 in 10^6.
+    texts, positions = random_tokens(model, 60, 4), torch.arange(4).expand(60, 4)
+    got, expected = (f(texts, positions, new_cache(model, slots=60), length=4)[:, -1] for f in (fused.forward, plain))
+    off_B = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (off_B < 1e-5).sum() > 40
 
 
 @pytest.mark.parametrize("isa", sorted({*ISAS[:1], *ISAS[-1:]}))
@@ -172,9 +198,13 @@ def test_narrow_caches_equal_twin(head_dim: int, cache_type: torch.dtype, isa: s
     tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
     cache, cache_plain = (new_cache(model, dtype=cache_type, fill=fill) for fill in (torch.nan, 0.0))
     got = run_chunks(fused.forward, tokens, cache, sizes, slot=3)
-    assert relative_error(got, run_chunks(plain, tokens, cache_plain, sizes, slot=3)) < 6e-3
+    expected = run_chunks(plain, tokens, cache_plain, sizes, slot=3)
+    with activations_unrounded():
+        assert_rounded_alike(got, expected, run_chunks(plain, tokens, new_cache(model), sizes, slot=3))
+    # The first layer has no attention before it: a tie changes one position. A code is that near to a tie about once
+    # in 10^4, so one position in 100 may have one among its inputs, and that 15 of 150 have is out of the question.
     written, expected = (c.k_LNHTD[0, 3, :, :150] for c in (cache, cache_plain))
-    assert (written == expected).float().mean() > 0.99  # the first layer: but for ties
+    assert ((written == expected).float().mean((0, 2)) > 0.95).sum() > 135
 
 
 @pytest.mark.parametrize("weights", decoder.WEIGHTS)

@@ -192,7 +192,9 @@ def test_a_cache_of_int8_has_a_report_and_a_gate_of_its_own(checkpoints, capsys)
     main(["--quality", str(source), "--kv_cache", "int8", *FLAGS])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["kv_cache"] == "int8" and report["against_kv_cache"] == "float32"
-    assert 0 < report["mean_kl"] < 1e-3 and report["perplexity_ratio"] == pytest.approx(1, abs=2e-3)
+    assert 0 < report["mean_kl"] < 1e-3
+    # A token's log-probability moves by some sqrt(2 KL), and a random model's tokens may all move the same way.
+    assert abs(math.log(report["perplexity_ratio"])) < 5 * math.sqrt(2 * report["mean_kl"])
     assert json.loads(source.with_name("model.kv_int8.quality.json").read_text()) == report
     check_quality(source, {"max_mean_kl": 1e-3}, kv_cache="int8")
     with pytest.raises(ConfigError, match=r"no model\.quality\.json: make it with .* --quality \S+`$"):

@@ -18,6 +18,25 @@ from gpt_fast.quantize.structure import plan
 from gpt_fast.quantize.triangle import Triangle
 
 CPU = torch.device("cpu")
+EPS = torch.finfo(torch.float32).eps  # two roundings: each is off by at most half of it
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """All that is float32 in GPTQ becomes float64, so that sums in another order give the same codes.
+
+    In float32 they need not: a weight near the middle of two steps may be rounded to either, and that moves all that
+    come after it in its row. In float64 such sums differ by some 1e-14 of a step; of the million numbers or so that a
+    test rounds, one lies that near to the middle in one test of a million.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[part], other[part]) for part in one)
 
 
 def trained_like(rows=96, columns=192, tokens=1500, seed=0):
@@ -54,6 +73,7 @@ def test_outputs_on_unseen_inputs_are_far_closer_than_rounding_to_nearest(groups
     scheme = Scheme(4, groupsize)
     gptq = dequantize_weight(gptq_of(weight, seen, groupsize=groupsize, act_order=act_order), scheme)
     rtn = dequantize_weight(quantize_weight(weight, scheme, name="w"), scheme)
+    # Over these cases and other seeds the quotient lies between 0.03 and 0.22.
     assert output_error(weight, gptq, unseen) < 0.6 * output_error(weight, rtn, unseen)
 
 
@@ -64,16 +84,14 @@ def test_act_order_helps_where_few_inputs_dominate():
     for act_order in (False, True):
         tensors = gptq_of(weight, inputs, groupsize=64, act_order=act_order)
         errors.append(output_error(weight, dequantize_weight(tensors, Scheme(4, 64)), inputs))
-    assert errors[1] < errors[0]
+    assert errors[1] < errors[0]  # 0.60 to 0.76 of it over some seeds
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_blocksize_changes_speed_not_the_result(act_order):
+def test_blocksize_changes_speed_not_the_result(act_order, in_float64):
     weight, inputs = trained_like(columns=160)
     results = [gptq_of(weight, inputs, groupsize=32, act_order=act_order, blocksize=size) for size in (1, 64, 1024)]
-    for other in results[1:]:
-        close = dequantize_weight(other, Scheme(4, 32)) - dequantize_weight(results[0], Scheme(4, 32))
-        assert float((close != 0).float().mean()) < 0.01  # a sum in another order may tip a tie
+    assert all(same_tensors(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -89,10 +107,12 @@ def test_a_four_bit_weight_comes_back_exactly(act_order):
 
 def test_the_last_group_may_be_short():
     weight, inputs = trained_like(columns=176)
+    rtn = dequantize_weight(quantize_weight(weight, Scheme(4, 128), name="w"), Scheme(4, 128))
     for act_order in (False, True):
         tensors = gptq_of(weight, inputs, groupsize=128, act_order=act_order)
         assert tensors["scale"].shape == (96, 2)
-        assert output_error(weight, dequantize_weight(tensors, Scheme(4, 128)), inputs) < 0.01
+        error = output_error(weight, dequantize_weight(tensors, Scheme(4, 128)), inputs)
+        assert error < 0.6 * output_error(weight, rtn, inputs)
 
 
 # ---------------------------------------------------------------------------------------- hard Hessians
@@ -104,8 +124,9 @@ def test_fewer_tokens_than_inputs_and_silent_inputs():
     tensors = gptq_of(weight, inputs, groupsize=64)
     result = dequantize_weight(tensors, Scheme(4, 64))
     assert result.isfinite().all()
-    step = tensors["scale"].float()[:, 0]
-    assert ((weight - result)[:, 17].abs() <= 8 * step).all()  # a silent input is rounded, not dropped
+    scale, minimum = tensors["scale"].float()[:, 0], tensors["min"].float()[:, 0]
+    # A silent input is rounded, not dropped, and makes up for no other: its entries of the factor are exactly 0.
+    assert torch.equal(result[:, 17], nearest_int4(weight[:, 17], scale, minimum) * scale + minimum)
 
 
 def with_matrix(matrix_KK):
@@ -128,8 +149,9 @@ def test_damping_grows_until_there_is_a_factor(panel, monkeypatch):
     factor = dense(damped_factor(with_matrix(ones), percdamp=0.0, name="w").upper_KK)
     assert factor.isfinite().all() and torch.equal(factor, factor.triu())
     added = factor @ factor.T - ones
-    torch.testing.assert_close(added, added.diagonal().diag(), atol=1e-5, rtol=0)
-    assert added.diagonal().min() > 0 and added.diagonal().max() < 0.1
+    # A factor of 80 columns and the product of its rows make at most 81 + 80 roundings of numbers near 1; a matrix with
+    # 0.001 on top of its ones has a factor despite them, and with nothing on top its second pivot is exactly 0.
+    torch.testing.assert_close(added, 1e-3 * torch.eye(80), atol=81 * EPS, rtol=0)
     with pytest.raises(QuantizationError, match=r"^w: the Hessian of its inputs has no Cholesky factor even with"):
         damped_factor(with_matrix(-1e12 * torch.eye(80)), percdamp=0.0, name="w")
 
@@ -142,48 +164,52 @@ def test_a_triangle_in_panels_is_factored_or_left_as_it_was(columns, panel, seed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triangle, "PANEL", panel)
         triangles = [hessian_of(inputs, act_order=False).sum_KK for _ in range(2)]
-        expected = inputs.T @ inputs
-        torch.testing.assert_close(dense(triangles[0]).triu(), expected.triu())
+        expected = inputs.double().T @ inputs.double()
+        size = inputs.double().abs().T @ inputs.double().abs()
+        gathered = dense(triangles[0]).triu()
+        # A sum of 2 * columns products is off by at most as many roundings of the sum of their sizes.
+        assert ((gathered - expected.triu()).abs() <= columns * EPS * size).all()
         assert triangles[0].factor()
-        factor = dense(triangles[0])
+        factor = dense(triangles[0]).double()
         assert torch.equal(factor, factor.triu())
-        torch.testing.assert_close(factor @ factor.T, expected, atol=1e-4 * float(expected.max()), rtol=0)
-        sunk = torch.zeros(columns)
-        sunk[int(torch.randint(columns, (1,), generator=generator))] = -1e4
+        # Sums of at most `columns` products follow, of factors whose squares add up to at most the largest entry: one
+        # to factor, and to undo that one, one with the square above, one to add. Twice that is allowed.
+        near = 4 * (columns + 1) * EPS * float(expected.max())
+        torch.testing.assert_close(factor @ factor.T, expected, atol=near, rtol=0)
+        sunk = torch.zeros(columns).double()
+        sunk[int(torch.randint(columns, (1,), generator=generator))] = -2 * expected.max()  # below 0 on the diagonal
         triangles[1].add_to_diagonal(sunk)
         assert not triangles[1].factor()
-        torch.testing.assert_close(dense(triangles[1]).triu(), (expected + sunk.diag()).triu(), atol=0.05, rtol=0)
+        restored = (expected + sunk.diag()).triu()
+        torch.testing.assert_close(dense(triangles[1]).triu().double(), restored, atol=2 * near, rtol=0)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_panels_and_bands_change_memory_not_the_result(act_order, monkeypatch):
+def test_panels_and_bands_change_memory_not_the_result(act_order, monkeypatch, in_float64):
     weight, inputs = trained_like(columns=176)
     whole = gptq_of(weight, inputs, groupsize=32, act_order=act_order)
     monkeypatch.setattr(triangle, "PANEL", 64)
     monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 30 * 176)
     monkeypatch.setitem(gptq.ELEMENTS_FITTED_AT_ONCE, "cpu", 7 * 176)
-    parts = gptq_of(weight, inputs, groupsize=32, act_order=act_order)
-    differs = dequantize_weight(parts, Scheme(4, 32)) != dequantize_weight(whole, Scheme(4, 32))
-    assert float(differs.float().mean()) < 0.02  # a sum in another order may tip a tie
+    assert same_tensors(gptq_of(weight, inputs, groupsize=32, act_order=act_order), whole)
 
 
-def test_the_values_are_those_of_the_paper(monkeypatch):
-    """Its own recurrence, with the factor of the inverse, in float64 and on the same grids."""
+def test_the_values_are_those_of_the_paper(monkeypatch, in_float64):
+    """Its own recurrence, with the factor of the inverse and on the same grids."""
     monkeypatch.setattr(triangle, "PANEL", 64)
     weight, inputs = trained_like(rows=24)
     tensors = gptq_of(weight, inputs, groupsize=32)
     order = inputs.square().sum(0).argsort(descending=True, stable=True)
-    ordered = inputs[:, order].double()
+    ordered = inputs[:, order]
     hessian = ordered.T @ ordered
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(192)
     factor = torch.linalg.cholesky(hessian.inverse(), upper=True)
     scale, minimum = (tensors[part].double().repeat_interleave(32, 1)[:, order] for part in ("scale", "min"))
-    work, result = weight.double()[:, order], torch.empty(24, 192).double()
+    work, result = weight[:, order], torch.empty(24, 192)
     for i in range(192):
         result[:, i] = nearest_int4(work[:, i], scale[:, i], minimum[:, i]) * scale[:, i] + minimum[:, i]
         work[:, i:] -= ((work[:, i] - result[:, i]) / factor[i, i])[:, None] * factor[i, i:]
-    got = dequantize_weight(tensors, Scheme(4, 32))[:, order]
-    assert float(((got - result).abs() > 1e-6).double().mean()) < 0.01  # float32 may tip a tie
+    assert torch.equal(dequantize_weight(tensors, Scheme(4, 32))[:, order], result)
 
 
 def test_inputs_that_are_not_finite_are_refused_by_name():
@@ -202,10 +228,12 @@ def test_a_fitted_grid_costs_no_more_than_the_full_range(seed, groupsize, column
 
     def cost(scale, minimum):
         wide = [value.float().repeat_interleave(groupsize, 1)[:, :columns] for value in (scale, minimum)]
-        return ((weight - nearest_int4(weight, *wide) * wide[0] - wide[1]).square() * importance).sum()
+        off = weight - (nearest_int4(weight, *wide) * wide[0] + wide[1])  # to the last bit as fit_grid has it
+        return (off.double().square() * importance).sum()
 
     fitted = cost(*fit_grid(weight, importance, groupsize=groupsize))
-    assert fitted <= cost(*int4_grid(weight, groupsize=groupsize)) * (1 + 1e-5)
+    # fit_grid compares float32 sums of `groupsize` products of three, each off by as many roundings and two at most.
+    assert fitted <= cost(*int4_grid(weight, groupsize=groupsize)) * (1 + (groupsize + 2) * EPS)
 
 
 # ----------------------------------------------------------------------------------------- whole models
@@ -235,6 +263,7 @@ def test_a_whole_model_is_closer_than_rounding(family):
     expected = logits_of(model, tokens[32:])
     gptq = logits_of(gptq_twin(model, tokens[:32], groupsize=64), tokens[32:])
     rtn = logits_of(quantized_model(model, mode="int4", groupsize=64, embedding="keep"), tokens[32:])
+    # Over the families and other seeds the quotient lies between 0.06 and 0.1.
     assert float((gptq - expected).square().mean()) < 0.7 * float((rtn - expected).square().mean())
 
 

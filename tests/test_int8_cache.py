@@ -4,7 +4,16 @@ import random
 
 import pytest
 import torch
-from _cpu_models import MAX_SEQ_LEN, new_cache, random_tokens, relative_error, run_chunks, small_model
+from _cpu_models import (
+    MAX_SEQ_LEN,
+    activations_unrounded,
+    assert_rounded_alike,
+    new_cache,
+    random_tokens,
+    relative_error,
+    run_chunks,
+    small_model,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +49,9 @@ def test_an_element_is_off_by_half_a_step_at_most(seed, size):
     codes, scale_BSH = quantize_heads(x_BSHD)
     assert codes.abs().amax(-1).eq(127).all()  # the whole range is used
     assert torch.equal(scale_BSH, x_BSHD.abs().amax(-1) / 127)
-    assert ((codes * scale_BSH[..., None] - x_BSHD).abs() <= scale_BSH[..., None] * 0.50001).all()
+    # A quotient and a product of up to 127 are rounded once each: 127 half units in the last place on top of the half.
+    half_a_step = 0.5 + 128 * torch.finfo(torch.float32).eps
+    assert ((codes * scale_BSH[..., None] - x_BSHD).abs() <= scale_BSH[..., None] * half_a_step).all()
 
 
 def test_heads_of_zeros_denormals_and_not_a_number():
@@ -143,16 +154,20 @@ def test_logits_are_near_those_of_a_float_cache():
 def test_fused_rows_out_of_order_equal_plain_ones():
     model = small_model()
     fused, plain = CpuDecoder(model, weights="int8", threads=2).forward, reference.twin(model, weights="int8")
-    tokens, slots_B = random_tokens(model, 2, 41), torch.tensor([3, 1])
-    got, expected = (new_cache(model, dtype=torch.int8) for _ in range(2))
-    logits = []
-    for forward, cache in ((fused, got), (plain, expected)):
-        forward(tokens[:, :40], torch.arange(40).expand(2, 40), cache, length=40, slots_B=slots_B)
-        at = torch.full((2, 1), 40)
-        logits.append(forward(tokens[:, 40:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B))
-    assert relative_error(*logits) < 6e-3
-    for slot in (1, 3):
-        assert relative_error(got.v_scale_LNHT[:, slot], expected.v_scale_LNHT[:, slot]) < 3e-3
+    tokens, slots_B = random_tokens(model, 2, 151), torch.tensor([3, 1])
+    caches = [new_cache(model, dtype=torch.int8) for _ in range(2)]
+
+    def run(forward, cache):
+        before = forward(tokens[:, :150], torch.arange(150).expand(2, 150), cache, length=150, slots_B=slots_B)
+        at = torch.full((2, 1), 150)
+        return torch.cat((before, forward(tokens[:, 150:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B)), 1)
+
+    with torch.inference_mode():
+        got, expected = (run(*each) for each in zip((fused, plain), caches, strict=True))
+        with activations_unrounded():
+            assert_rounded_alike(got, expected, run(plain, new_cache(model)))
+            run(plain, exact := new_cache(model, dtype=torch.int8))
+    assert_rounded_alike(*(cache.v_scale_LNHT[:, [1, 3], :, :151] for cache in (*caches, exact)))
 
 
 def runner_of(model, forward=None, **options):
@@ -228,7 +243,7 @@ def test_compiled_code_equals_plain(tiny_model):
 
 
 @pytest.mark.model
-def test_perplexity_of_the_default_model_changes_by_a_five_hundredth_at_most(default_checkpoint):
+def test_the_default_models_predictions_hardly_change(default_checkpoint):
     loaded = load_checkpoint(default_checkpoint, device="cpu", dtype=torch.float32)
     loaded.model.setup_rope(256, CPU)
     tokens = load_tokenizer(default_checkpoint).encode(held_out_part(default_text()).content, add_bos=False)
@@ -239,9 +254,12 @@ def test_perplexity_of_the_default_model_changes_by_a_five_hundredth_at_most(def
     )
     parts = [figures for passage in passages for figures in window_figures(int8, float32, passage)]
     nll_int8, nll_float32, kl = (torch.cat([getattr(p, name) for p in parts]) for name in ("nll_a", "nll_b", "kl"))
-    change = float((nll_int8.mean() - nll_float32.mean()).exp()) - 1
-    print(f"{len(kl)} tokens: perplexity {change:+.3%}, mean KL {kl.mean():.5f}")
-    assert abs(change) <= 0.002 and 0 < kl.mean() < 0.002
+    change = nll_int8 - nll_float32
+    error, kl_error = (float(x.std()) / len(x) ** 0.5 for x in (change, kl))
+    print(f"{len(kl)} tokens: loss {change.mean():+.5f} +- {error:.5f}, mean KL {kl.mean():.5f} +- {kl_error:.5f}")
+    assert 0 < kl.mean() < 0.002
+    # In the mean over what the model expects, the loss grows by the KL; this text is a sample: 5 standard errors.
+    assert abs(change.mean() - kl.mean()) < 5 * error
 
 
 @pytest.mark.model

@@ -20,7 +20,7 @@ from gpt_fast.quantize.convert import quantize_checkpoint
 from gpt_fast.quantize.scheme import QuantizationError
 
 BYTES = {"vocab_size": 258, "max_position": 1024, "head_dim": 32, "intermediate_size": 192}
-ROUNDED = ("bfloat16", "int8_bfloat16")  # a sum over ranks rounds differently
+ROUNDED = ("bfloat16", "int8_bfloat16", "int8_cache")  # a sum over ranks rounds differently
 
 
 # ------------------------------------------------------------------------------------ small models
@@ -35,7 +35,10 @@ def two_ranks(tmp_path_factory):
 def test_sharded_logits_are_the_whole_models(case, two_ranks):
     first, second = (found[case] for found in two_ranks)
     assert first["sha256"] == second["sha256"]  # to the bit the same on every rank
-    assert first["difference"] < (2e-2 if case in ROUNDED else 2e-3 if case == "int8_cache" else 1e-5)
+    if case in ROUNDED:  # even where no rounding agrees, they are sqrt(2) times as far apart as from float32's logits
+        assert first["apart"] < 1.5 * first["rounding"]
+    else:
+        assert first["difference"] < 1e-5  # float32's last digits: 6e-7 here
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,7 +46,7 @@ def test_ranks_in_lockstep_generate_the_whole_models_tokens(case, two_ranks):
     whole, first, second = two_ranks[0][case]["tokens"][0], *(found[case]["tokens"][1] for found in two_ranks)
     assert first == second
     assert [len(tokens) for tokens in whole] == [6, 11, 16, 21, 26, 31]
-    if case not in (*ROUNDED, "int8_cache"):
+    if case not in ROUNDED:
         assert first == whole
 
 
@@ -159,11 +162,9 @@ def test_three_ranks_answer_as_one_process_does(default_checkpoint, tmp_path):
     int4, int8 = default_checkpoint / "model_int4.g32.safetensors", quantized_beside(default_checkpoint, tmp_path)
     kinds = [(default_checkpoint, "float32", 20, 1e-3), (int8, "bfloat16", 8, 0.4), (int4, "bfloat16", 8, 0.4)]
     asked = [{"checkpoint_path": str(path), "dtype": dtype, "limit": n, **shared} for path, dtype, n, _ in kinds]
-    for ours, theirs, (_, dtype, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
+    for ours, theirs, (_, _, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
         assert len(ours["basics"]) == limit
-        same_answers(ours, theirs, within=within)
-        pairs = zip(ours["basics"].values(), theirs["basics"].values(), strict=True)
-        assert sum(choice(a) == choice(b) for a, b in pairs) >= (limit if dtype == "float32" else limit - 1)
+        same_answers(ours, theirs, within=within)  # also the choice, unless two are as near as that
 
 
 def quantized_beside(checkpoint, directory):
@@ -176,11 +177,6 @@ def quantized_beside(checkpoint, directory):
     shutil.copy(checkpoint / "manifest.json", new)
     (new / "model_int8.safetensors").unlink(missing_ok=True)
     return quantize_checkpoint(new, mode="int8")
-
-
-def choice(answers):
-    """The index of the most likely one."""
-    return max(range(len(answers)), key=lambda i: float(answers[i][0]))
 
 
 def test_the_command_scores_with_ranks_and_one_of_them_speaks(checkpoint, capsys):
