@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_fast.collector import at_rest
-from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.quiet_gc import at_rest
 from gpt_fast.config import SamplingParams
 
 with at_rest():
     import torch
 
     from gpt_fast.llm import Engine, TextEvent
-    from gpt_fast.speculator import Totals
+    from gpt_fast.speculative.speculator import Totals
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

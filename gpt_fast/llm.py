@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
-from gpt_fast.load import Parts, load_parts
-from gpt_fast.scheduler import NO_TOKEN, Logprobs, TokenEvent
-from gpt_fast.scheduler import Sequence as TokenSequence
-from gpt_fast.serve.stream import TextStream
-from gpt_fast.tokenizer import Tokenizer
+from gpt_fast.engine.scheduler import NO_TOKEN, Logprobs, TokenEvent
+from gpt_fast.engine.scheduler import Sequence as TokenSequence
+from gpt_fast.load.engine import Parts, load_parts
+from gpt_fast.text.stream import TextStream
+from gpt_fast.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

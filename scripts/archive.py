@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "gpt-fast"

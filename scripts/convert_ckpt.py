@@ -10,7 +10,7 @@ draft, and a draft whose vocabulary size or tokenizer differs is refused with th
 import argparse
 from pathlib import Path
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.draft import draft_job
 from gpt_fast.convert.run import DTYPES, convert
 

@@ -8,10 +8,10 @@ default) keeps their exact values, bfloat16 and float16 round them. Needs `pip i
 import argparse
 from pathlib import Path
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import DTYPES, convert
-from gpt_fast.tokenizer import tokenizer_json_from_gguf
+from gpt_fast.text.tokenizer import tokenizer_json_from_gguf
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ model.pth / model_int8.pth (give the file, with config.json beside it). The arch
 import argparse
 from pathlib import Path
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.hf import is_gpt_fast_int8, open_job
 from gpt_fast.convert.int8 import convert_int8
 from gpt_fast.convert.run import DTYPES, convert

@@ -11,7 +11,7 @@ from pathlib import Path
 from archive import ROOT, checkpoint_of, config_text, resolve_model
 from instance import find_java, java_version
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.serve.startup_check import check_properties
 
 

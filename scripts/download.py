@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.hf import DOWNLOADED
 from gpt_fast.convert.run import SIDE_FILES
 

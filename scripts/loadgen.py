@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench import machine
 from gpt_fast.bench.client import Api, NativeApi, OpenAIApi
 from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
 from gpt_fast.bench.report import show, write_json
 from gpt_fast.bench.sample import Case
-from gpt_fast.bench.stats import percentile
-from gpt_fast.command import at_least, http_url, one_line_errors
+from gpt_fast.cli.errors import at_least, http_url, one_line_errors
+from gpt_fast.measure import machine
+from gpt_fast.measure.stats import percentile
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

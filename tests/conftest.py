@@ -28,7 +28,7 @@ TINY = {
 def tiny_model():
     """tiny_model(seed=0, max_seq_len=128, **options): a float32 Transformer of random weights, rope table made."""
     from gpt_fast.config import ModelConfig
-    from gpt_fast.model import Transformer
+    from gpt_fast.model.transformer import Transformer
 
     def build(*, seed=0, max_seq_len=128, **options):
         config = ModelConfig(**{**TINY, **options})
@@ -51,8 +51,8 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def make_core():
     """make_core(model, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True): an EngineCore."""
-    from gpt_fast.cache import KVCache
-    from gpt_fast.engine import EngineCore, Runner
+    from gpt_fast.engine.core import EngineCore, Runner
+    from gpt_fast.model.cache import KVCache
 
     def build(model, *, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True):
         cache = KVCache(

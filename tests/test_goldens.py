@@ -9,8 +9,9 @@ import pytest
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine
+from support.paths import ROOT
 
-GOLDENS = json.loads((Path(__file__).parent / "data/goldens.json").read_text(encoding="utf-8"))["prompts"]
+GOLDENS = json.loads((ROOT / "tests" / "data/goldens.json").read_text(encoding="utf-8"))["prompts"]
 pytestmark = pytest.mark.model
 
 

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from _quantized import random_model, small_config, write_checkpoint
 
-from gpt_fast.collector import at_rest
+from gpt_fast.checkpoint.manifest import write_manifest
+from gpt_fast.cli.quiet_gc import at_rest
+from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.generate import main as generate
 from gpt_fast.llm import Engine
-from gpt_fast.manifest import write_manifest
-from gpt_fast.quantize.convert import quantize_checkpoint
+from support.paths import ROOT
+from support.quantized import random_model, small_config, write_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 # Compilers take longer to import than the engine to load; tokenizers and templates are imported with a checkpoint's.
 COMPILERS = {"torch._dynamo", "torch._inductor", "sympy", "triton"}
 EXTRAS = {"transformers", "gguf", "tiktoken", "llguidance", "matplotlib", "lm_eval", "huggingface_hub"}

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from _cpu_models import new_cache, random_tokens, run_chunks, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.ops.cpu import CpuDecoder, build, tuning
 from gpt_fast.ops.cpu.structs import load_library
 from gpt_fast.ops.cpu.tuning import AXES, CLEARLY, DEFAULT, HINTS, Choice, Place, choose
+from support.cpu_models import new_cache, random_tokens, run_chunks, small_model
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
 

@@ -24,15 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench import machine, report
+from gpt_fast.bench import report
 from gpt_fast.bench.peers import PEERS
-from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Case, Unavailable
-from gpt_fast.bench.stats import FOREIGN_LIMIT
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
-from gpt_fast.command import at_least, http_url, one_line_errors
+from gpt_fast.cli.errors import at_least, http_url, one_line_errors
+from gpt_fast.measure import machine
+from gpt_fast.measure.picture import picture_path
+from gpt_fast.measure.stats import FOREIGN_LIMIT
 
 VERIFY_SIZES = range(1, 9)
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from gpt_fast.ahead import AheadRunner
 from gpt_fast.bench import long_prompt
-from gpt_fast.bench.machine import CpuMeter
 from gpt_fast.bench.quality import quality_of
 from gpt_fast.bench.recorder import Recorder
 from gpt_fast.bench.sample import Case, Description, Sample
 from gpt_fast.config import SamplingParams
+from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.llm import Engine
+from gpt_fast.measure.machine import CpuMeter
 from gpt_fast.ops.cpu.screen import MOST_ROWS
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.bench.client import Answer, Api, ask
-from gpt_fast.bench.stats import percentile
+from gpt_fast.measure.stats import percentile
 
 Prompt = tuple[int, ...]
 

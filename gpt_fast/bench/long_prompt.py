@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from gpt_fast.bench.machine import CpuMeter, foreign_shares
-from gpt_fast.bench.stats import percentile
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine
+from gpt_fast.measure.machine import CpuMeter, foreign_shares
+from gpt_fast.measure.stats import percentile
 
 WARM_TOKENS, USUAL_TOKENS = 30, 100  # of the stream: before the prompt comes, and as many usual ones behind it
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from gpt_fast.bench.client import Answer, NativeApi, ask
-from gpt_fast.bench.machine import CpuMeter, foreign_share, server_processes
 from gpt_fast.bench.sample import Case, Description, Sample, Segment
+from gpt_fast.measure.machine import CpuMeter, foreign_share, server_processes
 
 
 class HttpTarget:

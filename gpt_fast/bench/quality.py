@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.quantize.gate import report_path, weights_sha256
+from gpt_fast.checkpoint.quality_gate import report_path, weights_sha256
 
 
 def quality_of(weights: Path, *, kv_cache: str = "auto", dtype: str | None = None) -> dict[str, Any] | str:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from gpt_fast.bench.machine import CpuMeter, Reading, foreign_shares
 from gpt_fast.bench.sample import Case, Sample, Segment
+from gpt_fast.measure.machine import CpuMeter, Reading, foreign_shares
 
 SEGMENT_STEPS = 25
 State = TypeVar("State")

@@ -10,8 +10,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from gpt_fast.bench.machine import peak_rss_bytes
 from gpt_fast.bench.sample import Unavailable
+from gpt_fast.measure.machine import peak_rss_bytes
 
 
 class Remote:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench.picture import picture
 from gpt_fast.bench.rounds import Results
 from gpt_fast.bench.sample import Description
-from gpt_fast.bench.stats import ratio, summarize
+from gpt_fast.measure.picture import picture
+from gpt_fast.measure.stats import ratio, summarize
 
 # Column -> (heading, figure of stats.summarize, format).
 COLUMNS = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt_fast.bench.peers import PeerOptions, load_peer
 from gpt_fast.bench.sample import Target
-from gpt_fast.collector import at_rest
+from gpt_fast.cli.quiet_gc import at_rest
 
 ENGINE_OPTIONS = ("dtype", "kv_cache", "kernels", "device", "compile", "compile_prefill")
 Factory = tuple[Callable[..., Any], dict[str, Any]]  # what makes a target, and its options

@@ -7,11 +7,11 @@ import binascii
 import dataclasses
 from pathlib import Path
 
+from gpt_fast.checkpoint.hf_config import load_model_config, model_config_from_hf, read_json_object
+from gpt_fast.checkpoint.manifest import verify_manifest
+from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import Job, read_side_files
-from gpt_fast.hf_config import load_model_config, model_config_from_hf, read_json_object
-from gpt_fast.manifest import verify_manifest
-from gpt_fast.safetensors_file import CheckpointError
 
 
 def draft_job(draft: Path, target: Path) -> Job:

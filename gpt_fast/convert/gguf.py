@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpt_fast.checkpoint.hf_config import Fields, model_config_from_hf
+from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.names import GGUF_IGNORED, gguf_candidates
 from gpt_fast.convert.run import Job, json_bytes
 from gpt_fast.convert.source import ROWS, Source, TensorInfo, row_count, take_rows
-from gpt_fast.hf_config import Fields, model_config_from_hf
-from gpt_fast.safetensors_file import CheckpointError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.checkpoint.hf_config import model_config_from_hf, read_json_object
+from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.meta import MetaSource, config_from_params, find_consolidated
 from gpt_fast.convert.names import HF_IGNORED, META_IGNORED, hf_candidates, meta_candidates
 from gpt_fast.convert.run import Job, read_side_files
 from gpt_fast.convert.source import Source, TorchSource, load_torch_file, open_hf
-from gpt_fast.hf_config import model_config_from_hf, read_json_object
-from gpt_fast.safetensors_file import CheckpointError
 
 DOWNLOADED = "download.json"  # what scripts/download.py notes: repository and commit
 

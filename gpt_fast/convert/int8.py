@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt_fast.checkpoint import FLOATS, FORMAT, check_finite, empty_model
+from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec
 from gpt_fast.convert.run import SHARD_BYTES, Job, write_checkpoint
+from gpt_fast.load.checkpoint import FLOATS, FORMAT, check_finite, empty_model
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import VERSION, stored_tensors
-from gpt_fast.safetensors_file import CheckpointError, TensorSpec
 
 SUFFIX = ".scales"
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt_fast.checkpoint.hf_config import Fields
+from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.source import ROWS, Source, TensorInfo, load_torch_file, take_rows
-from gpt_fast.hf_config import Fields
-from gpt_fast.safetensors_file import CheckpointError
 
 BY_OUTPUT = re.compile(r"output\.weight|layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])\.weight")
 BY_INPUT = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight")

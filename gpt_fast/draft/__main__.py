@@ -20,13 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt_fast.bench import machine
-from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
-from gpt_fast.bench.stats import FOREIGN_LIMIT
-from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ConfigError, SamplingParams, check_int
-from gpt_fast.controller import Choice
 from gpt_fast.draft.judge import DraftReport, judge_draft
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
 from gpt_fast.draft.random_model import write_random_model
@@ -35,6 +31,10 @@ from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, var
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.draft.verify import Check, check_greedy, check_sampled
 from gpt_fast.llm import Engine
+from gpt_fast.measure import machine
+from gpt_fast.measure.picture import picture_path
+from gpt_fast.measure.stats import FOREIGN_LIMIT
+from gpt_fast.speculative.controller import Choice
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

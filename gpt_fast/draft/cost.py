@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpt_fast.chain import Chain
-from gpt_fast.controller import Choice
 from gpt_fast.draft.measure import draft_runner, speculating
 from gpt_fast.draft.predict import Cost
-from gpt_fast.engine import EngineCore, Runner, bucket_of
-from gpt_fast.proposers import DraftProposer
-from gpt_fast.scheduler import Sequence as Row
-from gpt_fast.scheduler import Slot
-from gpt_fast.speculator import made_up
+from gpt_fast.engine.core import EngineCore, Runner, bucket_of
+from gpt_fast.engine.scheduler import Sequence as Row
+from gpt_fast.engine.scheduler import Slot
+from gpt_fast.speculative.controller import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.speculator import made_up
 
 REPEATS = 11
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.controller import Choice
 from gpt_fast.draft.cost import measure_cost
 from gpt_fast.draft.measure import Reader, Run, draft_runner, forget, run
 from gpt_fast.draft.predict import Cost, Speed, best_k, compare, pool
 from gpt_fast.draft.prompts import Prompt, categories
-from gpt_fast.draft.statistics import wilson
-from gpt_fast.engine import EngineCore
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.measure.significance import wilson
+from gpt_fast.speculative.controller import Choice
 
 
 @dataclass(frozen=True)

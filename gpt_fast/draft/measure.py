@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt_fast.ahead import AheadRunner
-from gpt_fast.cache import KVCache
 from gpt_fast.config import SamplingParams
-from gpt_fast.controller import Choice, Fixed
-from gpt_fast.engine import EngineCore, Runner, bucket_of
-from gpt_fast.proposers import DraftProposer
-from gpt_fast.scheduler import Slot
-from gpt_fast.speculator import Speculator, Totals
+from gpt_fast.engine.core import EngineCore, Runner, bucket_of
+from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.scheduler import Slot
+from gpt_fast.model.cache import KVCache
+from gpt_fast.speculative.controller import Choice, Fixed
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.speculator import Speculator, Totals
 
 
 @dataclass(frozen=True)

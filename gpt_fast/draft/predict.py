@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt_fast.controller import expected_tokens
 from gpt_fast.draft.measure import Run
+from gpt_fast.speculative.controller import expected_tokens
 
 AGREE = 0.07  # predicted and measured speed-up may differ by this share
 

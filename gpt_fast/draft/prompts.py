@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt_fast.config import ConfigError
 from gpt_fast.llm import Engine
-from gpt_fast.quantize.text import file_text
+from gpt_fast.measure.texts import file_text
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
 

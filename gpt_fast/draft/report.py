@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench.picture import picture
 from gpt_fast.draft.judge import Acceptance, DraftReport
+from gpt_fast.measure.picture import picture
 
 
 def print_report(report: DraftReport) -> None:

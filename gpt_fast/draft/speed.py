@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gpt_fast.bench.machine import CpuMeter, foreign_share
-from gpt_fast.bench.stats import is_quiet, percentile
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.measure import forget, using
 from gpt_fast.draft.prompts import Prompt, categories
-from gpt_fast.engine import EngineCore
-from gpt_fast.speculator import Speculator
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.measure.machine import CpuMeter, foreign_share
+from gpt_fast.measure.stats import is_quiet, percentile
+from gpt_fast.speculative.speculator import Speculator
 
 Variants = Mapping[str, Speculator | None]
 

@@ -3,18 +3,18 @@
 Every forward, draw and comparison of a verification is done as ever; only the verdict is replaced. The text is then
 nobody's, so this is for timing and for nothing else.
 
-Shapes: as in speculative.py.
+Shapes: as in speculative/verify.py.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gpt_fast import speculative
 from gpt_fast.config import ConfigError
 from gpt_fast.draft.measure import draft_runner
-from gpt_fast.engine import EngineCore
-from gpt_fast.speculative import ACCEPT, Draws, Verdict, leading
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.speculative import verify as speculative
+from gpt_fast.speculative.verify import ACCEPT, Draws, Verdict, leading
 
 
 class ForcedAcceptance:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.controller import Choice
 from gpt_fast.draft.measure import Reader, draft_runner, run
-from gpt_fast.draft.statistics import chi_square, expected_total_variation, total_variation, uniform_p_value
-from gpt_fast.engine import EngineCore
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.measure.significance import chi_square, expected_total_variation, total_variation, uniform_p_value
 from gpt_fast.sampling import probabilities, sampling_tensors
+from gpt_fast.speculative.controller import Choice
 
 ALPHA = 1e-6  # a sound build fails a check about once in a million
 GROUP = 50  # equal histories that make a test of their own

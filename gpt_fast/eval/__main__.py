@@ -11,25 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt_fast import torchrun
-from gpt_fast.bench.picture import picture_path
-from gpt_fast.checkpoint import WEIGHTS
-from gpt_fast.command import MISTAKES, one_line_errors, refuse_useless, text
+from gpt_fast.checkpoint.quality_gate import report_path, write_report
+from gpt_fast.cli.errors import MISTAKES, one_line_errors, refuse_useless, text
 from gpt_fast.config import EngineConfig, check_int
+from gpt_fast.engine import ranks
+from gpt_fast.engine.ranks import Group
 from gpt_fast.eval.report import Passage, make_report, plot, table
-from gpt_fast.quantize.gate import report_path, write_report
-from gpt_fast.quantize.text import default_text, file_text, held_out_part
-from gpt_fast.torchrun import Group
+from gpt_fast.load.checkpoint import WEIGHTS
+from gpt_fast.measure.picture import picture_path
+from gpt_fast.measure.texts import default_text, file_text, held_out_part
 
 TASK_FLAGS = ("tasks", "limit", "num_fewshot", "max_seq_length", "batch_size", "compile")
 QUALITY_FLAGS = ("against", "against_dtype", "kernels", "text", "windows", "seq_length", "plot")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    if not torchrun.launched():
+    if not ranks.launched():
         with one_line_errors():
             return run(arguments, None)
-    group = torchrun.join()
+    group = ranks.join()
     with group.one_voice():
         try:
             run(arguments, group)
@@ -120,7 +120,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     load_tasks(args.tasks)  # refuse an unknown task before the model is loaded
     from gpt_fast.eval.harness import EngineLM, evaluate
     from gpt_fast.llm import Engine
-    from gpt_fast.load import load_parts
+    from gpt_fast.load.engine import load_parts
 
     config = EngineConfig(
         checkpoint_path=args.checkpoint_path,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt_fast.eval.score import Scorer, token_logprobs
-from gpt_fast.model import MoE, Transformer
-from gpt_fast.parallel import all_reduce, is_sharded
+from gpt_fast.model.parallel import all_reduce, is_sharded
+from gpt_fast.model.transformer import MoE, Transformer
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.quantize.rtn import sqnr_db
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_fast.cache import KVCache
 from gpt_fast.config import ModelConfig
-from gpt_fast.engine import Forward, bucket_of, buckets
+from gpt_fast.engine.core import Forward, bucket_of, buckets
+from gpt_fast.model.cache import KVCache
 
 TOKENS_PER_FORWARD = 1024  # bounds the logits held at once: rows * chunk * vocabulary
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from gpt_fast.config import ConfigError
-from gpt_fast.quantize.text import Text, sha256
+from gpt_fast.measure.texts import Text, sha256
 
 SHIPPED = Path(__file__).parent / "data"
 

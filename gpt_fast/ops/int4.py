@@ -68,7 +68,7 @@ def pack_int4(
     """Lay the weight out for its device's kernel, for activations of `dtype`; None where only the plain op fits.
 
     The kernels keep scale and zero in the activations' dtype; an output is off by no more than that rounding, a
-    weight's and a sum's can make (tests/test_quantize.py has the bound).
+    weight's and a sum's can make (tests/quantize/test_quantize.py has the bound).
     """
     columns = 2 * q_NJ.shape[1]
     scale_NG, even = regroup(scale_NG.float(), columns, groupsize)

@@ -37,7 +37,7 @@ def int8_linear(x: Tensor, q_NK: Tensor, scale: Tensor, *, groupsize: int = 0) -
 def int8_linear_packed_cpu(x: Tensor, q_NK: Tensor, scale_N: Tensor) -> Tensor:
     """torch's own per-channel kernel. scale_N has x's dtype.
 
-    An output is off by no more than rounding a scale, a weight and a sum can make (tests/test_quantize.py).
+    An output is off by no more than rounding a scale, a weight and a sum can make (tests/quantize/test_quantize.py).
     """
     return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), q_NK, scale_N).view(*x.shape[:-1], -1)
 

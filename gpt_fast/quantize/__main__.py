@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gpt_fast.command import one_line_errors, refuse_useless
-from gpt_fast.hf_config import load_model_config
-from gpt_fast.quantize.blocks import GPTQOptions
-from gpt_fast.quantize.convert import Calibration, Progress, quantize_checkpoint, repack_gguf
+from gpt_fast.checkpoint.hf_config import load_model_config
+from gpt_fast.cli.errors import one_line_errors, refuse_useless
+from gpt_fast.convert.quantized import Calibration, Progress, quantize_checkpoint, repack_gguf
+from gpt_fast.measure.texts import Text, calibration_part, default_text, file_text, windows
+from gpt_fast.quantize.gptq_model import GPTQOptions
 from gpt_fast.quantize.scheme import QuantizationError
 from gpt_fast.quantize.structure import MODES
-from gpt_fast.quantize.text import Text, calibration_part, default_text, file_text, windows
 
 BUILT_IN = "topics"
 GPTQ_FLAGS = (
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
     """Tokenize the chosen text with the checkpoint's own tokenizer and cut it into windows."""
-    from gpt_fast.tokenizer import load_tokenizer
+    from gpt_fast.text.tokenizer import load_tokenizer
 
     check_range("--calibration_limit", args.calibration_limit, 1, 1 << 20)
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent

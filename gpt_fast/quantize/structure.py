@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt_fast.model import MoE, Transformer
+from gpt_fast.model.transformer import MoE, Transformer
 from gpt_fast.quantize.linear import Int4Linear, Int8Embedding, Int8Linear, Quantized, TiedHead
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
 

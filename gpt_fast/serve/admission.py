@@ -9,22 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_fast.chat import ToolFormat
-from gpt_fast.guide import Guide, GuideError, Maker
 from gpt_fast.llm import Engine
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
-from gpt_fast.serve.response import (
-    JSON,
-    ChatAnswer,
-    CompletionAnswer,
-    PlainAnswer,
-    dump,
-    model_card,
-    model_list,
-)
+from gpt_fast.serve.response import JSON, ChatAnswer, CompletionAnswer, PlainAnswer, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tool_calls import call_parser
+from gpt_fast.text.chat import ToolFormat
+from gpt_fast.text.grammar import Guide, GuideError, Maker
 
 ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gpt_fast.chat import ToolFormat
 from gpt_fast.serve.body import RequestError, check_values, decode_json
+from gpt_fast.text.chat import ToolFormat
 
 
 @dataclass(frozen=True)

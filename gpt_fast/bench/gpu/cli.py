@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from gpt_fast.bench import machine
 from gpt_fast.bench.gpu import peers, report, rows
 from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
-from gpt_fast.bench.picture import picture_path
 from gpt_fast.bench.report import write_json
-from gpt_fast.command import at_least, one_line_errors
+from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ModelConfig
+from gpt_fast.measure import machine
+from gpt_fast.measure.picture import picture_path
 
 KINDS = ("ceilings", "decode", "allocated", "verify", "prefill", "sampler", "cold", "peers")
 SAMPLER_VOCABULARY = 128256

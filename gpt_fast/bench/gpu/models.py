@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.model import Transformer
+from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.quantize.structure import apply_schemes, plan
 

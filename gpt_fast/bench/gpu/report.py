@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench.picture import picture
+from gpt_fast.measure.picture import picture
 
 Row = dict[str, Any]
 

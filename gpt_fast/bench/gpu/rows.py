@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gpt_fast import sampling
 from gpt_fast.bench.gpu.timing import Timing, synchronize, timed, timed_graph
-from gpt_fast.cache import KVCache
-from gpt_fast.model import Transformer
+from gpt_fast.model.cache import KVCache
+from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.gpu.decoder import GpuDecoder, ops_for, weight_bytes
 from gpt_fast.ops.gpu.graph import DecodeLoop
 from gpt_fast.ops.gpu.sampler import sampler_workspace

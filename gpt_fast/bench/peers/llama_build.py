@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench.machine import CpuMeter, foreign_share
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
+from gpt_fast.measure.machine import CpuMeter, foreign_share
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gpt_fast.bench.machine import CpuMeter, foreign_share
 from gpt_fast.bench.peers import PeerOptions
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
+from gpt_fast.measure.machine import CpuMeter, foreign_share
 
 NAME = "openvino"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt_fast.bench.peers import PeerOptions
 from gpt_fast.bench.recorder import record
 from gpt_fast.bench.sample import Case, Description, Sample, Unavailable
-from gpt_fast.checkpoint import Loaded, load_checkpoint
+from gpt_fast.load.checkpoint import Loaded, load_checkpoint
 
 NAME = "gpt-fast"
 

@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def sanitize(isa: str, which: str) -> int:
-    """Exit status of check.cpp built with -fsanitize=`which`; its report goes to the terminal."""
+    """Exit status of src/check.cpp built with -fsanitize=`which`; its report goes to the terminal."""
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "check"
         flags = ["-O1", "-g", f"-fsanitize={which}", "-fno-sanitize-recover"]

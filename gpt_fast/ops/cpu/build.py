@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "src"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
          "-Wno-maybe-uninitialized")  # gcc 12 raises the last one inside its own AVX-512 header
 # Instruction sets, best first: the cpuinfo flags each needs and what the compiler is told.
@@ -101,7 +101,7 @@ def source_key(isa: str) -> str:
     cxx = compiler()
     version = subprocess.run([str(cxx), "--version"], capture_output=True, text=True, check=True).stdout
     parts = [version, *FLAGS, *ISAS[isa][1]]
-    parts += [path.read_text() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
+    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.h")) + sorted(SOURCES.rglob("*.cpp"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,5 @@
-"""CpuDecoder: a Transformer's forward as one C++ call (decoder.h), with gpt_fast.model.Transformer as its twin.
+"""CpuDecoder: a Transformer's forward as one C++ call (src/decoder.h), with gpt_fast.model.transformer.Transformer as
+its twin.
 
 Shapes: B rows, S tokens of a row, V vocabulary, N outputs, K inputs; caches [layers, slots, KV heads, positions, dim].
 
@@ -24,8 +25,8 @@ from gpt_fast.ops.cpu.tuning import Choice, Tuned, tune
 from gpt_fast.ops.cpu.weights import Packer
 
 if TYPE_CHECKING:
-    from gpt_fast.cache import KVCache
-    from gpt_fast.model import Transformer
+    from gpt_fast.model.cache import KVCache
+    from gpt_fast.model.transformer import Transformer
 
 WEIGHTS = ("bfloat16", "int8", "int8_groups", "int4")
 EMBEDDING_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -178,7 +179,7 @@ class CpuDecoder:
         A padding token costs nothing, writes nothing and gets logits of zero.
         after: the step begun last, of one token a row, whose best tokens are fed instead of tokens_BS.
         best_only: nobody looks at the logits, which are empty ([..., 0]); the best tokens are the same, and for a few
-        rows come sooner (screen.h).
+        rows come sooner (src/screen.h).
         """
         B, S = tokens_BS.shape
         shape = (B, S) if select_B is None else (B,)

@@ -2,7 +2,7 @@
 
 Shapes: N output rows, K inputs, G = K / group groups, T = N / 16 tiles (N is padded to whole pairs of tiles, K to 32).
 A tile's 64-byte vector holds 4 consecutive inputs (2 in bfloat16) of each of its 16 rows; pairs of tiles take turns
-every 32 inputs; see linear.h.
+every 32 inputs; see src/linear.h.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_fast import memory
+from gpt_fast.model import huge_pages
 
 TILE = 16
 PAIR = 2 * TILE
 GROUP = 32
 INT4_GROUPS = (32, 64, 128, 256)
 SIGN_BITS = -0x7F7F7F80  # of a word's four bytes: flipped, int8 is uint8 with 128 added
-INT8_ROW, INT8_GROUP, INT4, BF16, LEVELS = range(5)  # linear.h's Format
+INT8_ROW, INT8_GROUP, INT4, BF16, LEVELS = range(5)  # src/linear.h's Format
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """One matrix: `q` int32 and `scale` as linear.h's Linear wants them; `bias` float32 padded to tiles, or None.
+    """One matrix: `q` int32 and `scale` as src/linear.h's Linear wants them; `bias` float32 padded to tiles, or None.
 
     Until they are `stored`, q and scale may be views of another order of memory: it changes in that one copy.
     """
@@ -183,7 +183,7 @@ class Arena:
     def take(self, nbytes: int) -> Tensor:
         """Room for so many bytes, starting at a cache line: uint8."""
         if self.used + nbytes > len(self.block):
-            self.block = memory.empty(max(nbytes, self.BLOCK))
+            self.block = huge_pages.empty(max(nbytes, self.BLOCK))
             self.used = 0
         place = self.block[self.used : self.used + nbytes]
         self.used += nbytes + padding(nbytes, 64)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpt_fast.ops.cpu import pack
 
 if TYPE_CHECKING:
-    from gpt_fast.model import Transformer
+    from gpt_fast.model.transformer import Transformer
 
 
 def round_activations(x: Tensor, weights: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Screen: a 4-bit copy of a head that tells which of its rows can hold the largest logit (screen.h says how)."""
+"""Screen: a 4-bit copy of a head that tells which of its rows can hold the largest logit (src/screen.h says how)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ctypes twins of decoder.h's structures, same order and same types, and the library's functions.
+"""The ctypes twins of src/decoder.h's structures, same order and same types, and the library's functions.
 
 Shapes: B rows, S tokens of a row.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_fast.ops.cpu import build
 
 if TYPE_CHECKING:
-    from gpt_fast.cache import KVCache
+    from gpt_fast.model.cache import KVCache
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 STEP_ERRORS = {

@@ -24,7 +24,7 @@ import torch
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.structs import Fetch, LayerWeights, Linear, ModelWeights, StepInput, Tuning
 
-HINTS = {"none": 0, "L1": 1, "L2": 2, "once": 3}  # tuning.h's Hint
+HINTS = {"none": 0, "L1": 1, "L2": 2, "once": 3}  # src/tuning.h's Hint
 SECONDS = 0.25
 PROBE_BYTES = 40 << 20  # of weights in a probe's step: more than most caches hold, little enough to time often
 LEAST_BYTES = 32 << 20  # a model with less decodes from the caches, where there is nothing to choose
@@ -35,7 +35,7 @@ CLEARLY = 0.97  # what takes more than this part of the default's time does not 
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting of everything; the fields are tuning.h's. A fetch is (hint of HINTS, bytes ahead)."""
+    """One setting of everything; the fields are src/tuning.h's. A fetch is (hint of HINTS, bytes ahead)."""
 
     one_row: tuple[str, int] = ("once", 4096)
     few_rows: tuple[str, int] = ("once", 4096)

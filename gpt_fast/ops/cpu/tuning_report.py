@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.model import Transformer
+from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import build, tuning
 from gpt_fast.ops.cpu.decoder import CpuDecoder
 from gpt_fast.ops.cpu.tuning import CLEARLY, DEFAULT, PROBE_BYTES, ROWS, Axis, Choice, Place, Probe, choose

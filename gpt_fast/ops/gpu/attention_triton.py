@@ -19,9 +19,9 @@ def decode_attention_kernel(
 ):  # fmt: skip
     """Program (i, s): share s of the positions that the i-th (slot, KV head) reads. The last to finish combines all.
 
-    How far from float64, as a part of the weighted sum of |v| (u = 2^-24; tests/test_gpu_bounds.py): 2 (D + 8) u of the
-    largest scaled sum of |q k| from float32 scores; (32 + T/64) u from float32 sums over T positions; 2^-8 where q is
-    bfloat16, because tensor cores want the weights in it. The same over int8: codes are exact in bfloat16.
+    How far from float64, as a part of the weighted sum of |v| (u = 2^-24; tests/ops_gpu/test_gpu_bounds.py): 2 (D + 8)
+    u of the largest scaled sum of |q k| from float32 scores; (32 + T/64) u from float32 sums over T positions; 2^-8
+    where q is bfloat16, because tensor cores want the weights in it. The same over int8: codes are exact in bfloat16.
     """
     first_row = tl.program_id(0) // kv_heads * ROWS
     kv_head, split = tl.program_id(0) % kv_heads, tl.program_id(1)

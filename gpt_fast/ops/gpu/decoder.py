@@ -1,4 +1,5 @@
-"""GpuDecoder: a Transformer's forward of few tokens on fused kernels, with gpt_fast.model.Transformer as its twin.
+"""GpuDecoder: a Transformer's forward of few tokens on fused kernels, with gpt_fast.model.transformer.Transformer as
+its twin.
 
 Shapes: B rows, S tokens of a row, M = B * S tokens, D model dim, H query heads, E head_dim, I feed-forward dim,
 V vocabulary, R tokens whose logits are wanted; caches [layers, slots, KV heads, positions, head_dim].
@@ -25,8 +26,8 @@ from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.pack import GpuLinear, interleave, pack_fp8, pack_linear
 
 if TYPE_CHECKING:
-    from gpt_fast.cache import KVCache
-    from gpt_fast.model import Transformer
+    from gpt_fast.model.cache import KVCache
+    from gpt_fast.model.transformer import Transformer
 
 MAX_TURNS = 4  # of MAX_TOKENS; each reads the weights again, and more than these take the path for many
 SHORTEST = POSITIONS_PER_SPLIT = 64  # cached positions; fewer are not worth a program of their own

@@ -23,7 +23,7 @@ from gpt_fast.ops.gpu.state import ENDED, Row, State, advance
 from gpt_fast.sampling import uniform
 
 if TYPE_CHECKING:
-    from gpt_fast.cache import KVCache
+    from gpt_fast.model.cache import KVCache
 
 
 class DecodeLoop:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gpt_fast.cache import KVCache
+    from gpt_fast.model.cache import KVCache
 
 
 class LayerCache(NamedTuple):
-    """Keys and values; int8 ones have a float32 scale for each (position, head), as gpt_fast.cache.KVCache."""
+    """Keys and values; int8 ones have a float32 scale for each (position, head), as gpt_fast.model.cache.KVCache."""
 
     k_NHTD: Tensor
     v_NHTD: Tensor
@@ -55,7 +55,7 @@ class LayerCache(NamedTuple):
 
     def write(self, slots_M: Tensor, positions_M: Tensor, k_MHD: Tensor, v_MHD: Tensor) -> None:
         """Put one token's keys and values at each place, as KVCache.write does."""
-        from gpt_fast.cache import quantize_heads
+        from gpt_fast.model.cache import quantize_heads
 
         for x_MHD, held, scale in (k_MHD, self.k_NHTD, self.k_scale_NHT), (v_MHD, self.v_NHTD, self.v_scale_NHT):
             if scale is not None:

@@ -3,7 +3,8 @@
 Shapes: M tokens (1, or TOKENS = 16 of which `tokens` are real), N the program's rows, K inputs of a step of the loop,
 W 32-bit words, C chunks of four words (one 16-byte load of one thread), S shares of K, one a warp.
 
-How far from float64 (u = 2^-24; "of |x w|": of the sum of |x w|, the norm's weight included; tests/test_gpu_bounds.py):
+How far from float64 (u = 2^-24; "of |x w|": of the sum of |x w|, the norm's weight included;
+tests/ops_gpu/test_gpu_bounds.py):
 - Every product: (32 + K/64) u of |x w|, from float32 sums. int4 sums q * scale, or (128 + q) * scale, and zero apart,
   so that each counts with its own size.
 - int8 and int4 for one token: 0.52/32512 of a chunk's largest |x|, times its |w| (of int4: q * scale), because x is

@@ -5,8 +5,8 @@ looked at together by the program that decides.
 
 A token's weight is exp((logit - best) / temperature) in 40-bit fixed point: sums of integers are exact, so neither
 the order in which programs finish nor a row's neighbours change a token. A draw 2^-20 or more inside a token's part of
-the float64 distribution gets that token (tests/test_gpu_bounds.py). "Cost" is the bit pattern of (best - logit) /
-temperature, an integer that sorts as the number does: the best token costs 0.
+the float64 distribution gets that token (tests/ops_gpu/test_gpu_bounds.py). "Cost" is the bit pattern of (best - logit)
+/ temperature, an integer that sorts as the number does: the best token costs 0.
 """
 
 from __future__ import annotations

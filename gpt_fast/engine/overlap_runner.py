@@ -1,0 +1,150 @@
+"""AheadRunner: a decode begins before it is planned, and while rows are greedy before the last one's tokens are known.
+A step's prompts and decodes are one forward.
+
+The host's work between two steps (sampling, events, text, planning) would leave the memory idle. A model that can work
+on its own, as the fused CPU decoder can, uses that time: what the plan says next is nearly always known. A guess that
+proves wrong costs one step's work and changes nothing, for rows are independent and a slot holds what the scheduler
+says it holds, not what was written behind that. While a prompt prefills, nothing begins: the next step is not known.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_fast.engine.chunk_budget import JoinedBudget
+from gpt_fast.engine.core import Forward, Runner
+from gpt_fast.engine.scheduler import SampledToken, Sequence, StepPlan
+from gpt_fast.sampling import needs_edit
+from gpt_fast.speculative.greedy_chain import Started
+
+
+class Pending(Started, Protocol):
+    """A forward under way that knows whether another has begun."""
+
+    @property
+    def latest(self) -> bool:
+        """Whether nothing has begun since, so that a step may follow."""
+
+
+class Startable(Forward, Protocol):
+    """A Forward that can also be begun without waiting for it.
+
+    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them; with `best_only`
+    there need be no logits.
+    """
+
+    def start(self, *inputs: Any, after: Any = None, best_only: bool = False, **options: Any) -> Pending: ...
+
+
+class Ahead(NamedTuple):
+    """A decode begun before it was planned: which sequences, each at which position, and the step itself."""
+
+    rows: list[tuple[Sequence, int]]
+    step: Pending
+
+    def covers(self, sequences: list[Sequence]) -> bool:
+        return all((s, s.computed) in self.rows for s in sequences)
+
+
+class AheadRunner(Runner):
+    """A Runner whose decode is Startable, and takes rows of any lengths at no cost for their padding."""
+
+    decode: Startable
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.budget = JoinedBudget(self.chunks[-1])
+        self.ahead: Ahead | None = None
+        self.more = False  # a prompt has tokens left behind the step that runs
+
+    def chunk_beside(self, decodes: list[Sequence]) -> int:
+        """0 where their step has begun: it brings their tokens now, and the prompt joins them in the next."""
+        return 0 if self.ahead and self.ahead.covers(decodes) else super().chunk_beside(decodes)
+
+    def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
+        if self.ahead and (plan.clears or plan.copies):
+            self.ahead.step.result()  # it writes to the cache
+        self.more = plan.more
+        if not plan.chunks:
+            return super().run(plan)
+        super().run(replace(plan, chunks=(), decodes=()))
+        return self._join(plan)
+
+    @torch.inference_mode()
+    def _join(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
+        """The plan's decodes and chunks in one forward, which reads the weights once. No proposals are verified:
+        proposers catch up with tokens that came without them, as after a rest."""
+        self.ahead = None
+        rows = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        counts = [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
+        tokens = [s.tokens(s.computed, s.computed + count) for s, count in zip(rows, counts, strict=True)]
+        inputs = self._inputs(tokens, [s.computed for s in rows], [s.slot for s in rows], size=max(counts))
+        step = self.decode.start(**inputs, best_only=all(map(wants_best, rows)))
+        ready = len(plan.decodes) + sum(chunk.last for chunk in plan.chunks)  # only the final chunk may be unfinished
+        logits_BV, best_B = step.result(), step.best()
+        return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
+
+    @torch.inference_mode()
+    def run_ahead(self, sequences: list[Sequence]) -> None:
+        if sequences and not self.ahead and self._plain_next(sequences, unknown=0):
+            self.ahead = self._start(sequences)
+
+    def forget(self) -> None:
+        """Drop what was begun, before something that it depends on changes."""
+        if self.ahead:
+            self.ahead.step.result()
+        self.ahead = None
+
+    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or not ahead.covers(sequences):
+            ahead = self._start(sequences)
+        # A sequence that has ended must not go on: its slot may be another's by then.
+        same = ahead.step.latest and len(ahead.rows) == len(sequences) and not self.more
+        greedy = same and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences)
+        if greedy and self._plain_next(sequences, unknown=1):
+            self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
+        index = [ahead.rows.index((s, s.computed)) for s in sequences]
+        logits_BV, best_B = ahead.step.result(), ahead.step.best()
+        if index == list(range(len(index))):
+            return logits_BV[: len(index)], best_B[: len(index)]
+        return logits_BV[index], best_B[index]
+
+    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        self.ahead = None  # of other sequences
+        step = self.decode.start(**block, best_only=all(map(wants_best, sequences)))
+        return step.result(), step.best()
+
+    def _plain_next(self, sequences: list[Sequence], *, unknown: int) -> bool:
+        """Whether the next step verifies no proposals."""
+        return self.speculator is None or self.speculator.plain_next(sequences, unknown=unknown)
+
+    def _start(self, sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
+        """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""
+        rows = [(s, s.computed + (after is not None)) for s in sequences]
+        last = [[s.output[-1]] for s in sequences]
+        inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
+        best_only = all(map(wants_best, sequences))
+        return Ahead(rows, self.decode.start(**inputs, after=after and after.step, best_only=best_only))
+
+
+def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
+    """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
+    room = len(sequence.output) + steps <= sequence.params.max_new_tokens and sequence.computed + steps <= max_seq_len
+    return room and is_greedy(sequence)
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether its next tokens are the argmax of the model's own logits: edits end with more output, or never."""
+    return sequence.params.temperature == 0 and not needs_edit(sequence.params, len(sequence.output))
+
+
+def wants_best(sequence: Sequence) -> bool:
+    """Whether nobody looks at its logits but for the argmax."""
+    return is_greedy(sequence) and sequence.params.logprobs is None

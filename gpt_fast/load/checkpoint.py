@@ -1,0 +1,223 @@
+"""Load a converted checkpoint directory: config.json, manifest.json and gpt-fast-named safetensors.
+
+Weights are mapped from the files, checked one by one and assigned: no second copy in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gpt_fast.checkpoint.hf_config import load_model_config
+from gpt_fast.checkpoint.manifest import is_plain_name, read_manifest, read_values, verify_manifest
+from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
+from gpt_fast.config import ModelConfig
+from gpt_fast.model.transformer import Transformer
+
+FORMAT = {"format": "gpt-fast", "format_version": "1"}
+WEIGHTS = "model.safetensors"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Loaded(NamedTuple):
+    config: ModelConfig
+    model: Transformer
+    directory: Path
+    weights_file: Path  # as asked for; with shards, the name their index is called after
+    quantization: Mapping[str, Any] | None
+
+
+def load_checkpoint(
+    path: Path, *, device: torch.device | str, dtype: torch.dtype | None = None, verify: bool = True
+) -> Loaded:
+    """Build the model of a converted directory, or of one weights file in it, in eval mode and without gradients.
+
+    Args:
+        path: the directory (its model.safetensors is meant), or e.g. DIR/model_int8.safetensors. Where only
+            DIR/NAME.safetensors.index.json exists, its shards are read.
+        dtype: what to compute in; None keeps the file's. Quantized weights stay as they are.
+        verify: hash the weights against manifest.json. False checks their sizes only: for weights of tens of
+            gigabytes on a disk you trust. Every other file is always hashed.
+    Raises:
+        CheckpointError, ConfigError: naming the file and, where there is one, the tensor.
+    """
+    weights = find_weights(Path(path))
+    directory = weights.parent
+    shards = list_shards(weights)
+    names = [shard.name for shard in shards]
+    others = [name for name in read_manifest(directory) if not name.endswith(".safetensors")]
+    verify_manifest(directory, others)
+    files = [SafetensorsFile(shard) for shard in shards]
+    verify_manifest(directory, names, content=verify)
+    config = load_model_config(directory)
+    quantization = read_quantization(files)
+    model = empty_model(config)
+    where = collect(files, index=shards_index(weights))
+    if quantization is not None:
+        prepare_model(model, quantization, where)
+    load_tensors(model, where, device=torch.device(device), dtype=dtype)
+    return Loaded(config, model.eval(), directory, weights, quantization)
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves new parameters as they are: filling them, even on the meta device, imports a compiler (1.7 s, 70 MB)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """The model on the meta device: names, shapes and dtypes, no memory."""
+    with torch.device("meta"), SkipInit():
+        return Transformer(config)
+
+
+def find_weights(path: Path) -> Path:
+    """The safetensors name that `path` means."""
+    if path.is_dir():
+        path = path / WEIGHTS
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise CheckpointError(
+            path,
+            f"is a pickled checkpoint, and {WEIGHTS} is meant: convert it with "
+            f"`python scripts/convert_hf_checkpoint.py --source {path} --checkpoint_dir DIR`",
+        )
+    if path.suffix == ".gguf":
+        raise CheckpointError(path, "convert it with `python scripts/convert_gguf.py --gguf FILE --out_dir DIR`")
+    if not path.is_file() and not index_of(path).is_file():
+        raise CheckpointError(path, "no such file (a converted checkpoint directory, or a .safetensors file in one)")
+    return path
+
+
+def index_of(weights: Path) -> Path:
+    return weights.with_name(weights.name + ".index.json")
+
+
+def shards_index(weights: Path) -> dict[str, str] | None:
+    """tensor -> file name of a sharded checkpoint; None for a single file. CheckpointError on a name with a path."""
+    if weights.is_file():
+        return None
+    return read_weight_map(index_of(weights))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """An index.json's weight_map, every file in it a plain name."""
+    weight_map = read_values(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index, "weight_map must be a non-empty object")
+    for tensor, name in weight_map.items():
+        if not is_plain_name(name):
+            raise CheckpointError(
+                index, f"file must be a plain name in the same directory (got {name!r})", tensor=tensor
+            )
+    return weight_map
+
+
+def list_shards(weights: Path) -> list[Path]:
+    index = shards_index(weights)
+    return [weights] if index is None else [weights.with_name(name) for name in sorted(set(index.values()))]
+
+
+def read_quantization(files: list[SafetensorsFile]) -> Mapping[str, Any] | None:
+    """The quantization object of the files' metadata; None for plain weights."""
+    for file in files:
+        if any(file.metadata.get(key) != value for key, value in FORMAT.items()):
+            raise CheckpointError(file.path, "was not written by gpt-fast: convert it first")
+        if file.metadata != files[0].metadata:
+            raise CheckpointError(file.path, f"its metadata differs from {files[0].path.name}'s")
+    text = files[0].metadata.get("quantization")
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(files[0].path, f"quantization metadata is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(files[0].path, "quantization metadata must be a JSON object")
+    return values
+
+
+def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:
+    """Give a model on the meta device the quantized modules that the files' metadata says and their tensors are."""
+    from gpt_fast.quantize import apply_structure, check_stored
+
+    apply_structure(model, quantization)
+    check_stored(model, {name: (file.entries[name].dtype, file.entries[name].shape) for name, file in where.items()})
+
+
+def collect(files: list[SafetensorsFile], *, index: Mapping[str, str] | None) -> dict[str, SafetensorsFile]:
+    """Which file holds each tensor; with an index, exactly as it says."""
+    where: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.entries:
+            if name in where:
+                raise CheckpointError(file.path, f"is in {where[name].path.name} too", tensor=name)
+            if index is not None and index.get(name) != file.path.name:
+                raise CheckpointError(file.path, f"is not where the index says ({index.get(name)})", tensor=name)
+            where[name] = file
+    for name in index or {}:
+        if name not in where:
+            raise CheckpointError(files[0].path.with_name(index[name]), "is missing", tensor=name)  # type: ignore[index]
+    return where
+
+
+def load_tensors(
+    model: Transformer, where: Mapping[str, SafetensorsFile], *, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Assign every tensor of a model on the meta device, after checking name, shape, dtype and values."""
+    expected = model.state_dict()
+    if model.config.tie_embeddings:
+        expected.pop("output.weight", None)
+    first = next(iter(where.values())).path
+    for name in expected.keys() - where.keys():
+        raise CheckpointError(first, "is missing", tensor=name)
+    for name in sorted(where.keys() - expected.keys()):
+        raise CheckpointError(where[name].path, "is not part of this model", tensor=name)
+    free = {name for name, _ in model.named_parameters()}  # a quantized module's buffers say their own dtype
+    state, kept = {}, None
+    for name, like in expected.items():
+        file = where[name]
+        check_entry(file, name, like, any_float=name in free)
+        tensor = file.tensor(name)
+        check_finite(file.path, name, tensor)
+        if name in free:
+            kept = kept or tensor.dtype
+            if tensor.dtype != kept:
+                raise CheckpointError(file.path, f"is {tensor.dtype}, others are {kept}", tensor=name)
+        state[name] = tensor.to(device=device, dtype=dtype if name in free and dtype else tensor.dtype)
+    model.requires_grad_(False)
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tie_embeddings:
+        model.tie_output()
+    model.to(dtype or kept)  # copies nothing: tells quantized modules what to compute in
+
+
+def check_entry(file: SafetensorsFile, name: str, like: Tensor, *, any_float: bool) -> None:
+    entry = file.entries[name]
+    if entry.shape != tuple(like.shape):
+        problem = f"has the wrong shape (got {list(entry.shape)}, config.json says {list(like.shape)})"
+        raise CheckpointError(file.path, problem, tensor=name)
+    allowed = FLOATS if any_float else (like.dtype,)
+    if entry.dtype not in allowed:
+        problem = f"has the wrong dtype (got {entry.dtype}, allowed {', '.join(map(str, allowed))})"
+        raise CheckpointError(file.path, problem, tensor=name)
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds no NaN or infinity; makes no temporary of its size."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor)  # both carry a NaN
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            problem = f"holds a value that is not finite (range {low.item()} to {high.item()} as {tensor.dtype})"
+            raise CheckpointError(path, problem, tensor=name)
+    return tensor

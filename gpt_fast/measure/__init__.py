@@ -1,0 +1,1 @@
+"""What bench, eval and draft share: the machine, statistics, plots, texts."""

@@ -1,0 +1,239 @@
+"""The Transformer: one forward for prefill, decode and verification.
+
+Shapes: B rows, S tokens of a row, D model dim, H query heads, K KV heads, E head_dim, F feed-forward dim,
+V vocabulary, R rows whose logits are asked for, X experts.
+
+Weights and names are gpt-fast's (github.com/pytorch-labs/gpt-fast, BSD-3): fused wqkv, and query/key rows in the
+interleaved RoPE layout, i.e. rotated pairs are neighbours (2i, 2i+1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt_fast.config import ModelConfig, RopeScaling
+from gpt_fast.model.attention import attend, causal_mask
+from gpt_fast.model.cache import KVCache
+
+
+class Transformer(nn.Module):
+    """Llama-family decoder. Build it on the meta device and load weights with `assign=True`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.tie_output()
+        self.windows = {attention_window(config, index) for index in range(config.n_layer)}
+        self.rope_cos_sin_PE: Tensor | None = None
+
+    def tie_output(self) -> None:
+        """Let the output head use the embedding's weight (again after a load that assigned new tensors)."""
+        self.output.weight = self.tok_embeddings.weight
+
+    def setup_rope(self, max_positions: int, device: torch.device) -> None:
+        """Tabulate rotations for positions 0..max_positions (one more than usable: the cache's scratch)."""
+        self.rope_cos_sin_PE = rope_table(self.config, max_positions + 1).to(device)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        cache: KVCache,
+        *,
+        length: int,
+        slots_B: Tensor | None = None,
+        select_B: Tensor | None = None,
+    ) -> Tensor:
+        """Run S tokens of each of B rows against their slots' caches, which gain the tokens' keys and values.
+
+        Args:
+            tokens_BS, positions_BS: int64. A padding token has position `cache.scratch`.
+            length: cached positions to read; every real position must be below it (a bucket, so that shapes
+                repeat).
+            slots_B: each row's slot; None means rows are slots 0..B-1 (no copy of the cache on the plain path).
+            select_B: index along S of the one token of each row whose logits are wanted; None wants all.
+        Returns:
+            float32 logits, [B, S, V] or, with select_B, [B, V].
+        """
+        x_BSD = self.tok_embeddings(tokens_BS)
+        rope_BS2E = self.rope_cos_sin_PE[positions_BS]  # type: ignore[index]
+        group = self.config.n_head // self.config.n_kv_head
+        masks = {w: causal_mask(positions_BS, length, group=group, window=w) for w in self.windows}
+        step = StepInput(positions_BS, slots_B, length, rope_BS2E, masks)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, step, cache)
+        if select_B is not None:
+            x_BSD = x_BSD[torch.arange(len(select_B), device=x_BSD.device), select_B]
+        return self.output(self.norm(x_BSD)).float()
+
+
+def attention_window(config: ModelConfig, layer: int) -> int | None:
+    """How many of the last positions the layer sees; None: all."""
+    return config.sliding_window if layer in config.sliding_layers else None
+
+
+class StepInput(NamedTuple):
+    """What every layer of one forward shares."""
+
+    positions_BS: Tensor
+    slots_B: Tensor | None
+    length: int
+    rope_BS2E: Tensor
+    masks: dict[int | None, Tensor]  # by attention window; None: a layer that sees everything
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, index)
+        self.feed_forward = MoE(config) if config.n_expert else FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BSD: Tensor, step: StepInput, cache: KVCache) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), step, cache)
+        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        q_dim = config.n_head * config.head_dim
+        self.wqkv = nn.Linear(config.dim, q_dim + 2 * config.kv_dim, bias=config.qkv_bias)
+        self.wo = nn.Linear(q_dim, config.dim, bias=config.attention_out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.window = attention_window(config, index)
+
+    def forward(self, x_BSD: Tensor, step: StepInput, cache: KVCache) -> Tensor:
+        B, S, _ = x_BSD.shape
+        heads = self.n_head + 2 * self.n_kv_head
+        qkv_BSHE = self.wqkv(x_BSD).view(B, S, heads, self.head_dim)
+        q, k, v = qkv_BSHE.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q = apply_rope(self.q_norm(q), step.rope_BS2E)
+        k = apply_rope(self.k_norm(k), step.rope_BS2E)
+        slots_B = torch.arange(B, device=x_BSD.device) if step.slots_B is None else step.slots_B
+        cache.write(self.index, slots_B, step.positions_BS, k, v)
+        k_BKTE, v_BKTE = cache.read(self.index, step.slots_B, B, step.length)
+        out_BSHE = attend(q, k_BKTE.to(q.dtype), v_BKTE.to(q.dtype), step.masks[self.window])
+        return self.wo(out_BSHE.reshape(B, S, self.n_head * self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
+        self.w3 = nn.Linear(config.dim, config.intermediate_size, bias=config.mlp_bias)
+        self.w2 = nn.Linear(config.intermediate_size, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+
+
+class MoE(nn.Module):
+    """Mixtral's sparse feed-forward (arXiv:2401.04088): softmax over the chosen experts' router logits.
+
+    Tokens are grouped by expert, so a prefill reads each expert once and never gathers weights per token.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.per_token = config.n_expert_per_token
+        self.gate = nn.Linear(config.dim, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_expert))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+        scores_NX = self.gate(x_ND).float().softmax(-1)
+        weight_NA, choice_NA = scores_NX.topk(self.per_token, dim=-1)
+        weight_NA = (weight_NA / weight_NA.sum(-1, keepdim=True)).to(x_ND.dtype)
+        out_ND = torch.zeros_like(x_ND)
+        for index, expert in enumerate(self.experts):
+            rows, nth = (choice_NA == index).nonzero(as_tuple=True)
+            if len(rows):
+                out_ND.index_add_(0, rows, expert(x_ND[rows]) * weight_NA[rows, nth, None])
+        return out_ND.view_as(x_BSD)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+# ------------------------------------------------------------------------------------------- rotary
+
+
+def apply_rope(x_BSHE: Tensor, rope_BS2E: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the first `rotary_dim` elements of each head (RoFormer, arXiv:2104.09864)."""
+    cos_BS1E, sin_BS1E = rope_BS2E[:, :, None, 0], rope_BS2E[:, :, None, 1]
+    rotary = 2 * cos_BS1E.shape[-1]
+    pairs = x_BSHE[..., :rotary].float().unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = torch.stack((even * cos_BS1E - odd * sin_BS1E, odd * cos_BS1E + even * sin_BS1E), dim=-1)
+    rotated = rotated.flatten(-2).type_as(x_BSHE)
+    return rotated if rotary == x_BSHE.shape[-1] else torch.cat((rotated, x_BSHE[..., rotary:]), dim=-1)
+
+
+def rope_table(config: ModelConfig, positions: int) -> Tensor:
+    """cos and sin of every position's angles: float32 [positions, 2, rotary_dim / 2]."""
+    exponent_E = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
+    frequency_E = config.rope_base**-exponent_E
+    scale = 1.0
+    if config.rope_scaling is not None:
+        frequency_E, scale = scaled_frequencies(frequency_E, config.rope_scaling, config, positions)
+    angle_PE = torch.arange(positions, dtype=torch.float64)[:, None] * frequency_E
+    return (torch.stack((angle_PE.cos(), angle_PE.sin()), dim=1) * scale).float()
+
+
+def scaled_frequencies(
+    frequency_E: Tensor, scaling: RopeScaling, config: ModelConfig, positions: int
+) -> tuple[Tensor, float]:
+    """Stretched frequencies, and the factor on cos and sin. One branch a published scheme; see RopeScaling."""
+    if scaling.kind == "linear":
+        return frequency_E / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        wavelength_E = 2 * math.pi / frequency_E
+        ratio_E = scaling.original_max_position / wavelength_E
+        smooth_E = (ratio_E - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth_E = smooth_E.clamp(0, 1)
+        return frequency_E * (smooth_E + (1 - smooth_E) / scaling.factor), 1.0
+    if scaling.kind == "yarn":
+        return yarn_frequencies(frequency_E, scaling, config), scaling.attention_factor
+    # longrope: which list applies depends on the served length, fixed when the table is made.
+    long = positions - 1 > scaling.original_max_position
+    factor_E = torch.tensor(scaling.long_factor if long else scaling.short_factor, dtype=torch.float64)
+    return frequency_E / factor_E, scaling.attention_factor
+
+
+def yarn_frequencies(frequency_E: Tensor, scaling: RopeScaling, config: ModelConfig) -> Tensor:
+    """NTK-by-parts (arXiv:2309.00071, eq. 23): fast dimensions keep their frequency, slow ones are divided."""
+
+    def dimension(rotations: float) -> float:
+        position = scaling.original_max_position / (rotations * 2 * math.pi)
+        return config.rotary_dim * math.log(position) / (2 * math.log(config.rope_base))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), config.rotary_dim - 1)
+    ramp_E = (torch.arange(len(frequency_E), dtype=torch.float64) - low) / max(high - low, 1e-3)
+    keep_E = 1 - ramp_E.clamp(0, 1)
+    return frequency_E * keep_E + frequency_E / scaling.factor * (1 - keep_E)

@@ -1,0 +1,1 @@
+"""Speculative decoding: who proposes, how proposals are verified, and when they pay."""

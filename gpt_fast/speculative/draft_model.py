@@ -1,0 +1,265 @@
+"""Proposers of speculative decoding: n-gram lookup in the sequence itself, and a draft model.
+
+Shapes: B rows, K proposals of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_fast.engine.scheduler import PrefixCopy, Sequence
+from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
+from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.speculator import Offer
+from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
+
+
+class NGramIndex:
+    """A sequence's tokens and where each token and each pair of neighbours ended; grows in O(1) a token.
+
+    pairs[pair] is the newest end of a pair and before[end] the one before it (0: none): plain integers, which give
+    the garbage collector nothing to look through.
+    """
+
+    LOOKED_AT = 16  # candidates, most recent first
+    LONGEST = 32  # a longer match says no more
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.pairs: dict[int, int] = {}
+        self.before: list[int] = [0, 0]
+        self.singles: dict[int, int] = {}
+        self.single = 0  # where the last token ended the time before; 0: it is new
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            end = len(self.tokens)
+            self.single = self.singles.get(token, 0)
+            self.singles[token] = end
+            if end > 1:
+                pair = self.tokens[-2] << 32 | token
+                self.before.append(self.pairs.get(pair, 0))
+                self.pairs[pair] = end
+
+    def propose(self, count: int) -> tuple[list[int], int]:
+        """What followed the most recent of the longest matches of the end of the sequence, and the match's length.
+
+        A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last token is new.
+        """
+        best, length = self.single, int(self.single > 0)
+        end = self.before[len(self.tokens)] if best else 0
+        for _ in range(self.LOOKED_AT):
+            if not end or length == self.LONGEST:
+                break
+            if (matched := self._matched(end)) > length:
+                best, length = end, matched
+            end = self.before[end]
+        period = len(self.tokens) - best
+        return [self.tokens[best + i % period] for i in range(count)] if best else [], length
+
+    def _matched(self, end: int) -> int:
+        length = 2
+        while length < min(self.LONGEST, end) and self.tokens[end - length - 1] == self.tokens[-length - 1]:
+            length += 1
+        return length
+
+
+class NGramProposer:
+    """Prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding): what followed last time follows again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.indices: dict[Sequence, NGramIndex] = {}
+        self.found: list[list[int]] = []
+
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        # Every decoding sequence is in every step, so one that is missing has ended.
+        self.indices = {s: self.indices.get(s) or NGramIndex() for s in sequences}
+        offers, self.found = [], []
+        for sequence, limit in zip(sequences, limits, strict=True):
+            index = self.indices[sequence]
+            index.extend(sequence.tokens(len(index.tokens), sequence.length))
+            tokens, length = index.propose(limit)
+            self.found.append(tokens)
+            # Lengths 1, 2-3, 4-7, 8-15, ...
+            offers.append(Offer(len(tokens), kind=length.bit_length(), then=(length + 1).bit_length()))
+        return offers
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        K = max(counts)
+        rows = [tokens[:count] + [0] * (K - count) for tokens, count in zip(self.found, counts, strict=True)]
+        return Proposal(on_device(rows, self.device), list(counts))
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None: ...
+
+    def copied(self, copy: PrefixCopy) -> None: ...
+
+
+@dataclass
+class Held:
+    """What a draft slot holds: the first `count` tokens of `sequence`, whether or not it still runs.
+
+    Positions below `written` were written since the slot was last finite throughout.
+    """
+
+    sequence: Sequence
+    count: int
+    written: int = 0
+
+
+class DraftRunner(Protocol):
+    """What DraftProposer needs of core.Runner, here over the draft model and its own cache."""
+
+    cache: Any
+    decode: Callable
+    prefill: Callable
+    chunks: list[int]
+
+    def forward(
+        self, forward: Callable, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        fed_BK: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+class DraftProposer:
+    """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
+
+    start: begins a step of the draft (overlap_runner.Startable), where it can; greedy proposals are then a Chain, and a
+    step takes rows of any lengths at no cost for their padding, so that the first one also catches up with a few
+    tokens.
+    """
+
+    FEW = 16
+
+    def __init__(self, runner: DraftRunner, *, start: Callable | None = None) -> None:
+        self.runner, self.start = runner, start
+        self.first = self.FEW if start else 2  # tokens of a row that the first step of its proposals may feed
+        self.device = runner.cache.k_LNHTD.device
+        self.held: dict[int, Held] = {}
+        self.counts: list[int] = []
+
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        # The k-th proposal is never fed, so k proposals need k - 1 positions past the last token's.
+        room = self.runner.cache.max_seq_len + 1
+        limits = [max(0, min(limit, room - s.length)) for s, limit in zip(sequences, limits, strict=True)]
+        return [
+            Offer(limit, lag=self._lag(s)) if limit else Offer(0) for s, limit in zip(sequences, limits, strict=True)
+        ]
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        self.counts, caught_up = self._catch_up(sequences, counts)
+        if self.start and any(self.counts) and all(s.params.temperature == 0 for s in sequences):
+            return Proposal(self._chain(self.start, sequences).tokens().clamp(min=0), self.counts, caught_up=caught_up)
+        return self._decode(sequences, self.counts, caught_up)
+
+    def _chain(self, start: Callable, sequences: Seq[Sequence]) -> Chain:
+        """The rows' proposals under way, after the few tokens that the draft has not seen."""
+        known = [self._fed_from(s) for s in sequences]
+        tokens = [s.tokens(at, s.length) for s, at in zip(sequences, known, strict=True)]
+        return Chain(
+            start, self.runner.cache, tokens=tokens, starts=known, slots=[s.slot for s in sequences],
+            counts=self.counts,
+        )  # fmt: skip
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
+        for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):
+            if count:  # called before the accepted tokens join the sequence
+                self._hold(sequence, sequence.length + min(stood, count - 1), sequence.length + count - 1)
+
+    def copied(self, copy: PrefixCopy) -> None:
+        held = self.held.get(copy.source)
+        if held is not None:
+            self.runner.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
+            before = self.held.get(copy.target)
+            written = max(copy.length, before.written if before else 0)
+            self.held[copy.target] = Held(held.sequence, min(held.count, copy.length), written)
+
+    def _known(self, sequence: Sequence) -> int:
+        """How many of the sequence's first tokens the draft's slot already holds."""
+        held = self.held.get(sequence.slot)
+        if held is None:
+            return 0
+        if held.sequence is not sequence:
+            self._mend(sequence.slot, held.written)
+            self.held[sequence.slot] = held = Held(sequence, shared(sequence, held))
+        return held.count
+
+    def _lag(self, sequence: Sequence) -> int:
+        """Tokens that it must be fed before it can propose; the last two are never among them."""
+        lacking = sequence.length - self._known(sequence)
+        return lacking - 2 if lacking > self.first else 0
+
+    def _fed_from(self, sequence: Sequence) -> int:
+        """Where the first step of a row's proposals begins: padded to two tokens where padding costs."""
+        return min(self._known(sequence), sequence.length - 1) if self.start else sequence.length - 2
+
+    def _hold(self, sequence: Sequence, count: int, written: int) -> None:
+        before = self.held.get(sequence.slot)
+        self.held[sequence.slot] = Held(sequence, count, max(written, before.written if before else 0))
+
+    def _mend(self, slot: int, written: int) -> None:
+        """Whether target or draft overflowed here: NaN would spread to the next sequence even from positions that a
+        mask hides (0 * NaN)."""
+        for buffer in self.runner.cache.buffers():
+            if buffer.is_floating_point():
+                buffer[:, slot, :, :written].nan_to_num_(0.0, 0.0, 0.0)
+
+    def _catch_up(self, sequences: Seq[Sequence], counts: Seq[int]) -> tuple[list[int], int]:
+        """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
+        budget, ready = self.runner.chunks[-1], []
+        for sequence, count in zip(sequences, counts, strict=True):
+            known, lag = self._known(sequence), self._lag(sequence)
+            fed = min(lag, budget) if count else 0
+            if fed > 0:
+                budget -= fed
+                size = next(size for size in self.runner.chunks if size >= fed)
+                tokens = sequence.tokens(known, known + fed)
+                self.runner.forward(self.runner.prefill, [tokens], [known], [sequence.slot], size=size)
+                known += fed
+                self._hold(sequence, known, known)
+            ready.append(count if fed == lag else 0)
+        return ready, self.runner.chunks[-1] - budget
+
+    def _decode(self, sequences: Seq[Sequence], counts: list[int], caught_up: int) -> Proposal:
+        """max(counts) steps on the device; the first feeds what the draft lacks."""
+        slots = [s.slot for s in sequences]
+        params = sampling_tensors([s.params for s in sequences], self.device)
+        matched = [is_matched(s) for s in sequences]
+        matched_B = on_device(matched, self.device).bool()
+        draws = draws_of(sequences, self.device)
+        K, known = max(counts), [self._fed_from(s) for s in sequences]
+        first = [s.tokens(at, s.length) if count else [] for s, at, count in zip(sequences, known, counts, strict=True)]
+        size = max(map(len, first), default=2) if self.start else 2
+        uniform_BK = torch.where(matched_B[:, None], draws.uniform(SAMPLE, K), draws.uniform(PROPOSE, K))
+        drafts: list[Tensor] = []
+        dists: list[Tensor] = []
+        for step in range(K):
+            rows = [[0] if count > step else [] for count in counts] if step else first
+            starts = [s.length + step - 1 for s in sequences] if step else known
+            logits_BV = self.runner.forward(
+                self.runner.decode, rows, starts, slots, size=1 if step else size,
+                fed_BK=drafts[-1][:, None] if step else None,
+            )  # fmt: skip
+            weight_BV = None if params is None else weights(logits_BV, params)
+            # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
+            drafts.append(sample(logits_BV, params, uniform_BK[:, step], weight_BV).clamp(min=0))
+            if weight_BV is not None and not all(matched):
+                dists.append(normalized(weight_BV))
+        draft_BK = torch.stack(drafts, 1) if drafts else uniform_BK.long()
+        return Proposal(draft_BK, counts, torch.stack(dists, 1) if dists else None, matched_B, caught_up)
+
+
+def shared(sequence: Sequence, held: Held) -> int:
+    """How many of what the slot holds are the first tokens of a sequence that may read them."""
+    if held.sequence.owner != sequence.owner:
+        return 0
+    mine, theirs = sequence.tokens(0, held.count), held.sequence.tokens(0, held.count)
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))

@@ -1,0 +1,243 @@
+"""Chat templates, rendered as transformers renders them: Jinja, sandboxed, from the checkpoint's own files only.
+
+A rendered conversation mixes the template's control tokens with whatever users wrote. `encode` keeps the two apart:
+a control token spelled in a message is marked before rendering, and stays text when the prompt is encoded.
+Messages are plain JSON values; their shape is the server's to check. Errors are ChatTemplateError, one line.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gpt_fast.text.tokenizer import Span, Tokenizer, control_pattern, read_json_object, read_special_tokens
+
+if TYPE_CHECKING:
+    import jinja2
+
+MAX_PROMPT_CHARS = 16 * 2**20
+
+
+class ChatTemplateError(ValueError):
+    """A template that cannot be read or will not render these messages, in one line."""
+
+
+class ToolFormat(NamedTuple):
+    """How a model writes a call: `before`, {"name": ..., arguments_key: {...}}, `after`, white space apart."""
+
+    before: str
+    arguments_key: str
+    after: str
+
+
+HERMES = ToolFormat("<tool_call>", "arguments", "</tool_call>")  # NousResearch's Hermes 2 Pro, Qwen 2.5 and 3, ...
+LLAMA = ToolFormat("", "parameters", "")  # Meta's Llama 3.1: the call is the whole answer
+
+
+def read_tool_format(source: str) -> ToolFormat | None:
+    """The format that a template tells its model to use; None for one without tools, or with an unknown format."""
+    if re.search(r"<tool_call>(\\n|\s)*\{[^}]*\\?\"arguments\\?\"", source):
+        return HERMES
+    return LLAMA if re.search(r"\{\\?\"name\\?\": function name, \\?\"parameters\\?\":", source) else None
+
+
+class ChatTemplate:
+    """One checkpoint's chat template.
+
+    source: the Jinja text; tool_source: the one for requests with tools, where a checkpoint has its own for them.
+    special_tokens: the variables bos_token, eos_token, ... A rendering longer than max_chars is refused.
+    tool_format: how the model writes calls; None where the template takes no tools.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        tool_source: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        max_chars: int = MAX_PROMPT_CHARS,
+    ) -> None:
+        self._template = compile_template(source)
+        self._tool_template = compile_template(tool_source) if tool_source is not None else self._template
+        self.tool_format = read_tool_format(tool_source or source)
+        self._special_tokens = dict(special_tokens or {})
+        self._max_chars = max_chars
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text. variables: what else the template asks for, such as Qwen3's enable_thinking."""
+        template = self._template if tools is None else self._tool_template
+        chunks = template.generate(
+            self._special_tokens | variables,
+            messages=messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+        )
+        text: list[str] = []
+        room = self._max_chars
+        try:
+            for chunk in chunks:
+                room -= len(chunk)
+                if room < 0:
+                    raise ChatTemplateError(f"chat template: more than {self._max_chars} characters")
+                text.append(chunk)
+        except ChatTemplateError:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
+            raise ChatTemplateError(f"chat template: {one_line(error)}") from None
+        return "".join(text)
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The prompt's token ids; options are render's. Control tokens in messages, tools and documents are text."""
+        request = map_strings({"messages": messages, **options}, lambda text: re.sub(f"[{OPEN}{CLOSE}]", "", text))
+        marked = map_strings(request, lambda text: mark_control_tokens(text, tokenizer.control_tokens))
+        if marked == request:  # nothing to keep apart
+            return tokenizer.encode_with_specials(self.render(messages, **options))
+        text, literal = split_marks(self.render(**marked))
+        return tokenizer.encode_with_specials(text, literal=literal)
+
+
+def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
+    """chat_template.jinja, else tokenizer_config.json's "chat_template" (one, or a list of named ones); None: neither.
+
+    Of named ones, "default" is used, and "tool_use" for requests with tools.
+    """
+    directory = Path(checkpoint_dir)
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        found: Any = path.read_text(encoding="utf-8")
+    else:
+        path = directory / "tokenizer_config.json"
+        found = read_json_object(path).get("chat_template")
+    if found is None:
+        return None
+    try:
+        named = {"default": found} if isinstance(found, str) else {each["name"]: each["template"] for each in found}
+        source, tool_source = named["default"], named.get("tool_use")
+    except (TypeError, KeyError) as error:
+        raise ChatTemplateError(f"{path}: chat_template is neither text nor a list of named ones ({error})") from None
+    return ChatTemplate(source, tool_source=tool_source, special_tokens=read_special_tokens(directory))
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ------------------------------------------------------------------- Jinja, as transformers sets it up
+# huggingface/transformers, utils/chat_template_utils.py
+
+
+def compile_template(source: str) -> jinja2.Template:
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}...{% endgeneration %} marks what a model wrote, for training; here it is its contents."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ChatTemplateError(f"chat template: {one_line(error)}") from None
+
+
+def raise_exception(message: str) -> None:
+    raise ChatTemplateError(f"chat template: {' '.join(str(message).split())}")
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML; this one does not. Where ASCII is asked for, marks are kept all the same."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return re.sub(f"[^\0-~{OPEN}{CLOSE}]", lambda c: json.dumps(c[0])[1:-1], text) if ensure_ascii else text
+
+
+# ---------------------------------------------------- which characters of a rendered prompt users wrote
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text is meant to hold them, no tokenizer knows them
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with every string in it, keys too, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+def mark_control_tokens(text: str, control_tokens: tuple[str, ...]) -> str:
+    """The text with marks around every control token in it, and around an end that the text beside it in the prompt
+    could complete to one. Names (roles, keys) are left alone: templates compare them."""
+    if text.isidentifier():
+        return text
+    pattern, beginnings, endings = control_shapes(control_tokens)
+    spans = [match.span() for match in pattern.finditer(text)]
+    lengths = range(min(len(text), max(map(len, control_tokens), default=0)), 0, -1)
+    head = next((n for n in lengths if text[:n] in endings), 0)
+    tail = next((n for n in lengths if text[-n:] in beginnings), 0)
+    if head and not (spans and spans[0][0] < head):
+        spans.insert(0, (0, head))
+    if tail and not (spans and spans[-1][1] > len(text) - tail):
+        spans.append((len(text) - tail, len(text)))
+    for start, end in reversed(spans):
+        text = f"{text[:start]}{OPEN}{text[start:end]}{CLOSE}{text[end:]}"
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def control_shapes(control_tokens: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], frozenset[str]]:
+    """(a pattern for whole control tokens, their proper beginnings, their proper endings)"""
+    cuts = [(token, cut) for token in control_tokens for cut in range(1, len(token))]
+    beginnings, endings = (token[:cut] for token, cut in cuts), (token[cut:] for token, cut in cuts)
+    return control_pattern(control_tokens), frozenset(beginnings), frozenset(endings)
+
+
+def split_marks(marked: str) -> tuple[str, list[Span]]:
+    """(the text without marks, the spans that were marked). A template may cut a string between two marks: a mark
+    without its partner marks nothing."""
+    pieces, spans, length = [], [], 0
+    for n, piece in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|[{OPEN}{CLOSE}]", marked)):
+        if not piece:
+            continue
+        if n % 2:  # what the pattern caught
+            spans.append((length, length + len(piece)))
+        pieces.append(piece)
+        length += len(piece)
+    return "".join(pieces), spans

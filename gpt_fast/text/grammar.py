@@ -1,0 +1,177 @@
+"""Guides: which tokens may come next so that an answer matches a JSON schema or calls a tool. llguidance does the work.
+
+A `Maker` compiles once a schema, off the engine's thread, and makes one `Guide` for each sequence; sampling asks the
+guide for the allowed tokens (config.Guide is what it knows of it). No torch here.
+Library: https://github.com/guidance-ai/llguidance (Earley parser over token tries, lazy lexer).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gpt_fast.text.chat import ToolFormat
+from gpt_fast.text.grammar_check import check
+from gpt_fast.text.tokenizer import Tokenizer
+
+MAX_GRAMMAR = 65_536  # bytes of what is compiled: schemas and what stands around them
+KEPT = 32  # compiled grammars
+# Unbounded white space is what a weak model says when it knows nothing else; unknown keywords are refused, not ignored.
+JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,16})", "lenient": False}
+
+
+class GuideError(ValueError):
+    """A schema that cannot be compiled, in one line."""
+
+
+class Guide:
+    """The grammar of one sequence and how far its output has come in it. Used by one thread at a time."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._nothing = bytes(vocab_size)
+        self._seen = 0
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        """One byte a token of the vocabulary, 0 for those that may not follow `output`.
+
+        `output` begins with what it was in the call before. EOS is allowed only when the grammar is complete. All are
+        0 when the grammar became too complex to follow: such an answer cannot go on.
+        """
+        for token in output[self._seen :]:
+            if not self._matcher.is_stopped():  # else complete: what follows the end (ignore_eos) changes nothing
+                self._matcher.consume_token(token)
+        self._seen = len(output)
+        return self._nothing if self._matcher.is_error() else self._matcher.compute_logit_bias()
+
+
+class Maker:
+    """Compiles grammars for one tokenizer. Thread-safe.
+
+    vocab_size: the logits' size, which may be above the tokenizer's. eos_ids: the tokens that end an answer.
+    Without llguidance there is a Maker all the same, which refuses everything by name.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        self.vocab_size = vocab_size
+        eos_ids = sorted(eos_ids)
+        self._tokenizer = build_tokenizer(tokenizer, vocab_size, eos_ids) if eos_ids and available() else None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def json_guide(self, schema: str) -> Guide:
+        """A guide to the values of a JSON schema. GuideError for what is none, or too large, or not supported."""
+        try:
+            return self._guide(matcher_class().grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
+        except ValueError as error:
+            raise GuideError(" ".join(str(error).split())) from None
+
+    def calls_guide(self, tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> Guide:
+        """A guide to one call of one of the tools, which are OpenAI's objects. GuideError as above."""
+        return self._guide(matcher_class().grammar_from_lark(calls_grammar(tools, form)))
+
+    def _guide(self, grammar: str) -> Guide:
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+            return Guide(matcher.deep_copy(), self.vocab_size)
+
+    def _compile(self, grammar: str) -> Any:
+        """First in a process that can be stopped, then here."""
+        if self._tokenizer is None:
+            raise GuideError("this checkpoint has no end-of-sequence token")
+        size = len(grammar.encode())
+        if size > MAX_GRAMMAR:
+            raise GuideError(f"{size} bytes in all (allowed {MAX_GRAMMAR})")
+        if problem := check(grammar):
+            raise GuideError(problem)
+        matcher = matcher_class()(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise GuideError(" ".join(matcher.get_error().split()))
+        return matcher
+
+
+def calls_grammar(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+    """llguidance's Lark for one call of one of the tools.
+
+    Every tool's parameters are a schema document of their own, so their "$ref"s mean what they meant.
+    """
+    before, after = (f"{form.before}\n", f"\n{form.after}") if form.before else ("", "")
+    rules = [f"start: {' | '.join(f'call{index}' for index in range(len(tools)))}"]
+    for index, tool in enumerate(tools):
+        function = tool["function"]
+        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": JSON_OPTIONS}
+        head = f'{before}{{"name": {json.dumps(function["name"])}, "{form.arguments_key}": '
+        rules.append(f"call{index}: {json.dumps(head)} arguments{index} {json.dumps('}' + after)}")
+        rules.append(f"arguments{index}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
+
+
+def available() -> bool:
+    return importlib.util.find_spec("llguidance") is not None
+
+
+def matcher_class() -> Any:
+    if not available():
+        raise GuideError("the server needs `pip install gpt-fast[structured]`")
+    from llguidance import LLMatcher
+
+    return LLMatcher
+
+
+def build_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> Any:
+    """llguidance's tokenizer of our token bytes."""
+    from llguidance import LLTokenizer
+
+    vocabulary: Any = Vocabulary(tokenizer, vocab_size, eos_ids)
+    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=eos_ids, slices=LLTokenizer.json_slices())
+
+
+class Vocabulary:
+    """What LLTokenizer asks of a tokenizer. A token without bytes, and every EOS, is special: never part of a text."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = eos_ids[0], tokenizer.bos_id
+        known = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        self.special_token_ids = sorted({*eos_ids, *(token for token, text in enumerate(known) if not text)})
+        for token in self.special_token_ids:
+            known[token] = b"<[%d]>" % token
+        self.tokens = known
+        self._by_bytes = {text: token for token, text in enumerate(known)}
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens whose bytes are exactly the text's: the library counts on it.
+
+        The tokenizer's own where it has such: SentencePiece puts a space before a text, but not before its second
+        line. Else (a normalizer changes the text) the longest that fit.
+        """
+        encode = self._tokenizer.encode
+        for before in ("", "\n"):
+            head, ids = encode(before, add_bos=False), encode(before + text, add_bos=False)
+            rest = ids[len(head) :]
+            if ids[: len(head)] == head and b"".join(self.tokens[token] for token in rest) == text.encode():
+                return rest
+        return self._longest(text.encode())
+
+    def _longest(self, text: bytes) -> list[int]:
+        ids = []
+        while text:
+            size = next((size for size in range(len(text), 0, -1) if text[:size] in self._by_bytes), None)
+            if size is None:
+                raise GuideError(f"the tokenizer has no token for the byte {text[0]:#x}")
+            ids.append(self._by_bytes[text[:size]])
+            text = text[size:]
+        return ids

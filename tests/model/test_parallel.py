@@ -1,0 +1,261 @@
+"""Tensor parallelism on real torchrun ranks: sharded models against whole ones, evaluation, refusals, ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_fast.config import ConfigError
+from gpt_fast.convert.quantized import quantize_checkpoint
+from gpt_fast.eval.__main__ import main
+from gpt_fast.load.engine import load_parts
+from gpt_fast.model.parallel import Ranks, is_sharded, shard
+from gpt_fast.quantize.scheme import QuantizationError
+from support.paths import SUPPORT
+from support.quantized import quantized_model, random_model, small_config, write_checkpoint
+from support.ranks import CASES, TIMEOUT, run_program, run_ranks, samples, torchrun
+
+BYTES = {"vocab_size": 258, "max_position": 1024, "head_dim": 32, "intermediate_size": 192}
+ROUNDED = ("bfloat16", "int8_bfloat16", "int8_cache")  # a sum over ranks rounds differently
+
+
+# ------------------------------------------------------------------------------------ small models
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run_program(2, "small_models", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_logits_are_the_whole_models(case, two_ranks):
+    first, second = (found[case] for found in two_ranks)
+    assert first["sha256"] == second["sha256"]  # to the bit the same on every rank
+    if case in ROUNDED:  # even where no rounding agrees, they are sqrt(2) times as far apart as from float32's logits
+        assert first["apart"] < 1.5 * first["rounding"]
+    else:
+        assert first["difference"] < 1e-5  # float32's last digits: 6e-7 here
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_in_lockstep_generate_the_whole_models_tokens(case, two_ranks):
+    whole, first, second = two_ranks[0][case]["tokens"][0], *(found[case]["tokens"][1] for found in two_ranks)
+    assert first == second
+    assert [len(tokens) for tokens in whole] == [6, 11, 16, 21, 26, 31]
+    if case not in ROUNDED:
+        assert first == whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_holds_its_share_only(case, two_ranks):
+    changes, *_ = CASES[case]
+    norms = 5 * 96 + (2 * 2 * 32 if changes.get("qk_norm") else 0)
+    whole, share = two_ranks[0][case]["elements"]
+    replicated = norms + (2 * 4 * 96 if "n_expert" in changes else 0) + (2 * 2 * 96 if "mlp_bias" in changes else 0)
+    assert share <= (whole + replicated) / 2 + whole * 0.02  # scales a row are not cut by columns
+
+
+def test_a_ranks_cache_has_its_heads_only():
+    model = random_model(small_config())
+    shard(model, Ranks(1, 2))
+    assert is_sharded(model) and not is_sharded(random_model(small_config()))
+    assert (model.config.n_head, model.config.n_kv_head, model.config.intermediate_size) == (2, 1, 80)
+    assert (model.config.dim, model.config.vocab_size) == (96, 96)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"n_head": 4, "n_kv_head": 4}, 3, r"n_head: cannot be divided among 3 ranks \(got 4, allowed a multiple of 3"),
+        ({"n_head": 6, "n_kv_head": 3}, 2, r"n_kv_head: cannot be divided among 2 ranks \(got 3, "),
+        ({"intermediate_size": 161}, 2, r"intermediate_size: cannot be divided among 2 ranks \(got 161, "),
+        ({"vocab_size": 97}, 2, r"vocab_size: cannot be divided among 2 ranks \(got 97, "),
+    ],
+)
+def test_what_the_ranks_do_not_divide_is_refused_by_name(changes, ranks, message):
+    model = random_model(small_config(**changes))
+    for rank in range(ranks):
+        with pytest.raises(ConfigError, match=message):
+            shard(model, Ranks(rank, ranks))
+
+
+def test_groups_that_cannot_be_cut_are_refused():
+    model = quantized_model(random_model(small_config(head_dim=32)), mode="int4", groupsize=32)
+    with pytest.raises(QuantizationError, match=r"^int4\.g32 of 160 inputs cannot be cut at 80 \(allowed multip"):
+        shard(model, Ranks(0, 2))
+
+
+def test_what_does_not_run_on_ranks_yet_is_refused(checkpoint):
+    from gpt_fast.config import EngineConfig
+
+    group = type("Group", (), {"ranks": Ranks(0, 2), "local": Ranks(0, 2)})()
+    with pytest.raises(ConfigError, match=r"^speculate: is not there under tensor parallelism \(got 'ngram'"):
+        load_parts(EngineConfig(checkpoint_path=str(checkpoint), speculate="ngram"), group)
+    with pytest.raises(ConfigError, match=r"^compile: is not there under tensor parallelism"):
+        load_parts(EngineConfig(checkpoint_path=str(checkpoint), device="cpu", compile=True), group)
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    model = random_model(small_config(**BYTES))
+    return write_checkpoint(tmp_path_factory.mktemp("parallel"), model, tokenizer=True)
+
+
+SAMPLED = """task: sampled
+dataset_path: json
+dataset_kwargs: {data_files: {test: sampled.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+generation_kwargs: {do_sample: true, temperature: 0.9, until: ["none"], max_gen_toks: 40}
+"""
+
+
+def same_answers(ours, theirs, *, within):
+    """Two runs answer each document alike: the same texts, log-likelihoods, choices where `within` leaves one."""
+    assert ours.keys() == theirs.keys()
+    for task in ours:
+        assert ours[task].keys() == theirs[task].keys()
+        for mine, other in zip(ours[task].values(), theirs[task].values(), strict=True):
+            if isinstance(mine[0], str):
+                assert mine == other
+                continue
+            scores, others = (torch.tensor([float(r[0]) for r in rows]) for rows in (mine, other))
+            torch.testing.assert_close(scores, others, rtol=0, atol=within)
+            assert float(others.max() - others[scores.argmax()]) < 2 * within
+
+
+def evaluated(count, directory, asked):
+    """(by `count` ranks, by this process alone), each a list of samples."""
+    (directory / "evaluation.json").write_text(json.dumps(asked))
+    return run_program(count, "evaluation", directory)[0], [samples(None, **each) for each in asked]
+
+
+def test_every_kind_of_task_is_answered_alike(checkpoint, tmp_path, one_torch_thread):
+    (tmp_path / "sampled.yaml").write_text(SAMPLED)
+    (tmp_path / "sampled.jsonl").write_text("".join(f'{{"q": "{"word " * n}", "a": "x"}}\n' for n in range(1, 13)))
+    int4 = quantize_checkpoint(checkpoint, mode="int4", groupsize=64)
+    tasks = ["basics", "basics_generate", str(tmp_path / "sampled.yaml")]
+    options = {"dtype": "float32", "kv_cache": "float32", "max_num_seqs": 5, "limit": 12, "tasks": tasks}
+    asked = [{"checkpoint_path": str(path), **options} for path in (checkpoint, int4)]
+    for ours, theirs in zip(*evaluated(2, tmp_path, asked), strict=True):
+        assert sorted(ours) == ["basics", "basics_generate", "sampled"]
+        assert len({answer for (answer,) in ours["sampled"].values()}) == 12
+        same_answers(ours, theirs, within=1e-3)
+
+
+@pytest.mark.model
+def test_three_ranks_answer_as_one_process_does(default_checkpoint, tmp_path):
+    """bfloat16 beside integers, whose float32 ops are slow: logits of 16 and more are rounded to eighths."""
+    shared = {"tasks": ["basics"], "kv_cache": "float32", "max_num_seqs": 40}
+    int4, int8 = default_checkpoint / "model_int4.g32.safetensors", quantized_beside(default_checkpoint, tmp_path)
+    kinds = [(default_checkpoint, "float32", 20, 1e-3), (int8, "bfloat16", 8, 0.4), (int4, "bfloat16", 8, 0.4)]
+    asked = [{"checkpoint_path": str(path), "dtype": dtype, "limit": n, **shared} for path, dtype, n, _ in kinds]
+    for ours, theirs, (_, _, limit, within) in zip(*evaluated(3, tmp_path, asked), kinds, strict=True):
+        assert len(ours["basics"]) == limit
+        same_answers(ours, theirs, within=within)  # also the choice, unless two are as near as that
+
+
+def quantized_beside(checkpoint, directory):
+    """The checkpoint in int8, in a directory of its own that has the source's files by reference."""
+    new = directory / "checkpoint"
+    new.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != "manifest.json":
+            (new / file.name).symlink_to(file)
+    shutil.copy(checkpoint / "manifest.json", new)
+    (new / "model_int8.safetensors").unlink(missing_ok=True)
+    return quantize_checkpoint(new, mode="int8")
+
+
+def test_the_command_scores_with_ranks_and_one_of_them_speaks(checkpoint, capsys):
+    flags = ["--checkpoint_path", str(checkpoint), "--tasks", "basics", "basics_perplexity", "--limit", "6",
+             "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    done = run_ranks(2, "-m", "gpt_fast.eval", *flags)
+    assert done.returncode == 0, done.stderr
+    main(flags)
+    ours, theirs = (json.loads(text.splitlines()[-1]) for text in (done.stdout, capsys.readouterr().out))
+    assert len(done.stdout.splitlines()) == 3 and done.stderr.count("scoring: 100%") <= 2  # a bar a task
+    assert ours["path"].startswith("plain (tensor parallel: a fused kernel runs whole layers")
+    assert not theirs["path"].startswith("plain (tensor")
+    for task in ("basics", "basics_perplexity"):
+        assert ours["results"][task] == pytest.approx(theirs["results"][task], rel=1e-4)
+
+
+def test_quality_with_ranks_is_that_of_one_process(checkpoint, capsys):
+    int8 = quantize_checkpoint(checkpoint, mode="int8")
+    flags = ["--quality", str(int8), "--windows", "2", "--seq_length", "128", "--device", "cpu"]
+    done = run_ranks(2, "-m", "gpt_fast.eval", *flags)
+    assert done.returncode == 0, done.stderr
+    main(flags)
+    ours, theirs = (json.loads(text.splitlines()[-1]) for text in (done.stdout, capsys.readouterr().out))
+    assert ours["path"] == ours["against_path"] != theirs["path"]
+    for key in ("perplexity", "perplexity_ratio", "mean_kl", "top1_agreement"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-2 if key == "mean_kl" else 1e-5)
+    assert ours["greedy_divergence"] == theirs["greedy_divergence"]
+    for mine, other in zip(ours["layers"], theirs["layers"], strict=True):
+        assert mine["weight_sqnr_db"] == pytest.approx(other["weight_sqnr_db"], abs=1e-6)
+        assert mine["hidden_sqnr_db"] == pytest.approx(other["hidden_sqnr_db"], abs=0.1)
+    assert [line for line in done.stdout.splitlines() if line.startswith("recorded in")] == [
+        f"recorded in {int8.with_name('model_int8.quality.json')}"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- ends
+
+
+def test_an_error_of_all_ranks_is_said_once(checkpoint):
+    done = run_ranks(3, "-m", "gpt_fast.eval", "--checkpoint_path", str(checkpoint), "--tasks", "basics")
+    assert done.returncode == 1 and done.stdout == ""
+    message = "error: n_head: cannot be divided among 3 ranks (got 4, allowed a multiple of 3)"
+    assert [line for line in done.stderr.splitlines() if "n_head" in line] == [message]
+
+
+def test_a_wrong_flag_is_said_once():
+    done = run_ranks(2, "-m", "gpt_fast.eval", "--windows", "many")
+    assert done.returncode == 1 and done.stderr.count("argument --windows: invalid int value: 'many'") == 1
+
+
+def test_one_ranks_failure_ends_the_group(tmp_path):
+    started = time.monotonic()
+    done = run_ranks(2, str(SUPPORT / "ranks.py"), "failure", str(tmp_path))
+    assert done.returncode == 1 and time.monotonic() - started < TIMEOUT / 2
+    assert done.stderr.count("error: rank 1 has had enough") == 1
+    assert "all_reduce" not in done.stderr  # the rank that waited says nothing
+
+
+def test_no_rank_outlives_torchrun(tmp_path):
+    process = torchrun(2, str(SUPPORT / "ranks.py"), "waiting", str(tmp_path))
+    notes = [tmp_path / f"pid.{rank}" for rank in range(2)]
+    wait_for(lambda: all(note.exists() and note.read_text() for note in notes))
+    process.kill()
+    process.communicate()
+    pids = [int(note.read_text()) for note in notes]
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+def wait_for(condition):
+    end = time.monotonic() + TIMEOUT / 4
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

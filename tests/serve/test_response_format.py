@@ -1,0 +1,113 @@
+"""response_format by HTTP, with OpenAI's own client, over a tiny random model: whole, streamed, refused."""
+
+import json
+
+import openai
+import pytest
+
+from gpt_fast.config import SamplingParams
+from support.round_server import RoundServer
+from support.schemas import POINT, SLOW
+from support.tiny_engine import tiny_engine
+
+
+@pytest.fixture(scope="module")
+def client():
+    with RoundServer(tiny_engine(slots=4, max_seq_len=512)) as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+USER = [{"role": "user", "content": "Where?"}]
+FORMAT = json_schema(json.loads(POINT))
+
+
+def test_a_chat_answers_in_json_whole_and_streamed(client):
+    ask = {"model": "gpt-fast", "messages": USER, "response_format": FORMAT, "seed": 4, "max_tokens": 200}
+    (choice,) = client.chat.completions.create(**ask).choices
+    assert choice.finish_reason == "stop"
+    assert set(json.loads(choice.message.content)) == {"x", "unit"}
+    events = list(client.chat.completions.create(**ask, stream=True))
+    assert "".join(event.choices[0].delta.content or "" for event in events) == choice.message.content
+    assert events[-1].choices[0].finish_reason == "stop"
+
+
+def test_every_choice_of_every_prompt_has_a_guide_of_its_own(client):
+    answer = client.completions.create(
+        model="gpt-fast", prompt=["a", "b"], n=2, seed=1, temperature=2.0, max_tokens=200, logprobs=2,
+        extra_body={"response_format": FORMAT},
+    )  # fmt: skip
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    assert all(json.loads(choice.text)["unit"] in ("mm", "in") for choice in answer.choices)
+    assert len({choice.text for choice in answer.choices}) > 1
+
+
+def test_the_native_body_has_it_too(client):
+    body = {"prompt": "x", "max_new_tokens": 200, "response_format": FORMAT, "stream": False}
+    answer = client.post(str(client.base_url).removesuffix("/v1/"), body=body, cast_to=str)
+    assert set(json.loads(answer)) == {"x", "unit"}
+
+
+def test_json_object_and_text(client):
+    ask = {"model": "gpt-fast", "messages": USER, "seed": 0, "max_tokens": 300}
+    (choice,) = client.chat.completions.create(**ask, response_format={"type": "json_object"}).choices
+    assert choice.message.content.startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+    plain = client.chat.completions.create(**ask, response_format={"type": "text"}).choices[0].message.content
+    assert plain == client.chat.completions.create(**ask).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("response_format", "says"),
+    [
+        (json_schema({"type": "robot"}), "robot"),
+        (json_schema({"uniqueItems": True, "type": "array"}), "uniqueItems"),
+        (json_schema({"enum": ["x" * 40_000]}), "(allowed 32768)"),
+        (json_schema(json.loads(SLOW)), "(allowed 1 s and 1 GiB)"),
+        ({"type": "yaml"}, "json_schema"),
+    ],
+)
+def test_a_schema_that_cannot_be_met_is_a_400(client, response_format, says):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="gpt-fast", messages=USER, response_format=response_format)
+    assert caught.value.param.startswith("response_format") and says in caught.value.message
+
+
+def test_min_tokens_does_not_go_with_it(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(
+            model="gpt-fast", prompt="x", extra_body={"min_tokens": 2, "response_format": FORMAT}
+        )  # fmt: skip
+    assert caught.value.param == "min_tokens"
+
+
+def test_stop_token_ids_end_an_answer_before_their_text():
+    engine = tiny_engine(slots=2, max_seq_len=128)
+    greedy = {"max_new_tokens": 30, "ignore_eos": True}
+    (whole,) = engine.generate(["x"], [SamplingParams(**greedy)])
+    stop = whole.tokens[9]
+    end = whole.tokens.index(stop)
+    cut, later = engine.generate(
+        ["x"] * 2,
+        [
+            SamplingParams(**greedy, stop_token_ids=(stop,)),
+            SamplingParams(**greedy, stop_token_ids=(stop,), min_tokens=end + 1),
+        ],
+    )
+    assert cut.finish_reason == "stop" and cut.tokens == whole.tokens[: end + 1]
+    assert cut.text == engine.tokenizer.decode(cut.tokens[:-1])
+    assert later.tokens[:end] == whole.tokens[:end] and later.tokens[end] != stop
+    with pytest.raises(ValueError, match="stop_token_ids"):
+        engine.generate(["x"], [SamplingParams(stop_token_ids=(257,))])
+
+
+def test_stop_token_ids_by_http(client):
+    ask = {"model": "gpt-fast", "prompt": "x", "temperature": 0, "max_tokens": 40}
+    (choice,) = client.completions.create(**ask, extra_body={"stop_token_ids": list(range(60))}).choices
+    assert all(byte >= 60 for byte in choice.text.encode())
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**ask, extra_body={"stop_token_ids": [257]})
+    assert caught.value.param == "stop_token_ids"

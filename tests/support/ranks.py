@@ -1,0 +1,232 @@
+"""Real torchrun ranks for the tests: `run_ranks` starts this file's programs, or a module, on N of them.
+
+A program is called on every rank with the group and a directory; what it returns is that rank's NAME.RANK.json there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 400  # seconds; each takes a few, on a machine that may be busy
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+    """Start `count` ranks of a command that torchrun takes; its output is piped."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return subprocess.Popen(
+        [*launch, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run_ranks(count: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Start them and wait for all to end."""
+    process = torchrun(count, *command)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_program(count: int, name: str, directory: Path) -> list[Any]:
+    """What the program returned, rank by rank."""
+    done = run_ranks(count, __file__, name, str(directory))
+    assert done.returncode == 0, done.stderr
+    return [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(count)]
+
+
+# ------------------------------------------------------------------------------------------ programs
+
+BIASES = {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
+EXPERTS = {"n_expert": 4, "n_expert_per_token": 2}
+SIZES = {"head_dim": 32, "intermediate_size": 192, "max_position": 128}
+UNTIED = {"tie_embeddings": False}
+# name -> (changes of the small model, quantization (mode, group size), dtype, the cache's dtype)
+CASES: Mapping[str, tuple[dict[str, Any], tuple[str, int] | None, str, str]] = {
+    "gqa": ({}, None, "float32", "float32"),
+    "untied": (UNTIED, None, "float32", "float32"),
+    "mha": ({"n_kv_head": 4}, None, "float32", "float32"),
+    "biases": (BIASES, None, "float32", "float32"),
+    "qk_norm": ({"qk_norm": True}, None, "float32", "float32"),
+    "window": ({"sliding_window": 7, "sliding_layers": (1,)}, None, "float32", "float32"),
+    "partial_rope": ({"rope_dim": 16}, None, "float32", "float32"),
+    "experts": (EXPERTS | UNTIED, None, "float32", "float32"),
+    "int8_cache": ({}, None, "float32", "int8"),
+    "bfloat16": ({}, None, "bfloat16", "bfloat16"),
+    "int8": ({}, ("int8", 0), "float32", "float32"),
+    "int8_untied_biases": (UNTIED | BIASES, ("int8", 0), "float32", "float32"),
+    "int8_bfloat16": (UNTIED, ("int8", 0), "bfloat16", "bfloat16"),
+    "int8_experts": (EXPERTS, ("int8", 0), "float32", "float32"),
+    "int4": ({}, ("int4", 32), "float32", "float32"),
+    "int4_untied_biases": (UNTIED | BIASES, ("int4", 32), "float32", "float32"),
+    "int4_smaller_groups": (UNTIED, ("int4", 64), "float32", "float32"),  # 192 inputs are cut at 96
+    "int4_experts": (EXPERTS, ("int4", 32), "float32", "float32"),
+}
+
+
+def built(changes: Mapping[str, Any], quantization: tuple[str, int] | None, dtype: str) -> Any:
+    """The same model on every rank, with room for 128 positions."""
+    import torch
+
+    from support.quantized import CPU, quantized_model, random_model, small_config
+
+    model = random_model(small_config(**SIZES | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    if quantization is not None:
+        model = quantized_model(model, mode=quantization[0], groupsize=quantization[1])
+    model = model.to(getattr(torch, dtype))
+    model.setup_rope(128, CPU)
+    return model
+
+
+def small_models(group: Any, _directory: Path) -> dict[str, Any]:
+    """Each case's logits and generated tokens, whole and sharded."""
+    import torch
+
+    from gpt_fast.model.parallel import shard
+    from gpt_fast.quantize.linear import pack
+
+    found = {}
+    for name, (changes, quantization, dtype, cache_dtype) in CASES.items():
+        whole, share, exact = (built(changes, quantization, dtype) for _ in range(3))
+        exact = exact.to(torch.float32)  # the same weights
+        shard(share, group.ranks)
+        for model in (whole, share):
+            pack(model)
+        found[name] = {
+            **logits_figures(whole, share, exact, cache_dtype),
+            "tokens": [generated(model, cache_dtype) for model in (whole, share)],
+            "elements": [held(model) for model in (whole, share)],
+        }
+    return found
+
+
+def logits_figures(whole: Any, share: Any, exact: Any, cache_dtype: str) -> dict[str, Any]:
+    """Of a prefill of 60 tokens and a step after it: how far whole and share are apart, whole and float32's logits.
+
+    difference: the largest, relative to the largest logit. apart, rounding: norms, relative to that of all logits.
+    """
+    import torch
+
+    from gpt_fast.model.cache import KVCache
+    from support.quantized import CPU
+
+    tokens_BS = torch.randint(0, 96, (2, 61), generator=torch.Generator().manual_seed(3))
+    positions_BS = torch.arange(61).repeat(2, 1)
+    found = []
+    for model, dtype in ((exact, "float32"), (whole, cache_dtype), (share, cache_dtype)):
+        cache = KVCache(model.config, slots=2, max_seq_len=128, dtype=getattr(torch, dtype), device=CPU)
+        with torch.inference_mode():
+            first_BSV = model(tokens_BS[:, :60], positions_BS[:, :60], cache, length=64)
+            last_B1V = model(tokens_BS[:, 60:], positions_BS[:, 60:], cache, length=64)
+        found.append(torch.cat((first_BSV, last_B1V), dim=1))
+    digest = hashlib.sha256(found[2].numpy().tobytes()).hexdigest()
+    return {
+        "difference": float((found[1] - found[2]).abs().max() / found[1].abs().max()),
+        "apart": float((found[1] - found[2]).norm() / found[0].norm()),
+        "rounding": float((found[1] - found[0]).norm() / found[0].norm()),
+        "sha256": digest,
+        "cache_bytes": cache.nbytes,
+    }
+
+
+def generated(model: Any, cache_dtype: str) -> list[list[int]]:
+    """What six requests get from three slots, prompts in chunks beside running rows; the last two are sampled."""
+    import torch
+
+    from gpt_fast.config import SamplingParams
+    from gpt_fast.engine.core import EngineCore
+    from gpt_fast.engine.ranks import LockstepRunner
+    from gpt_fast.model.cache import KVCache
+    from support.quantized import CPU
+
+    cache = KVCache(model.config, slots=3, max_seq_len=100, dtype=getattr(torch, cache_dtype), device=CPU)
+    core = EngineCore(LockstepRunner(decode=model, prefill=model, cache=cache, eos_ids=(), prefill_chunk=16))
+    answers: dict[str, list[int]] = {}
+    for i in range(6):
+        params = SamplingParams(max_new_tokens=6 + 5 * i, temperature=float(i > 3), seed=i)
+        core.add(str(i), [(7 * i + j * j) % 96 for j in range(3 + 9 * i)], params)
+        answers[str(i)] = []
+    while not core.idle:
+        for event in core.step():
+            answers[event.request_id].append(event.token)
+    return list(answers.values())
+
+
+def held(model: Any) -> int:
+    """Elements of all weights, as they are held."""
+    tensors = {t.data_ptr(): t.numel() for t in (*model.parameters(), *model.buffers()) if t is not None}
+    return sum(tensors.values())
+
+
+def evaluation(group: Any, directory: Path) -> list[Any]:
+    """The samples of the evaluations that directory/evaluation.json lists; only rank 0 has some."""
+    asked = json.loads((directory / "evaluation.json").read_text())
+    return [samples(group, **each) for each in asked]
+
+
+def samples(group: Any, *, tasks: list[str], limit: int, **options: Any) -> Any:
+    """task -> document -> [answers of the model, as the harness keeps them]; group None: in this process alone."""
+    os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before the harness is imported
+    from gpt_fast.config import EngineConfig
+    from gpt_fast.eval.harness import EngineLM, evaluate
+    from gpt_fast.llm import Engine
+    from gpt_fast.load.engine import load_parts
+
+    config = EngineConfig(device="cpu", kernels="plain", max_seq_len=512, threads=1, **options)
+    results = evaluate(EngineLM(Engine(load_parts(config, group))), tasks, limit=limit, num_fewshot=None)
+    return {
+        task: {str(row["doc_id"]): [response[0] for response in row["resps"]] for row in rows}
+        for task, rows in results.get("samples", {}).items()
+    }
+
+
+def failure(group: Any, _directory: Path) -> None:
+    """Rank 1 fails while the others wait for it."""
+    import torch
+
+    from gpt_fast.model.parallel import all_reduce
+
+    if group.ranks.rank == 1:
+        time.sleep(0.5)
+        sys.exit("error: rank 1 has had enough")
+    all_reduce(torch.ones(1))
+
+
+def waiting(group: Any, directory: Path) -> None:
+    """Every rank notes its process and stays."""
+    (directory / f"pid.{group.ranks.rank}").write_text(str(os.getpid()))
+    time.sleep(TIMEOUT)
+
+
+PROGRAMS: Mapping[str, Callable[[Any, Path], Any]] = {
+    f.__name__: f for f in (small_models, evaluation, failure, waiting)
+}
+
+
+def main() -> None:
+    from gpt_fast.engine.ranks import join
+
+    name, directory = sys.argv[1], Path(sys.argv[2])
+    group = join()
+    with group.one_voice():
+        result = PROGRAMS[name](group, directory)
+        (directory / f"{name}.{group.ranks.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it, to find support
+    main()

@@ -1,0 +1,316 @@
+"""Chat templates render what transformers renders, and nothing a message says becomes a control token."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_fast.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, split_marks
+from gpt_fast.text.gguf_tokenizer import tokenizer_json_from_gguf
+from gpt_fast.text.tokenizer import BYTE_OF, Tokenizer, TokenizerError, load_tokenizer
+from support.hard_strings import TRL, hard_strings, wheel_member
+from support.paths import ROOT
+
+DATA = ROOT / "tests" / "data" / "chat"
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+IN_TRL = ("llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "phi3", "phi3_5", "deepseek_r1_distill")
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": 'Weather of a "city" <b>& more</b>, naïve — 天気',
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "enum": [1, 2, 3]}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2, "x": None}}}
+
+
+def says(role: str, content: object, **more: object) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+CONVERSATIONS = {
+    "user": [says("user", "Hello")],
+    "system": [says("system", "  Be brief. "), says("user", "Hi\n")],
+    "turns": [says("user", "1"), says("assistant", " 2 "), says("user", "3"), says("assistant", "4"), says("user", "")],
+    "answered": [says("system", "s"), says("user", "q"), says("assistant", "a")],
+    "unicode": [says("user", "👩‍👩‍👧 é नमस्ते\u2028\0 {{ bos_token }} {% if %} <b>&amp;'\"")],
+    "reasoning": [says("user", "q"), says("assistant", "<think>\nhm\n</think>\n\na"), says("user", "r")],
+    "tool": [says("user", "w?"), says("assistant", "", tool_calls=[CALL]), says("tool", '{"t": 2}'), says("user", "k")],
+    "two answers": [says("user", "q"), says("assistant", "a"), says("assistant", "b")],
+    "answer first": [says("assistant", "a"), says("user", "q")],
+    "late system": [says("user", "q"), says("system", "s")],
+    "odd role": [says("narrator", "n")],
+    "no content": [{"role": "user"}],
+    "null content": [says("user", None)],
+    "empty": [],
+}  # fmt: skip
+
+
+def source_of(name: str) -> str:
+    if name in IN_TRL:
+        return wheel_member(TRL, f"trl/chat_templates/{name}.jinja").decode()
+    return (DATA / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def transformers_renders(source: str, messages: list, tools: list | None, add_generation_prompt: bool) -> str | None:
+    """What transformers renders, None where it raises."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=source,
+            add_generation_prompt=add_generation_prompt,
+            **SPECIAL_TOKENS,
+        )
+    except Exception:
+        return None
+    return rendered[0]
+
+
+def we_render(source: str, messages: list, tools: list | None, add_generation_prompt: bool) -> str | None:
+    template = ChatTemplate(source, special_tokens=SPECIAL_TOKENS)
+    try:
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+    except ChatTemplateError as error:
+        assert "\n" not in str(error)
+        return None
+
+
+COMMITTED = ("smollm2", "llama2", "mistral", "zephyr")
+PUBLISHED = [*COMMITTED, *(pytest.param(name, marks=pytest.mark.model) for name in IN_TRL)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_renders_as_transformers(name: str) -> None:
+    source = source_of(name)
+    rendered = 0
+    for messages in CONVERSATIONS.values():
+        for tools in (None, [WEATHER], [WEATHER, {**WEATHER, "strict": True}]):
+            for add_generation_prompt in (True, False):
+                want = transformers_renders(source, messages, tools, add_generation_prompt)
+                assert we_render(source, messages, tools, add_generation_prompt) == want
+                rendered += want is not None
+    assert rendered >= 24  # at least four conversations are fine with every template
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_wrong_role_order_is_the_templates_own_message(name: str) -> None:
+    template = ChatTemplate(source_of(name), special_tokens=SPECIAL_TOKENS)
+    with pytest.raises(ChatTemplateError, match=r"^chat template: Conversation roles must alternate"):
+        template.render(CONVERSATIONS["two answers"])
+
+
+FEATURES = {
+    "trim and lstrip": "{% if true %}\n  {% for m in messages %}\n{{ m.content }}\n  {% endfor %}\n{% endif %}\n.",
+    "tojson": "{{ messages | tojson }} {{ messages | tojson(indent=2) }}",
+    "tojson, sorted": "{{ {'b': 1, 'a': '<&>'} | tojson(sort_keys=true) }}",
+    "ascii": "{{ messages | tojson(ensure_ascii=true) }}{{ '\x7f\u0080😀' | tojson(true) }}",
+    "separators": "{{ messages | tojson(separators=(',', ':')) }}",
+    "break": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "continue": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "tag": "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.role }}{% endgeneration %}{{ x }}{% endfor %}",
+    "namespace": "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}",
+    "undefined": "{{ nothing }}{{ bos_token }}{{ pad_token }}{{ tools is none }}{{ documents is none }}",
+    "raise": "{{ raise_exception('no') }}",
+    "sandbox": "{{ ''.__class__.__mro__ }}",
+    "immutable": "{{ messages.append(1) }}",
+    "date": "{{ strftime_now('%Y') }}",
+    "type error": "{{ 1 + 'a' }}",
+    "macro": "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[0].content) }}",
+    "dict": "{{ dict(a=1) }}{{ messages[0] | items | list }}",
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_as_transformers(feature: str) -> None:
+    for messages in CONVERSATIONS.values():
+        want = transformers_renders(FEATURES[feature], messages, None, True)
+        assert we_render(FEATURES[feature], messages, None, True) == want
+
+
+def test_variables_reach_the_template() -> None:
+    template = ChatTemplate("{{ enable_thinking }} {{ documents[0].text }}")
+    assert template.render([], documents=[{"text": "d"}], enable_thinking=False) == "False d"
+
+
+def test_size_is_bounded() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="more than 1000 characters"):
+        ChatTemplate(endless, max_chars=1000).render([])
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ ", "{% nothing %}", "{% generation %}", "{{ x | nofilter }}"])
+def test_broken_template_is_one_line(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match=r"^chat template: [^\n]+$"):
+        ChatTemplate(source)
+
+
+# ------------------------------------------------------------------------------ from the checkpoint
+
+
+def test_template_file_comes_before_the_config(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "config", "bos_token": {"content": "<b>"}, "eos_token": "<e>", "pad_token": None})
+    )
+    template = load_chat_template(tmp_path)
+    assert template is not None and template.render([]) == "config"
+    (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}{{ eos_token }}{{ pad_token }}")
+    template = load_chat_template(tmp_path)
+    assert template is not None and template.render([]) == "file <b><e>"
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = load_chat_template(tmp_path)
+    assert template is not None
+    assert (template.render([]), template.render([], tools=[WEATHER])) == ("plain", "with tools")
+
+
+def test_no_template(tmp_path: Path) -> None:
+    assert load_chat_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_chat_template(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"chat_template": 3}',
+        '{"chat_template": [{"name": "rag", "template": "x"}]}',
+        '{"chat_template": [1]}',
+        "[]",
+        "{",
+    ],
+)
+def test_bad_config_is_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises((ChatTemplateError, TokenizerError), match=r"tokenizer_config\.json"):
+        load_chat_template(tmp_path)
+
+
+# ------------------------------------------------------------------- control tokens only from templates
+
+CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer whose tokens are bytes, and four control tokens."""
+    tokens = [*BYTE_OF, *CONTROLS]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * len(CONTROLS),
+    }
+    directory = tmp_path_factory.mktemp("bytes")
+    (directory / "tokenizer.json").write_bytes(tokenizer_json_from_gguf(fields))
+    return load_tokenizer(directory)
+
+
+FRAGMENTS = [
+    *CONTROLS,
+    "<|im_",
+    "end|>",
+    "<",
+    ">",
+    "|>",
+    "<|",
+    "s>",
+    "</",
+    "/",
+    "s",
+    "im_end",
+    " ",
+    "\n",
+    "a",
+    "\ufdd0",
+    "\ufdd1",
+    "é",
+]
+PARTS = "{% for m in messages %}<s>{{ m.role }}:{% for part in m.content %}{{ part }}{% endfor %}</s>{% endfor %}"
+
+
+@settings(max_examples=300)
+@given(contents=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), min_size=1, max_size=4))
+def test_a_message_cannot_make_a_control_token(byte_tokenizer: Tokenizer, contents: list[str]) -> None:
+    template = ChatTemplate(source_of("smollm2"))
+    ids = template.encode(byte_tokenizer, [says("user", content) for content in contents])
+    harmless = template.encode(byte_tokenizer, [says("user", "x") for _ in contents])
+    assert [i for i in ids if i >= 256] == [i for i in harmless if i >= 256]
+    rendered = template.render([says("user", content) for content in contents])
+    unmarked = rendered.translate({0xFDD0: None, 0xFDD1: None})  # the two noncharacters that serve as marks
+    assert byte_tokenizer.decode_bytes(ids, keep_specials=True).decode() in (rendered, unmarked)
+
+
+@settings(max_examples=300)
+@given(parts=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=3).map("".join), max_size=4))
+def test_nor_can_parts_joined_by_the_template(byte_tokenizer: Tokenizer, parts: list[str]) -> None:
+    parts = [part for part in parts if not part.isidentifier()]
+    ids = ChatTemplate(PARTS).encode(byte_tokenizer, [says("user", parts)])
+    assert [byte_tokenizer.token_bytes(i, keep_specials=True) for i in ids if i >= 256] == [b"<s>", b"</s>"]
+
+
+@pytest.mark.parametrize(
+    ("source", "content"), [("{{ messages[0].content }}s>.", "a </"), ("<{{ messages[0].content }}", "/s> b")]
+)
+def test_nor_can_the_template_complete_one(byte_tokenizer: Tokenizer, source: str, content: str) -> None:
+    ids = ChatTemplate(source).encode(byte_tokenizer, [says("user", content)])
+    assert max(ids) < 256
+    assert "</s>" in byte_tokenizer.decode(ids)
+
+
+def test_control_tokens_in_tools_and_ascii_json_stay_text(byte_tokenizer: Tokenizer) -> None:
+    tool = {"name": "f</s>", "</s>": ["<s>"], "text": "é\ufdd0"}
+    ids = ChatTemplate("<s>{{ tools | tojson(ensure_ascii=true) }}</s>").encode(byte_tokenizer, [], tools=[tool])
+    assert [i for i in ids if i >= 256] == [ids[0], ids[-1]]
+    assert byte_tokenizer.decode(ids) == r'[{"name": "f</s>", "</s>": ["<s>"], "text": "\u00e9"}]'
+
+
+def test_messages_without_control_tokens_are_encoded_whole(byte_tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(source_of("smollm2"))
+    messages = [says("user", "> quoted <"), says("assistant", "\ufdd0\ufdd1"), says("user", "a < b")]
+    assert template.encode(byte_tokenizer, messages[1:2]) == byte_tokenizer.encode_with_specials(
+        template.render(messages[1:2])
+    )
+    assert byte_tokenizer.decode_bytes(template.encode(byte_tokenizer, messages[::2]), keep_specials=True).decode() == (
+        template.render(messages[::2])
+    )
+
+
+def test_marks_without_partner_mark_nothing() -> None:
+    assert split_marks("a\ufdd0b\ufdd1c\ufdd1d\ufdd0e\ufdd0f\ufdd1") == ("abcdef", [(1, 2), (5, 6)])
+
+
+@pytest.mark.model
+def test_prompt_ids_are_transformers(tmp_path: Path) -> None:
+    """Its own sanitizing, its own encoding, on its own tokenizer object over our tokenizer.json: the same ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    source = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
+    directory = ROOT / source
+    ours, template = load_tokenizer(directory), load_chat_template(directory)
+    assert template is not None
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    reference.chat_template = source_of("smollm2")
+    for text in hard_strings()[::4]:
+        if re.search("[\ufdd0\ufdd1\U000f0000\U000f0001]", text):  # its marks and ours: each drops its own
+            continue
+        messages = [says("system", "Be brief."), says("user", text)]
+        want = reference.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, sanitize_control_tokens=True
+        )
+        assert template.encode(ours, messages) == list(want)
