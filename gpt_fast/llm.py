@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
-from gpt_fast.engine.scheduler import NO_TOKEN, Logprobs, TokenEvent
-from gpt_fast.engine.scheduler import Sequence as TokenSequence
 from gpt_fast.load.engine import Parts, load_parts
+from gpt_fast.request import NO_TOKEN, Logprobs, TokenEvent
+from gpt_fast.request import Sequence as TokenSequence
 from gpt_fast.text.stream import TextStream
 from gpt_fast.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import NO_TOKEN
+from gpt_fast.request import NO_TOKEN
 
 CANDIDATES = (128, 2048)  # sorted candidates looked at before a full sort; nearly every nucleus fits the first
 

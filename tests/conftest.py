@@ -51,7 +51,8 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def make_core():
     """make_core(model, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True): an EngineCore."""
-    from gpt_fast.engine.core import EngineCore, Runner
+    from gpt_fast.engine.core import EngineCore
+    from gpt_fast.engine.runner import Runner
     from gpt_fast.model.cache import KVCache
 
     def build(model, *, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True):

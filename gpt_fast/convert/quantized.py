@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt_fast.checkpoint.directory import FORMAT, find_weights, list_shards, read_quantization
 from gpt_fast.checkpoint.hf_config import load_model_config
 from gpt_fast.checkpoint.manifest import add_to_manifest, hash_file, read_manifest, staging, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.gguf import GgufSource
 from gpt_fast.convert.gguf_repack import GgufBlocks, check_same_weight
-from gpt_fast.load.checkpoint import FORMAT, find_weights, list_shards, read_quantization
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.gptq_model import GPTQOptions, gptq_model
 from gpt_fast.quantize.rtn import quantize_in_bands

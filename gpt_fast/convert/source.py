@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpt_fast.checkpoint.directory import FLOATS, read_weight_map
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
-from gpt_fast.load.checkpoint import FLOATS, read_weight_map
 
 ROWS = tuple[int, int]
 

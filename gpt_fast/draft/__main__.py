@@ -34,7 +34,7 @@ from gpt_fast.llm import Engine
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path
 from gpt_fast.measure.stats import FOREIGN_LIMIT
-from gpt_fast.speculative.controller import Choice
+from gpt_fast.speculative.costs import Choice
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,10 +10,11 @@ import torch
 
 from gpt_fast.draft.measure import draft_runner, speculating
 from gpt_fast.draft.predict import Cost
-from gpt_fast.engine.core import EngineCore, Runner, bucket_of
-from gpt_fast.engine.scheduler import Sequence as Row
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.engine.scheduler import Slot
-from gpt_fast.speculative.controller import Choice
+from gpt_fast.request import Sequence as Row
+from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.greedy_chain import Chain
 from gpt_fast.speculative.speculator import made_up

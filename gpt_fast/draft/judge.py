@@ -17,7 +17,7 @@ from gpt_fast.draft.predict import Cost, Speed, best_k, compare, pool
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import wilson
-from gpt_fast.speculative.controller import Choice
+from gpt_fast.speculative.costs import Choice
 
 
 @dataclass(frozen=True)

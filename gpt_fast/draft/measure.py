@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner, bucket_of
+from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.engine.scheduler import Slot
 from gpt_fast.model.cache import KVCache
-from gpt_fast.speculative.controller import Choice, Fixed
+from gpt_fast.speculative.controller import Fixed
+from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.speculator import Speculator, Totals
 

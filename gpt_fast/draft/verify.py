@@ -22,7 +22,7 @@ from gpt_fast.draft.measure import Reader, draft_runner, run
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import chi_square, expected_total_variation, total_variation, uniform_p_value
 from gpt_fast.sampling import probabilities, sampling_tensors
-from gpt_fast.speculative.controller import Choice
+from gpt_fast.speculative.costs import Choice
 
 ALPHA = 1e-6  # a sound build fails a check about once in a million
 GROUP = 50  # equal histories that make a test of their own

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpt_fast.engine.core import Runner, bucket_of, buckets
-from gpt_fast.engine.scheduler import SampledToken, Sequence, StepPlan
+from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.ops.gpu.decoder import GpuDecoder
 from gpt_fast.ops.gpu.graph import DecodeLoop
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.state import Row
+from gpt_fast.request import SampledToken, Sequence, StepPlan
 from gpt_fast.sampling import needs_edit
 
 STEPS = 4  # a replay: more spare the host's gaps between replays, fewer let a new request in sooner

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gpt_fast.engine.chunk_budget import JoinedBudget
-from gpt_fast.engine.core import Forward, Runner
-from gpt_fast.engine.scheduler import SampledToken, Sequence, StepPlan
+from gpt_fast.engine.runner import Forward, Runner
+from gpt_fast.request import SampledToken, Sequence, StepPlan
 from gpt_fast.sampling import needs_edit
 from gpt_fast.speculative.greedy_chain import Started
 

@@ -17,9 +17,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from gpt_fast.engine.core import Runner
-from gpt_fast.engine.scheduler import Sequence
+from gpt_fast.engine.runner import Runner
 from gpt_fast.model.parallel import Ranks
+from gpt_fast.request import Sequence
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others in one collective
 SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.engine.core import Forward, bucket_of, buckets
+from gpt_fast.engine.runner import Forward, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
 
 TOKENS_PER_FORWARD = 1024  # bounds the logits held at once: rows * chunk * vocabulary

@@ -5,7 +5,6 @@ Weights are mapped from the files, checked one by one and assigned: no second co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gpt_fast.checkpoint.directory import (
+    FLOATS,
+    check_finite,
+    find_weights,
+    list_shards,
+    read_quantization,
+    shards_index,
+)
 from gpt_fast.checkpoint.hf_config import load_model_config
-from gpt_fast.checkpoint.manifest import is_plain_name, read_manifest, read_values, verify_manifest
+from gpt_fast.checkpoint.manifest import read_manifest, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.transformer import Transformer
-
-FORMAT = {"format": "gpt-fast", "format_version": "1"}
-WEIGHTS = "model.safetensors"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Loaded(NamedTuple):
@@ -80,71 +83,6 @@ def empty_model(config: ModelConfig) -> Transformer:
     """The model on the meta device: names, shapes and dtypes, no memory."""
     with torch.device("meta"), SkipInit():
         return Transformer(config)
-
-
-def find_weights(path: Path) -> Path:
-    """The safetensors name that `path` means."""
-    if path.is_dir():
-        path = path / WEIGHTS
-    if path.suffix in (".pth", ".pt", ".bin"):
-        raise CheckpointError(
-            path,
-            f"is a pickled checkpoint, and {WEIGHTS} is meant: convert it with "
-            f"`python scripts/convert_hf_checkpoint.py --source {path} --checkpoint_dir DIR`",
-        )
-    if path.suffix == ".gguf":
-        raise CheckpointError(path, "convert it with `python scripts/convert_gguf.py --gguf FILE --out_dir DIR`")
-    if not path.is_file() and not index_of(path).is_file():
-        raise CheckpointError(path, "no such file (a converted checkpoint directory, or a .safetensors file in one)")
-    return path
-
-
-def index_of(weights: Path) -> Path:
-    return weights.with_name(weights.name + ".index.json")
-
-
-def shards_index(weights: Path) -> dict[str, str] | None:
-    """tensor -> file name of a sharded checkpoint; None for a single file. CheckpointError on a name with a path."""
-    if weights.is_file():
-        return None
-    return read_weight_map(index_of(weights))
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """An index.json's weight_map, every file in it a plain name."""
-    weight_map = read_values(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(index, "weight_map must be a non-empty object")
-    for tensor, name in weight_map.items():
-        if not is_plain_name(name):
-            raise CheckpointError(
-                index, f"file must be a plain name in the same directory (got {name!r})", tensor=tensor
-            )
-    return weight_map
-
-
-def list_shards(weights: Path) -> list[Path]:
-    index = shards_index(weights)
-    return [weights] if index is None else [weights.with_name(name) for name in sorted(set(index.values()))]
-
-
-def read_quantization(files: list[SafetensorsFile]) -> Mapping[str, Any] | None:
-    """The quantization object of the files' metadata; None for plain weights."""
-    for file in files:
-        if any(file.metadata.get(key) != value for key, value in FORMAT.items()):
-            raise CheckpointError(file.path, "was not written by gpt-fast: convert it first")
-        if file.metadata != files[0].metadata:
-            raise CheckpointError(file.path, f"its metadata differs from {files[0].path.name}'s")
-    text = files[0].metadata.get("quantization")
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(files[0].path, f"quantization metadata is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(files[0].path, "quantization metadata must be a JSON object")
-    return values
 
 
 def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:
@@ -211,13 +149,3 @@ def check_entry(file: SafetensorsFile, name: str, like: Tensor, *, any_float: bo
     if entry.dtype not in allowed:
         problem = f"has the wrong dtype (got {entry.dtype}, allowed {', '.join(map(str, allowed))})"
         raise CheckpointError(file.path, problem, tensor=name)
-
-
-def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it holds no NaN or infinity; makes no temporary of its size."""
-    if tensor.is_floating_point() and tensor.numel():
-        low, high = torch.aminmax(tensor)  # both carry a NaN
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            problem = f"holds a value that is not finite (range {low.item()} to {high.item()} as {tensor.dtype})"
-            raise CheckpointError(path, problem, tensor=name)
-    return tensor

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.attention import causal_mask
 from gpt_fast.model.cache import KVCache
-from gpt_fast.model.transformer import Block, RMSNorm, StepInput, attention_window, rope_table
+from gpt_fast.model.rope import rope_table
+from gpt_fast.model.transformer import Block, RMSNorm, StepInput, attention_window
 from gpt_fast.quantize.gptq import Factor, Hessian, InputSizes, damped_factor, gptq_int4
 from gpt_fast.quantize.gptq_streaming import HiddenStates, ReadTensor, StreamedLinear
 from gpt_fast.quantize.rtn import quantize_in_bands

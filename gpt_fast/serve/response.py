@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gpt_fast.engine.scheduler import Logprobs
+from gpt_fast.request import Logprobs
 from gpt_fast.serve.tool_calls import CallParser, Piece, ToolCall
 
 TEXT = "text/plain; charset=utf-8"

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import Sequence
 from gpt_fast.llm import Engine, TextEvent
+from gpt_fast.request import Sequence
 from gpt_fast.serve.metrics import RequestRecord, speculation_totals
 
 logger = logging.getLogger(__name__)

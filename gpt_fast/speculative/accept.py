@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt_fast.engine.scheduler import NO_TOKEN
+from gpt_fast.request import NO_TOKEN
 from gpt_fast.sampling import SamplingTensors, invert_cdf, normalized, on_device, sample, weights
 from gpt_fast.speculative import verify as speculative
 from gpt_fast.speculative.verify import ACCEPT, RESIDUAL, SAMPLE, Draws, Proposal, Verdict, match, residual

@@ -6,38 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import PrefixCopy, Sequence
+from gpt_fast.request import PrefixCopy, Sequence
 from gpt_fast.sampling import needs_edit
-from gpt_fast.speculative.controller import PLAIN, Acceptance, Batch, Candidate, Choice, Controller, Fixed
+from gpt_fast.speculative.controller import Acceptance, Candidate, Controller, Fixed
+from gpt_fast.speculative.costs import PLAIN, Batch, Choice
+from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import Proposal, verify
-
-
-class Offer(NamedTuple):
-    """What a proposer could do for a row: up to `limit` tokens, of a `kind` whose acceptance is learned apart, after
-    first computing `lag` tokens it has not seen. then: the kind it will have if the next token is the one it expects,
-    None: it can propose whatever comes."""
-
-    limit: int
-    kind: int = 0
-    lag: int = 0
-    then: int | None = None
-
-
-class Proposer(Protocol):
-    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
-        """One a row; limits are how many proposals the row could use."""
-
-    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
-        """At most counts[i] tokens for row i, within its offer."""
-
-    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
-        """How many of the last proposals stood."""
-
-    def copied(self, copy: PrefixCopy) -> None:
-        """The target's cache copied a prefix between slots."""
 
 
 @dataclass

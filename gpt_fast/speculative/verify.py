@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_fast.engine.scheduler import Sequence
+from gpt_fast.request import Sequence
 from gpt_fast.sampling import invert_cdf, on_device, uniform
 
 # Streams of `uniform`: what a position's draws are for. Plain decode, a matched token and the bonus token all use

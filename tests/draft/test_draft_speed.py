@@ -20,8 +20,10 @@ from gpt_fast.draft.prompts import Prompt
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.load.checkpoint import load_checkpoint
-from gpt_fast.speculative.controller import PLAIN, Batch, Choice, Controller
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Controller
+from gpt_fast.speculative.costs import PLAIN, Batch, Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from handler import GptFastHandler
 from support.tiny_engine import tiny_engine

@@ -7,8 +7,10 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.draft.verify import check_greedy, check_sampled
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure import significance
-from gpt_fast.speculative.controller import Choice, Controller
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Controller
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Proposal, Verdict, verify
 from support import speculation as language

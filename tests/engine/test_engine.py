@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner, bucket_of, buckets
+from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import AheadRunner
-from gpt_fast.engine.scheduler import NO_TOKEN, SampledToken, StepPlan
+from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.cpu import CpuDecoder
+from gpt_fast.request import NO_TOKEN, SampledToken, StepPlan
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
 
 

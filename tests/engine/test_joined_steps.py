@@ -16,8 +16,10 @@ from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.cpu import CpuDecoder, build
-from gpt_fast.speculative.controller import Choice, Controller, Fixed
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import MIN_SHARED, SampledToken, Scheduler, Sequence
+from gpt_fast.engine.scheduler import MIN_SHARED, Scheduler
+from gpt_fast.request import SampledToken, Sequence
 
 EOS = 0
 VOCAB = 50

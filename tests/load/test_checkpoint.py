@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from gpt_fast.checkpoint.directory import FORMAT
 from gpt_fast.checkpoint.manifest import add_to_manifest, hash_file, install, staging, verify_manifest, write_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, FileRecord, SafetensorsFile, TensorSpec, write_file
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
-from gpt_fast.load.checkpoint import FORMAT, load_checkpoint
+from gpt_fast.load.checkpoint import load_checkpoint
 from support.tiny_models import logits, save
 
 WEIGHTS = "model.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
-from gpt_fast.load import engine
+from gpt_fast.load import path as load_path
 from support.paths import ROOT
 
 CUDA_ONLY = {"triton", "cuda", "cupy", "pycuda", "pynvml", "flash_attn", "flashinfer", "apex", "xformers"}
@@ -42,7 +42,7 @@ class OnCuda(nn.Module):
 
 def chosen(model, **options):
     config = EngineConfig(checkpoint_path="x", **options)
-    return engine.choose_path(config, SimpleNamespace(model=model, quantization=None), 1)
+    return load_path.choose_path(config, SimpleNamespace(model=model, quantization=None), 1)
 
 
 @pytest.fixture
@@ -55,19 +55,19 @@ def hopper(monkeypatch):
     """All that is asked about the device, answered as an H200 would."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine, "find_spec", lambda name: object())
+    monkeypatch.setattr(load_path, "find_spec", lambda name: object())
     monkeypatch.setattr("gpt_fast.ops.gpu.decoder.find_spec", lambda name: object())
 
 
 def test_rocm_decodes_compiled_and_says_why(rocm, monkeypatch):
-    monkeypatch.setattr(engine, "find_spec", lambda name: object())
+    monkeypatch.setattr(load_path, "find_spec", lambda name: object())
     path = chosen(OnCuda())
     assert path.name == "compiled decode (ROCm: the fused GPU kernels are CUDA's)"
     assert path.decode is not path.prefill and path.warm_up
 
 
 def test_without_triton_operators_are_all_there_is(rocm, monkeypatch):
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(load_path, "find_spec", lambda name: None)
     assert chosen(OnCuda()).name == "plain (ROCm: the fused GPU kernels are CUDA's)"
 
 

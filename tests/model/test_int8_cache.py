@@ -8,17 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.runner import Runner
 from gpt_fast.eval.quality import window_figures
 from gpt_fast.eval.score import Scorer
 from gpt_fast.llm import Engine
 from gpt_fast.load.checkpoint import load_checkpoint
-from gpt_fast.load.engine import build_cache
+from gpt_fast.load.sizes import build_cache
 from gpt_fast.measure.texts import default_text, held_out_part, windows
 from gpt_fast.model.cache import KVCache, quantize_heads
 from gpt_fast.ops.cpu import CpuDecoder, build, reference
-from gpt_fast.speculative.controller import Choice, Fixed
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Fixed
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.text.tokenizer import load_tokenizer
 from support.cpu_models import (
@@ -109,9 +112,9 @@ def test_the_choice_is_named_and_sized_scales_included(tiny_model, monkeypatch):
     config = EngineConfig(checkpoint_path="x", kv_cache="int8", max_num_seqs=3)
     model = tiny_model().config
     need = cache_of(tiny_model()).nbytes
-    monkeypatch.setattr("gpt_fast.load.engine.free_memory", lambda device: need)
+    monkeypatch.setattr("gpt_fast.load.sizes.free_memory", lambda device: need)
     assert build_cache(config, model, 128, torch.int8, CPU).nbytes == need
-    monkeypatch.setattr("gpt_fast.load.engine.free_memory", lambda device: need - 1)
+    monkeypatch.setattr("gpt_fast.load.sizes.free_memory", lambda device: need - 1)
     with pytest.raises(ConfigError, match=r"^max_num_seqs: 3 slots of 128 positions need"):
         build_cache(config, model, 128, torch.int8, CPU)
 
@@ -120,9 +123,9 @@ def test_a_drafts_cache_needs_room_beside_its_targets(tiny_model, monkeypatch):
     """Whose pages the system has not given yet, so that they still count as free."""
     target = cache_of(tiny_model())
     config = EngineConfig(checkpoint_path="x", max_num_seqs=3)
-    monkeypatch.setattr("gpt_fast.load.engine.free_memory", lambda device: 2 * target.nbytes)
+    monkeypatch.setattr("gpt_fast.load.sizes.free_memory", lambda device: 2 * target.nbytes)
     assert build_cache(config, target.config, 128, torch.int8, CPU, beside=target).slots == 3
-    monkeypatch.setattr("gpt_fast.load.engine.free_memory", lambda device: 2 * target.nbytes - 1)
+    monkeypatch.setattr("gpt_fast.load.sizes.free_memory", lambda device: 2 * target.nbytes - 1)
     with pytest.raises(ConfigError, match=r"^max_num_seqs: 3 slots of 128 positions need"):
         build_cache(config, target.config, 128, torch.int8, CPU, beside=target)
 

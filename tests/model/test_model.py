@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt_fast.config import ModelConfig, RopeScaling
 from gpt_fast.model.cache import KVCache
-from gpt_fast.model.transformer import rope_table
+from gpt_fast.model.rope import rope_table
 from gpt_fast.ops.linear_compiled import for_one_token
 from support.reference import reference_logits
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import EngineConfig, SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner
+from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.graph_runner import BurstRunner
-from gpt_fast.engine.scheduler import NO_TOKEN
-from gpt_fast.load import engine
+from gpt_fast.engine.runner import Runner
+from gpt_fast.load import path as load_path
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.gpu import decoder as gpu_decoder
 from gpt_fast.ops.gpu.decoder import GpuDecoder, splits_for, unavailable, unsupported, weight_bytes
@@ -21,6 +21,7 @@ from gpt_fast.ops.gpu.graph import DecodeLoop
 from gpt_fast.ops.gpu.ring import Ring
 from gpt_fast.ops.gpu.state import Row
 from gpt_fast.quantize.linear import pack
+from gpt_fast.request import NO_TOKEN
 from support.cpu_models import CPU, MAX_SEQ_LEN, small_model
 from support.quantized import quantized_model
 
@@ -236,19 +237,19 @@ def test_unavailable_devices(monkeypatch):
 
 def test_path_choice_says_why_not(model):
     config = EngineConfig(checkpoint_path="x")
-    path = engine.gpu_path(config, small_model().requires_grad_(False).bfloat16(), 1)
+    path = load_path.gpu_path(config, small_model().requires_grad_(False).bfloat16(), 1)
     assert path.name == "fused GPU decoder" and isinstance(path.decode, GpuDecoder)
     bfloat16 = {"slots": 2, "max_seq_len": 40, "dtype": torch.bfloat16, "device": CPU}
     runner = path.runner(decode=path.decode, prefill=path.prefill, cache=KVCache(model.config, **bfloat16),
                          eos_ids=(EOS,), prefill_chunk=16, speculator=None)  # fmt: skip
     assert isinstance(runner, BurstRunner)
-    assert "n_expert" in engine.gpu_path(config, small_model(n_expert=4, n_expert_per_token=2), 1)
-    assert engine.gpu_path(EngineConfig(checkpoint_path="x", kv_cache="int8"), model, 1).name == "fused GPU decoder"
+    assert "n_expert" in load_path.gpu_path(config, small_model(n_expert=4, n_expert_per_token=2), 1)
+    assert load_path.gpu_path(EngineConfig(checkpoint_path="x", kv_cache="int8"), model, 1).name == "fused GPU decoder"
     narrow = EngineConfig(checkpoint_path="x", kv_cache="bfloat16")
-    assert "kv_cache=bfloat16" in engine.gpu_path(narrow, model, 1)
+    assert "kv_cache=bfloat16" in load_path.gpu_path(narrow, model, 1)
     odd = quantized_model(small_model(dim=80), mode="int4", groupsize=32)
     odd.setup_rope(MAX_SEQ_LEN, CPU)
-    assert "32 inputs" in engine.gpu_path(config, odd, 1)
+    assert "32 inputs" in load_path.gpu_path(config, odd, 1)
 
 
 @given(longest=st.integers(1, 40_000), rows=st.integers(1, 40), size=st.integers(1, 8), length=st.integers(1, 40_000))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import NO_TOKEN
 from gpt_fast.measure.significance import chi_square, total_variation
+from gpt_fast.request import NO_TOKEN
 from gpt_fast.sampling import invert_cdf, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.verify import SAMPLE, Draws, Proposal, match, verify

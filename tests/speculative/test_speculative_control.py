@@ -8,19 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.scheduler import Sequence
-from gpt_fast.speculative.controller import (
-    PLAIN,
-    Acceptance,
-    Batch,
-    Candidate,
-    Choice,
-    Controller,
-    expected_tokens,
-    rising,
-)
-from gpt_fast.speculative.draft_model import NGramIndex, NGramProposer
-from gpt_fast.speculative.speculator import Offer, Speculator, Totals
+from gpt_fast.request import Sequence
+from gpt_fast.speculative.controller import Acceptance, Candidate, Controller, expected_tokens
+from gpt_fast.speculative.costs import PLAIN, Batch, Choice, rising
+from gpt_fast.speculative.ngram import NGramIndex, NGramProposer
+from gpt_fast.speculative.proposer import Offer
+from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.speculative.verify import Proposal
 
 # ---------------------------------------------------------------------------------------- controller

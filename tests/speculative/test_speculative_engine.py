@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.runner import Runner
 from gpt_fast.measure.significance import chi_square
 from gpt_fast.model.cache import KVCache
 from gpt_fast.sampling import probabilities, sampling_tensors
-from gpt_fast.speculative.controller import Choice, Controller, Fixed
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 
 CPU = torch.device("cpu")

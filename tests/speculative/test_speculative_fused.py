@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner
+from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import AheadRunner
-from gpt_fast.engine.scheduler import NO_TOKEN
+from gpt_fast.engine.runner import Runner
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.cpu import CpuDecoder
+from gpt_fast.request import NO_TOKEN
 from gpt_fast.sampling import best_token
 from gpt_fast.speculative.accept import judge
-from gpt_fast.speculative.controller import Choice, Controller, Fixed
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Draws, Proposal
 

@@ -10,13 +10,16 @@ import torch
 
 from gpt_fast import sampling
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.core import EngineCore, Runner
-from gpt_fast.engine.scheduler import Sequence
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.runner import Runner
 from gpt_fast.model.cache import KVCache
+from gpt_fast.request import Sequence
 from gpt_fast.sampling import best_token, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
-from gpt_fast.speculative.controller import Choice, Fixed
-from gpt_fast.speculative.draft_model import DraftProposer, NGramProposer
+from gpt_fast.speculative.controller import Fixed
+from gpt_fast.speculative.costs import Choice
+from gpt_fast.speculative.draft_model import DraftProposer
+from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Proposal, draws_of, is_matched, on_device
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpt_fast.checkpoint.directory import FORMAT
 from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
-from gpt_fast.load.checkpoint import FORMAT
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.engine.core import EngineCore, Runner
+from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.runner import Runner
 from gpt_fast.llm import Engine
 from gpt_fast.load.engine import Parts
 from gpt_fast.model.cache import KVCache

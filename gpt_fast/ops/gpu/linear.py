@@ -62,7 +62,7 @@ def norm_qkv_rope_write(
 ) -> None:  # fmt: skip
     """RMSNorm, the fused query/key/value projection, RoPE on neighbouring pairs; keys and values go to the cache.
 
-    cos_sin_P2E: float32, of the rotated pairs (transformer.rope_table). A token's keys and values land at
+    cos_sin_P2E: float32, of the rotated pairs (rope.rope_table). A token's keys and values land at
     [slots_M, :, positions_M]; no two tokens of one call may share a place. Head sizes a multiple of 16.
     workspace: needed by an int8 cache only.
     """
@@ -122,7 +122,7 @@ def rms_norm(x_MD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_MHD: Tensor, cos_sin_M2E: Tensor) -> Tensor:
-    """RoPE (arXiv:2104.09864) on neighbouring pairs of the first elements of each head, as transformer.apply_rope."""
+    """RoPE (arXiv:2104.09864) on neighbouring pairs of the first elements of each head, as rope.apply_rope."""
     cos_M1E, sin_M1E = cos_sin_M2E[:, None, 0], cos_sin_M2E[:, None, 1]
     rotary = 2 * cos_M1E.shape[-1]
     even, odd = x_MHD[..., 0:rotary:2], x_MHD[..., 1:rotary:2]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_fast.engine.scheduler import NO_TOKEN
 from gpt_fast.ops.gpu.decoder import Inputs
 from gpt_fast.ops.gpu.launch import Launch, power_of_two
+from gpt_fast.request import NO_TOKEN
 
 ENDED = -2  # in the output: the row had ended before this step
 

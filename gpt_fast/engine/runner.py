@@ -1,0 +1,265 @@
+"""Runner: executes a step's plan on the model: pads it to fixed shapes, runs, samples or verifies.
+
+Shapes: B rows (requests), S tokens of a row, K proposals of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_fast.engine.chunk_budget import ChunkBudget
+from gpt_fast.model.cache import KVCache
+from gpt_fast.request import NO_TOKEN, Chunk, SampledToken, Sequence, StepPlan
+from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
+from gpt_fast.speculative.accept import judge
+from gpt_fast.speculative.speculator import Speculator
+from gpt_fast.speculative.verify import Proposal, draws_of, on_device
+
+
+class Forward(Protocol):
+    """A model's step: Transformer itself, compiled, or a fused twin. See Transformer.forward."""
+
+    def __call__(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        cache: KVCache,
+        *,
+        length: int,
+        slots_B: Tensor | None = None,
+        select_B: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def buckets(limit: int, smallest: int) -> list[int]:
+    """smallest, doubled until it reaches limit, which ends the list."""
+    sizes = []
+    while smallest < limit:
+        sizes.append(smallest)
+        smallest *= 2
+    return [*sizes, limit]
+
+
+def bucket_of(sizes: list[int], value: int) -> int:
+    return next(size for size in sizes if size >= value)
+
+
+class Runner:
+    """Executes step plans: pads to the fixed bucket shapes, calls the model, samples. Owns the KV cache.
+
+    decode and prefill are forwards of the same model; they differ only in how they are compiled. With a speculator,
+    a decode verifies what it proposes; without, or for a step without proposals, it is one token a row.
+    """
+
+    def __init__(
+        self, *, decode: Forward, prefill: Forward, cache: KVCache, eos_ids: Iterable[int], prefill_chunk: int,
+        speculator: Speculator | None = None,
+    ) -> None:  # fmt: skip
+        self.decode, self.prefill, self.cache = decode, prefill, cache
+        self.eos_ids = sorted(eos_ids)
+        self.device = cache.k_LNHTD.device
+        self.rows = buckets(cache.slots, 1)
+        self.chunks = buckets(prefill_chunk, 16)
+        self.budget = ChunkBudget(self.chunks)
+        self.lengths = buckets(cache.max_seq_len, 128)
+        self.speculator = speculator
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> dict[str, list[SampledToken]]:
+        """Do what the plan says; the sampled tokens by request id."""
+        for slot in plan.clears:
+            self.cache.clear(slot)
+        for copy in plan.copies:
+            self.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
+            if self.speculator:
+                self.speculator.copied(copy)
+        sampled: dict[str, list[SampledToken]] = {}
+        for chunk in plan.chunks:
+            logits_BV = self._prefill(chunk)
+            if chunk.last:
+                sampled |= self._sample([chunk.sequence], logits_BV)
+        if plan.decodes:
+            sampled |= self.advance(list(plan.decodes))
+        return sampled
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run every kind of step once, so that nothing compiles or allocates for a request.
+
+        Two lengths and two sizes are enough for a compiler to learn that they vary. Rows that are slots 0, 1, ... take
+        a path of their own (`slots_B` None), so every size runs both in and out of slot order.
+        """
+        last, ends = self.cache.slots - 1, (self.lengths[0], self.lengths[-1])
+        blocks = [1 + k for k in self.speculator.controller.counts] if self.speculator else []
+        for rows, size in itertools.product(self.rows, [1, *blocks]):
+            for slots, length in itertools.product((list(range(rows)), [last] * rows), ends):
+                self.forward(self.decode, [[]] * rows, [0] * rows, slots, size=size, length=length, every=size > 1)
+        for size in self.chunks:
+            for slot, length in itertools.product((0, last), ends):
+                self.forward(self.prefill, [[]], [0], [slot], size=size, length=length)
+        if self.speculator:
+            for rows in self.rows:
+                self.speculator.measure(self.advance, rows)
+
+    def _prefill(self, chunk: Chunk) -> Tensor:
+        sequence, count = chunk.sequence, chunk.count
+        tokens = sequence.tokens(sequence.computed, sequence.computed + count)
+        size = bucket_of(self.chunks, count)
+        return self.forward(self.prefill, [tokens], [sequence.computed], [sequence.slot], size=size)
+
+    def advance(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
+        """One token for each sequence, and before it the proposals that stood."""
+        started = time.perf_counter()
+        proposal = self.speculator.propose(sequences) if self.speculator else None
+        if self.speculator is None or proposal is None:
+            sampled = self._sample(sequences, *self._decode(sequences))
+        else:
+            found = self._score(sequences, self._block(sequences, proposal))
+            sampled = self._verify(sequences, *found, proposal, self.speculator)
+        if self.speculator:
+            accepted = [len(sampled[s.id]) - 1 for s in sequences]
+            self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
+        return sampled
+
+    def chunk_beside(self, decodes: list[Sequence]) -> int:
+        """How many prompt tokens the next step, which decodes these, should compute."""
+        return self.budget.tokens(len(decodes))
+
+    def learn(self, plan: StepPlan, sampled: dict[str, list[SampledToken]], seconds: float) -> None:
+        """How long the plan's streams waited for its tokens, or without a stream how long it took."""
+        burst = 1 if self.speculator else max((len(sampled[s.id]) for s in plan.decodes), default=1)
+        prompt_tokens = sum(chunk.count for chunk in plan.chunks)
+        self.budget.learn(prompt_tokens=prompt_tokens, decodes=len(plan.decodes), seconds=seconds / burst)
+
+    def run_ahead(self, sequences: list[Sequence]) -> None:
+        """These alone run next, unless one is aborted or a request comes: a runner may begin meanwhile
+        (overlap_runner.py)."""
+
+    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
+        """The logits after each sequence's last token [B, V], and where known their argmax [B]."""
+        last = [[s.output[-1]] for s in sequences]
+        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+        return self.forward(self.decode, last, starts, slots, size=1), None
+
+    def _block(self, sequences: list[Sequence], proposal: Proposal) -> dict[str, Any]:
+        """Arguments of the Forward of each sequence's last token and its proposals."""
+        counts = self.speculator.controller.counts if self.speculator else []
+        size = 1 + bucket_of([0, *counts], proposal.draft_BK.shape[1])
+        tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
+        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+        return self._inputs(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
+
+    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The logits of every token [B, S, V], and where known their argmax [B, S]."""
+        return self.decode(**block), None
+
+    def forward(
+        self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Run rows that start at their own positions, padded to one shape.
+
+        Args:
+            size: tokens of the padded row; length: cached positions to read, None: the bucket that holds all rows.
+            fed_BK: tokens on the device that replace each row's from its second on, or all of a row of one.
+        Returns:
+            logits of each row's last token [B, V], or with `every` of all [B, S, V].
+        """
+        inputs = self._inputs(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
+        return forward(**inputs)[: len(tokens)]
+
+    def _inputs(
+        self, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Arguments of a Forward, padded to one shape; see `forward`."""
+        scratch, real = self.cache.scratch, len(tokens)
+        pad = bucket_of(self.rows, real) - real
+        if length is None:
+            ends = (start + len(row) for row, start in zip(tokens, starts, strict=True) if row)
+            length = bucket_of(self.lengths, max(ends))
+        tokens_BS = self._tensor([row + [0] * (size - len(row)) for row in tokens] + [[0] * size] * pad)
+        if fed_BK is not None:
+            first = min(1, size - fed_BK.shape[1])
+            tokens_BS[:real, first : first + fed_BK.shape[1]] = fed_BK
+        positions_BS = [
+            [start + i if i < len(row) else scratch for i in range(size)]
+            for row, start in zip(tokens, starts, strict=True)
+        ] + [[scratch] * size] * pad
+        slots_B = slots + [slots[0]] * pad
+        in_order = slots == list(range(real))
+        select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
+        return {
+            "tokens_BS": tokens_BS, "positions_BS": self._tensor(positions_BS), "cache": self.cache, "length": length,
+            "slots_B": None if in_order else self._tensor(slots_B), "select_B": select_B,
+        }  # fmt: skip
+
+    def _tensor(self, values: list) -> Tensor:
+        return on_device(values, self.device)
+
+    def _sample(
+        self, sequences: list[Sequence], logits_BV: Tensor, best_B: Tensor | None = None
+    ) -> dict[str, list[SampledToken]]:
+        """One token a sequence, keyed to the position it will take. best_B: the logits' argmax, where known."""
+        edited_BV = self._edit(sequences, logits_BV)
+        params = sampling_tensors([s.params for s in sequences], self.device)
+        if params is None and best_B is not None and edited_BV is logits_BV:
+            tokens = best_B.tolist()
+        else:
+            uniform_B = None if params is None else uniform(*draws_of(sequences, self.device))
+            tokens = sample(edited_BV, params, uniform_B).tolist()
+        return {
+            s.id: [SampledToken(token, top_logprobs(logits_V, token, s.params.logprobs))]
+            for s, token, logits_V in zip(sequences, tokens, logits_BV, strict=True)
+        }
+
+    def _verify(
+        self, sequences: list[Sequence], logits_BSV: Tensor, best_BS: Tensor | None, proposal: Proposal,
+        speculator: Speculator,
+    ) -> dict[str, list[SampledToken]]:  # fmt: skip
+        """Each row's proposals that stand, and the token after them. best_BS: the logits' argmax, where known."""
+        rows, scored = len(sequences), proposal.draft_BK.shape[1] + 1
+        edited_BSV = logits_BSV = logits_BSV[:rows, :scored]
+        best_BS = None if best_BS is None else best_BS[:rows, :scored]
+        if any(needs_edit(s.params, len(s.output)) for s in sequences):  # such rows have no proposals
+            first_BV = self._edit(sequences, logits_BSV[:, 0])
+            edited_BSV, best_BS = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1), None
+        params = sampling_tensors([s.params for s in sequences], self.device)
+        draws = draws_of(sequences, self.device)
+        verdict = judge(edited_BSV, params, proposal, draws, speculator.verify, best_BS)
+        sampled = {}
+        packed = torch.cat((verdict.accepted_B[:, None], verdict.next_B[:, None], proposal.draft_BK), 1).tolist()
+        for s, logits_SV, (accepted, following, *draft) in zip(sequences, logits_BSV, packed, strict=True):
+            tokens = [*draft[:accepted], following]
+            sampled[s.id] = [
+                SampledToken(token, top_logprobs(logits_SV[i], token, s.params.logprobs))
+                for i, token in enumerate(tokens)
+            ]
+        return sampled
+
+    def _edit(self, sequences: list[Sequence], logits_BV: Tensor) -> Tensor:
+        """Logits with the rows' penalties, biases and bans."""
+        if not any(needs_edit(s.params, len(s.output)) for s in sequences):
+            return logits_BV
+        rows = [
+            edit_logits(row_V, s.params, prompt=s.prompt, output=s.output, eos_ids=self.eos_ids)
+            if needs_edit(s.params, len(s.output))
+            else row_V
+            for s, row_V in zip(sequences, logits_BV, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:
+    """The chosen token's log-probability and the `best` highest, of the model's own distribution; () for None."""
+    if best is None or token == NO_TOKEN:
+        return ()
+    logprobs_V = logits_V.log_softmax(-1)
+    values, ids = logprobs_V.topk(best)
+    return ((token, float(logprobs_V[token])), *zip(ids.tolist(), values.tolist(), strict=True))

@@ -1,0 +1,162 @@
+"""How a loaded model is run: on fused kernels, compiled or on plain operators, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from gpt_fast.config import ConfigError, EngineConfig
+from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.ranks import LockstepRunner
+from gpt_fast.engine.runner import Forward, Runner
+from gpt_fast.load.checkpoint import Loaded
+from gpt_fast.load.sizes import cache_dtype, torch_dtype
+from gpt_fast.model.parallel import is_sharded
+from gpt_fast.model.transformer import Transformer
+from gpt_fast.ops.linear_compiled import for_one_token
+from gpt_fast.quantize.linear import Quantized
+
+SHARDED = "tensor parallel: a fused kernel runs whole layers, inside which it cannot sum over ranks"
+
+
+class ModelPath(NamedTuple):
+    """How the model is run: its decode and prefill forwards, and their name for the log.
+
+    torch_threads: for PyTorch's own operators beside it. Fused kernels have threads of their own, and PyTorch's
+    would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
+    warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
+    every shape would only take minutes.
+    runner: makes the Runner that suits it.
+    greedy_saves: bytes of weights that a greedy step of few rows leaves out.
+    tuning: what was chosen for this processor, and how; "" where there is no choice.
+    """
+
+    name: str
+    decode: Forward
+    prefill: Forward
+    torch_threads: int
+    warm_up: bool = True
+    runner: Callable[..., Runner] = Runner
+    greedy_saves: int = 0
+    tuning: str = ""
+
+
+def choose_path(
+    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None
+) -> ModelPath:
+    """The fastest path that computes what was asked for; its name says why where it is not the fused one.
+
+    compile, compile_prefill: on a GPU they are about what the fused kernels leave to PyTorch's operators, on a CPU they
+    take the fused path's place. A GPU that has no fused kernels decodes compiled, asked for or not. A draft runs
+    `beside` its target, on the same threads.
+    """
+    model = loaded.model
+    device, asked = model.norm.weight.device, config.compile or config.compile_prefill
+    if is_sharded(model):
+        return sharded_path(config, model, threads)
+    if asked and device.type == "cpu":
+        return compiled_path(config, model, threads)
+    path = fused_path(config, loaded, threads, beside=beside)
+    if isinstance(path, ModelPath):
+        return path
+    if asked or (config.kernels == "auto" and compiles_unasked(model, device)):
+        path_config = config if asked else dataclasses.replace(config, compile=True)
+        compiled = compiled_path(path_config, model, threads)
+        return compiled._replace(name=f"{compiled.name} ({path})")
+    prepare_modules(model)
+    return ModelPath(f"plain ({path})", model, model, threads, warm_up=False)
+
+
+def sharded_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
+    if config.compile or config.compile_prefill:
+        raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
+    prepare_modules(model)
+    return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, runner=LockstepRunner)
+
+
+def compiles_unasked(model: Transformer, device: torch.device) -> bool:
+    """Whether torch.compile can stand in for the fused kernels: on CUDA and ROCm, where it needs Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
+
+
+def fused_path(
+    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None
+) -> ModelPath | str:
+    """The model on its device's fused kernels, or why it stays on the plain path.
+
+    float32 stays plain: it is the reference, and the fused kernels round activations.
+    """
+    if is_sharded(loaded.model):
+        return SHARDED
+    if config.kernels == "plain":
+        return "kernels: plain"
+    if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:
+        return "float32 and float16 have no fused path"
+    if cache_dtype(config, loaded) == torch.float16:
+        return "a float16 KV cache has no fused path"
+    if loaded.model.norm.weight.device.type != "cpu":
+        return gpu_path(config, loaded.model, threads)
+    from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
+
+    if reason := unsupported(loaded.model):
+        return reason
+    weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
+    pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
+    try:
+        fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
+    except BuildError as error:
+        return str(error)
+    return ModelPath(
+        "fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner, greedy_saves=fused.greedy_saves,
+        tuning=str(fused.tuned),
+    )
+
+
+def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
+    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators, compiled if so asked; or why not."""
+    from gpt_fast.engine.graph_runner import BurstRunner
+    from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
+
+    if reason := unavailable(model.norm.weight.device) or unsupported(model):
+        return reason
+    if torch_dtype(config.kv_cache) not in (None, model.norm.weight.dtype, torch.int8):
+        return f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type and int8"
+    try:
+        fused = GpuDecoder(model)
+    except ValueError as error:
+        return str(error)
+    name = "fused GPU decoder"
+    if config.compile_prefill:
+        fused.prefill, name = compiled_path(config, model, threads).prefill, f"{name}, compiled prefill"
+    prepare_modules(model)
+    runner = Runner if config.proposers else partial(BurstRunner, decoder=fused)
+    return ModelPath(name, fused, fused, threads, runner=runner)
+
+
+def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
+    if model.config.n_expert:
+        raise ConfigError("compile", "a mixture of experts is not compiled: which experts run depends on the token")
+    prepare_modules(model)
+    if config.compile and model.norm.weight.device.type == "cpu":
+        for_one_token(model)
+    # Decode and prefill share one code object; each takes a few graphs for its kinds of shapes.
+    torch._dynamo.config.recompile_limit = 64
+    compiled: Forward = torch.compile(model, fullgraph=True)
+    return ModelPath(
+        "compiled decode" + (" and prefill" if config.compile_prefill else ""),
+        compiled if config.compile else model,
+        compiled if config.compile_prefill else model,
+        threads,
+    )
+
+
+def prepare_modules(model: Transformer) -> None:
+    """Let quantized modules choose their op for this device."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.pack()

@@ -1,0 +1,97 @@
+"""Prompt lookup: n-grams of the sequence itself propose what followed them last time.
+
+Shapes: B rows, K proposals of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from gpt_fast.request import PrefixCopy, Sequence
+from gpt_fast.speculative.proposer import Offer
+from gpt_fast.speculative.verify import Proposal, on_device
+
+
+class NGramIndex:
+    """A sequence's tokens and where each token and each pair of neighbours ended; grows in O(1) a token.
+
+    pairs[pair] is the newest end of a pair and before[end] the one before it (0: none): plain integers, which give
+    the garbage collector nothing to look through.
+    """
+
+    LOOKED_AT = 16  # candidates, most recent first
+    LONGEST = 32  # a longer match says no more
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.pairs: dict[int, int] = {}
+        self.before: list[int] = [0, 0]
+        self.singles: dict[int, int] = {}
+        self.single = 0  # where the last token ended the time before; 0: it is new
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            end = len(self.tokens)
+            self.single = self.singles.get(token, 0)
+            self.singles[token] = end
+            if end > 1:
+                pair = self.tokens[-2] << 32 | token
+                self.before.append(self.pairs.get(pair, 0))
+                self.pairs[pair] = end
+
+    def propose(self, count: int) -> tuple[list[int], int]:
+        """What followed the most recent of the longest matches of the end of the sequence, and the match's length.
+
+        A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last token is new.
+        """
+        best, length = self.single, int(self.single > 0)
+        end = self.before[len(self.tokens)] if best else 0
+        for _ in range(self.LOOKED_AT):
+            if not end or length == self.LONGEST:
+                break
+            if (matched := self._matched(end)) > length:
+                best, length = end, matched
+            end = self.before[end]
+        period = len(self.tokens) - best
+        return [self.tokens[best + i % period] for i in range(count)] if best else [], length
+
+    def _matched(self, end: int) -> int:
+        length = 2
+        while length < min(self.LONGEST, end) and self.tokens[end - length - 1] == self.tokens[-length - 1]:
+            length += 1
+        return length
+
+
+class NGramProposer:
+    """Prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding): what followed last time follows again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.indices: dict[Sequence, NGramIndex] = {}
+        self.found: list[list[int]] = []
+
+    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+        # Every decoding sequence is in every step, so one that is missing has ended.
+        self.indices = {s: self.indices.get(s) or NGramIndex() for s in sequences}
+        offers, self.found = [], []
+        for sequence, limit in zip(sequences, limits, strict=True):
+            index = self.indices[sequence]
+            index.extend(sequence.tokens(len(index.tokens), sequence.length))
+            tokens, length = index.propose(limit)
+            self.found.append(tokens)
+            # Lengths 1, 2-3, 4-7, 8-15, ...
+            offers.append(Offer(len(tokens), kind=length.bit_length(), then=(length + 1).bit_length()))
+        return offers
+
+    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+        K = max(counts)
+        rows = [tokens[:count] + [0] * (K - count) for tokens, count in zip(self.found, counts, strict=True)]
+        return Proposal(on_device(rows, self.device), list(counts))
+
+    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None: ...
+
+    def copied(self, copy: PrefixCopy) -> None: ...
