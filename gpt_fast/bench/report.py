@@ -10,10 +10,10 @@ from typing import Any
 
 from gpt_fast.bench.rounds import Results
 from gpt_fast.bench.sample import Description
+from gpt_fast.bench.summary import ratio, summarize
 from gpt_fast.measure.picture import picture
-from gpt_fast.measure.stats import ratio, summarize
 
-# Column -> (heading, figure of stats.summarize, format).
+# Column -> (heading, figure of summary.summarize, format).
 COLUMNS = (
     ("TTFT ms", "ttft_ms", ".1f"),
     ("prefill t/s", "prefill_tokens_per_s", ".0f"),

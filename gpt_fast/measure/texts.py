@@ -12,8 +12,6 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_fast.quantize.scheme import QuantizationError
-
 DEFAULT_SHA256 = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"  # Python 3.11.7
 CALIBRATION_SHARE = 0.7
 
@@ -46,7 +44,7 @@ def file_text(path: Path) -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise QuantizationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     return Text(content, path.name, sha256(content))
 
 
@@ -75,12 +73,12 @@ def split(content: str) -> tuple[str, str]:
 def windows(tokens: list[int], *, length: int, limit: int, prefix: list[int]) -> list[list[int]]:
     """At most `limit` windows of `length` tokens, evenly spread over the text, each beginning with `prefix` (BOS).
 
-    QuantizationError when the text is shorter than one window.
+    ValueError when the text is shorter than one window.
     """
     fresh = length - len(prefix)
     count = len(tokens) // fresh if fresh > 0 else 0
     if count == 0:
-        raise QuantizationError(f"the text has {len(tokens)} tokens, fewer than one window of {length}")
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}")
     chosen = min(limit, count)
     starts = [i * count // chosen * fresh for i in range(chosen)]
     return [prefix + tokens[start : start + fresh] for start in starts]

@@ -27,10 +27,11 @@ from gpt_fast.bench.recorder import Recorder, record
 from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import interleave
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
+from gpt_fast.bench.summary import ratio, summarize
 from gpt_fast.checkpoint.quality_gate import report_path, weights_sha256, write_report
 from gpt_fast.measure import machine
 from gpt_fast.measure.machine import CpuMeter, Reading, foreign_share, foreign_shares
-from gpt_fast.measure.stats import percentile, ratio, summarize
+from gpt_fast.measure.stats import percentile
 from gpt_fast.ops.cpu import build
 from support.echo_target import Echo
 from support.paths import ROOT

@@ -12,20 +12,17 @@ from support.paths import ROOT
 
 PACKAGE = ROOT / "gpt_fast"
 
-# From the bottom up. A name stands for a module or a package (the longest match counts); a module may import its own
-# layer and those below.
-LAYERS = [
-    {"config", "request", "sampling", "cli"},
-    {"checkpoint", "text", "measure"},
-    {"model"},
-    {"ops"},
-    {"quantize", "speculative"},
-    {"engine"},
-    {"load"},
-    {"convert", "llm"},
-    {"serve", "generate", "bench", "eval", "draft", "quantize.__main__", "measure.stats", "measure.texts"},
-    {"handler"},
-]
+COMMANDS = "__main__"
+# From the bottom up: the modules of the package's root, and its packages. Each may import itself and those before it;
+# a package's __main__ is a command, and stands with the commands.
+LAYERS = (
+    "config", "request", "sampling", "cli",
+    "checkpoint", "text", "measure",
+    "model", "ops", "quantize", "speculative", "engine",
+    "load", "convert", "llm",
+    "serve", "generate", "bench", "draft", "eval", COMMANDS,
+    "handler",
+)  # fmt: skip
 CORE = (
     "config", "request", "model.transformer", "model.rope", "model.attention", "model.cache", "model.parallel",
     "sampling", "engine.scheduler", "speculative.verify", "engine.runner", "engine.core",
@@ -72,13 +69,10 @@ def own_imports(name):
 
 
 def layer(name):
-    """The deepest match of the module's name or of a package it lies in."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        for index, members in enumerate(LAYERS):
-            if ".".join(parts[:length]) in members:
-                return index
-    raise AssertionError(f"gpt_fast/{name} belongs to no layer: name it in tests/project/test_architecture.py")
+    """The module's place in LAYERS, by its package."""
+    top = COMMANDS if name.endswith(COMMANDS) else name.split(".")[0]
+    assert top in LAYERS, f"gpt_fast/{name} belongs to no layer: name it in tests/project/test_architecture.py"
+    return LAYERS.index(top)
 
 
 def tops(name):

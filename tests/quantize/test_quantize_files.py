@@ -366,16 +366,16 @@ def test_windows_are_spread_and_begin_with_the_prefix():
     rows = windows(list(range(100)), length=11, limit=5, prefix=[-1])
     assert [row[:2] for row in rows] == [[-1, 0], [-1, 20], [-1, 40], [-1, 60], [-1, 80]]
     assert all(len(row) == 11 for row in rows)
-    with pytest.raises(QuantizationError, match="the text has 5 tokens, fewer than one window of 11"):
+    with pytest.raises(ValueError, match="the text has 5 tokens, fewer than one window of 11"):
         windows([1] * 5, length=11, limit=1, prefix=[])
 
 
 def test_a_text_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "text"
-    with pytest.raises(QuantizationError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
         file_text(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(QuantizationError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
         file_text(path)
 
 
