@@ -17,9 +17,9 @@ COMMANDS = "__main__"
 # a package's __main__ is a command, and stands with the commands.
 LAYERS = (
     "config", "request", "sampling", "cli",
-    "checkpoint", "text", "measure",
+    "checkpoint", "text",
     "model", "ops", "quantize", "speculative", "engine",
-    "load", "convert", "llm",
+    "load", "convert", "llm", "measure",
     "serve", "generate", "bench", "draft", "eval", COMMANDS,
     "handler",
 )  # fmt: skip
