@@ -399,10 +399,10 @@ def test_library_is_built_once_even_by_two_processes(tmp_path: Path) -> None:
     code = "from gpt_fast.ops.cpu.structs import load_library; load_library()"
     env = os.environ | {"GPT_FAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for process in [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]:
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=600) == 0  # two compilers at once, perhaps on a busy machine
     (library,) = tmp_path.iterdir()
     before = library.stat().st_mtime_ns
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=600)
     assert library.stat().st_mtime_ns == before
 
 
@@ -440,6 +440,6 @@ def test_processor_choice() -> None:
 
 def test_sanitizers_find_nothing() -> None:
     done = subprocess.run([sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True,
-                          timeout=300)
+                          timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count(": fine") == 2 * (12 + 8)  # formats by caches, pools
