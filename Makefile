@@ -60,6 +60,7 @@ build/downloads/.test-files: .venv/.installed-serve
 
 lint: .venv/.installed-test ## ruff and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 lock: .venv/.installed-test ## Resolve every extra again into requirements.lock

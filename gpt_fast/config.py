@@ -90,19 +90,32 @@ class ModelConfig:
         return 2 * self.n_layer * self.kv_dim * bytes_per_element
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "head_dim", "intermediate_size",
-                     "max_position"):
+        for name in (
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "dim",
+            "head_dim",
+            "intermediate_size",
+            "max_position",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(name, "must be a positive whole number", got=value)
         if self.n_head % self.n_kv_head:
             raise ConfigError("n_kv_head", f"must divide n_head={self.n_head}", got=self.n_kv_head)
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ConfigError("rope_dim", "must be even and within head_dim", got=self.rotary_dim,
-                              allowed=f"2..{self.head_dim}")
+            raise ConfigError(
+                "rope_dim", "must be even and within head_dim", got=self.rotary_dim, allowed=f"2..{self.head_dim}"
+            )
         if self.n_expert and not 1 <= self.n_expert_per_token <= self.n_expert:
-            raise ConfigError("n_expert_per_token", "must be within the experts",
-                              got=self.n_expert_per_token, allowed=f"1..{self.n_expert}")
+            raise ConfigError(
+                "n_expert_per_token",
+                "must be within the experts",
+                got=self.n_expert_per_token,
+                allowed=f"1..{self.n_expert}",
+            )
 
 
 # ------------------------------------------------------------------------------------- the service
@@ -260,8 +273,12 @@ class SamplingParams:
 
     def _check_stop(self) -> None:
         if not isinstance(self.stop_token_ids, tuple | list) or len(self.stop_token_ids) > self.MAX_STOP_TOKENS:
-            raise ConfigError("stop_token_ids", "must be a list of token ids", got=self.stop_token_ids,
-                              allowed=f"at most {self.MAX_STOP_TOKENS}")
+            raise ConfigError(
+                "stop_token_ids",
+                "must be a list of token ids",
+                got=self.stop_token_ids,
+                allowed=f"at most {self.MAX_STOP_TOKENS}",
+            )
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0, (1 << 31) - 1)
         if not isinstance(self.stop, tuple | list):
@@ -270,8 +287,9 @@ class SamplingParams:
             raise ConfigError("stop", "too many stop strings", got=len(self.stop), allowed=f"at most {self.MAX_STOP}")
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= self.MAX_STOP_CHARS:
-                raise ConfigError("stop", "each must be a non-empty string", got=text,
-                                  allowed=f"1..{self.MAX_STOP_CHARS} characters")
+                raise ConfigError(
+                    "stop", "each must be a non-empty string", got=text, allowed=f"1..{self.MAX_STOP_CHARS} characters"
+                )
 
 
 def check_int(key: str, value: object, low: int, high: int) -> None:

@@ -1,7 +1,7 @@
 """python -m gpt_fast.generate: gpt-fast's command line over the engine.
 
-    python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
-    python -m gpt_fast.generate --checkpoint_path DIR --interactive
+python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
+python -m gpt_fast.generate --checkpoint_path DIR --interactive
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Engine: text in, text out, over one checkpoint. The library's front door; the TorchServe package uses it too.
 
-    from gpt_fast import Engine
-    engine = Engine.load("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
-    for text in engine.stream("The capital of France is", max_new_tokens=32):
-        print(text, end="", flush=True)
+from gpt_fast import Engine
+engine = Engine.load("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
+for text in engine.stream("The capital of France is", max_new_tokens=32):
+    print(text, end="", flush=True)
 """
 
 from __future__ import annotations

@@ -46,10 +46,14 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
     rows = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]
     temperature_B, top_k_B, top_p_B, min_p_B = on_device(rows, device, torch.float64).unbind(-1)
     return SamplingTensors(
-        temperature_B.float(), top_k_B.long(), top_p_B.float(), min_p_B.float(),
-        most_k=max(p.top_k for p in params), by_p=any(p.top_p < 1 and not p.top_k for p in params),
+        temperature_B.float(),
+        top_k_B.long(),
+        top_p_B.float(),
+        min_p_B.float(),
+        most_k=max(p.top_k for p in params),
+        by_p=any(p.top_p < 1 and not p.top_k for p in params),
         by_min=any(p.min_p for p in params),
-    )  # fmt: skip
+    )
 
 
 def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -110,14 +110,21 @@ def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (streams, name), theirs in rates.items():
         if name != OURS:
             each = [a / b for a, b in zip(rates[streams, OURS], theirs, strict=True) if b > 0]
-            found.append({"streams": streams, "peer": name, "output_throughput_ratio": {
-                "median": percentile(each, 50), "rounds": each}})  # fmt: skip
+            found.append(
+                {
+                    "streams": streams,
+                    "peer": name,
+                    "output_throughput_ratio": {"median": percentile(each, 50), "rounds": each},
+                }
+            )
     return found
 
 
-HEADING = f"{'server':<14} {'streams':>7} {'requests':>8} {'tokens/s':>9}" + "".join(
-    f" {name + ' p50 ms':>12} {'p99':>8}" for name in ("TTFT", "TPOT", "ITL", "E2EL")
-) + f" {'failed':>7} {'differ':>7} {'mixed up':>8} {'foreign':>8}   CPU by process"  # fmt: skip
+HEADING = (
+    f"{'server':<14} {'streams':>7} {'requests':>8} {'tokens/s':>9}"
+    + "".join(f" {name + ' p50 ms':>12} {'p99':>8}" for name in ("TTFT", "TPOT", "ITL", "E2EL"))
+    + f" {'failed':>7} {'differ':>7} {'mixed up':>8} {'foreign':>8}   CPU by process"
+)
 
 
 def line(figures: dict[str, Any]) -> str:

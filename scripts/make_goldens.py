@@ -28,7 +28,7 @@ def prompts() -> dict[str, str]:
         "short": "The capital of France is",
         "chat": "<|im_start|>user\nWrite a haiku about the sea.<|im_end|>\n<|im_start|>assistant\n",
         "story": "Once upon a time, in a village between two rivers, there lived an old clockmaker who",
-        "code": "def fibonacci(n: int) -> int:\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
+        "code": 'def fibonacci(n: int) -> int:\n    """Return the n-th Fibonacci number."""\n',
         "chinese": "从前有一座山，山上有一座庙，庙里有一个老和尚在讲故事。他说：",
         "emoji": "Translate to words: 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 means",
         "manual-400": manual[:1800],

@@ -52,8 +52,11 @@ def test_model_derived_sizes():
 
 
 ENGINE_LIMITS = {
-    "max_seq_len": (0, 1 << 22), "max_num_seqs": (1, 256), "prefill_chunk": (16, 8192), "threads": (0, 1024),
-}  # fmt: skip
+    "max_seq_len": (0, 1 << 22),
+    "max_num_seqs": (1, 256),
+    "prefill_chunk": (16, 8192),
+    "threads": (0, 1024),
+}
 
 
 @pytest.mark.parametrize("key", ENGINE_LIMITS)
@@ -68,10 +71,21 @@ def test_engine_numbers(key):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("dtype", "int8"), ("dtype", None), ("dtype", []), ("compile", 1), ("compile_prefill", "yes"),
-     ("checkpoint_path", ""), ("checkpoint_path", None), ("device", ""), ("device", 0),
-     ("kv_cache_gib", -1), ("kv_cache_gib", "1"), ("kv_cache_gib", float("nan"))],
-)  # fmt: skip
+    [
+        ("dtype", "int8"),
+        ("dtype", None),
+        ("dtype", []),
+        ("compile", 1),
+        ("compile_prefill", "yes"),
+        ("checkpoint_path", ""),
+        ("checkpoint_path", None),
+        ("device", ""),
+        ("device", 0),
+        ("kv_cache_gib", -1),
+        ("kv_cache_gib", "1"),
+        ("kv_cache_gib", float("nan")),
+    ],
+)
 def test_engine_values(key, value):
     assert problem(EngineConfig, **{"checkpoint_path": "x", key: value}).startswith(f"{key}: ")
 
@@ -139,10 +153,16 @@ def test_ignore_eos(value):
     assert problem(SamplingParams, ignore_eos=value).startswith("ignore_eos: ")
 
 
-@pytest.mark.parametrize(("wanted", "device", "spare", "interval"), [
-    (None, "cpu", 0, 0.1), (None, "cpu", 1, 0.02), (None, "cuda:0", 0, 0.02),
-    (0.0, "cpu", 0, 0.0), (0.3, "cpu", 1, 0.3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "device", "spare", "interval"),
+    [
+        (None, "cpu", 0, 0.1),
+        (None, "cpu", 1, 0.02),
+        (None, "cuda:0", 0, 0.02),
+        (0.0, "cpu", 0, 0.0),
+        (0.3, "cpu", 1, 0.3),
+    ],
+)
 def test_chunks_of_a_stream_leave_the_engine_its_cores(wanted, device, spare, interval):
     from gpt_fast.serve.startup import available_cores, chunk_interval
 

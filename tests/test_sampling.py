@@ -314,8 +314,9 @@ def test_repetition_penalty_equals_transformers(logits, prompt, output, penalty)
 
 @given(
     output=st.lists(st.integers(0, 5), max_size=20),
-    presence=st.floats(-2, 2, width=32), frequency=st.floats(-2, 2, width=32),
-)  # fmt: skip
+    presence=st.floats(-2, 2, width=32),
+    frequency=st.floats(-2, 2, width=32),
+)
 def test_presence_and_frequency_are_openais_formula(output, presence, frequency):
     """mu[j] -> mu[j] - c[j] * frequency - (c[j] > 0) * presence, with c counted over the answer only."""
     logits = [0.1, -2.0, 3.0, 0.0, 7.0, -1.0]

@@ -111,8 +111,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     vocabulary, kv_elements = model_facts(args.checkpoint_path)
     cases = [
         Case(prompt_len, args.max_new_tokens, rows, vocabulary=vocabulary, temperature=args.temperature)
-        for prompt_len in args.prompt_len for rows in args.batch_size
-    ]  # fmt: skip
+        for prompt_len in args.prompt_len
+        for rows in args.batch_size
+    ]
     with ExitStack() as stack:
         notes: list[str] = []
         makers = factories(args, threads, kv_elements)

@@ -104,8 +104,13 @@ async def post(url: str, body: Mapping[str, Any], token: str = "") -> AsyncItera
     reader, writer = await asyncio.open_connection(host, port)
     try:
         data = json.dumps(body).encode()
-        headers = [f"POST {parts.path or '/'} HTTP/1.1", f"Host: {host}:{port}", "Content-Type: application/json",
-                   f"Content-Length: {len(data)}", "Connection: close"]  # fmt: skip
+        headers = [
+            f"POST {parts.path or '/'} HTTP/1.1",
+            f"Host: {host}:{port}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(data)}",
+            "Connection: close",
+        ]
         if token:
             headers.append(f"Authorization: Bearer {token}")
         writer.write("\r\n".join([*headers, "", ""]).encode("latin-1") + data)

@@ -83,8 +83,13 @@ def check(outcomes: Sequence[Outcome], oracle: Mapping[Prompt, str]) -> dict[str
         problem = failed[0].answer.error
     elif wrong:
         problem = f"got {wrong[0].answer.text[:80]!r}, alone it was {oracle[wrong[0].prompt][:80]!r}"
-    return {"failed": len(failed), "mismatched": len(wrong), "mixed_up": mixed_up, "distinct_answers": len(texts),
-            "first_problem": problem}  # fmt: skip
+    return {
+        "failed": len(failed),
+        "mismatched": len(wrong),
+        "mixed_up": mixed_up,
+        "distinct_answers": len(texts),
+        "first_problem": problem,
+    }
 
 
 def metrics(outcomes: Sequence[Outcome], load: Load, duration: float) -> dict[str, Any]:

@@ -97,9 +97,11 @@ def figures(rounds: Sequence[Round], prompt_len: int) -> dict[str, Any]:
         for percent in (50, 90, 99)
     }
     return {
-        "prompt_len": prompt_len, "rounds": len(rounds), **gaps,
+        "prompt_len": prompt_len,
+        "rounds": len(rounds),
+        **gaps,
         "over_usual": statistics.median(during) / statistics.median(usual),
         "alone_s": statistics.median(taken.alone for taken in rounds),
         "beside_s": statistics.median(taken.beside for taken in rounds),
         "foreign_load": statistics.fmean(loads) if loads else None,
-    }  # fmt: skip
+    }

@@ -55,9 +55,14 @@ def build(
             if ours in samples and name != ours
         }
         cases.append(
-            {"prompt_len": prompt_len, "new_tokens": new_tokens, "batch_size": rows, "targets": figures,
-             "ratios": ratios}
-        )  # fmt: skip
+            {
+                "prompt_len": prompt_len,
+                "new_tokens": new_tokens,
+                "batch_size": rows,
+                "targets": figures,
+                "ratios": ratios,
+            }
+        )
     targets = {
         name: {"load_seconds": told.load_seconds, **processes.get(name, {}), **told.facts}
         for name, told in descriptions.items()
@@ -112,8 +117,11 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
     """ "" when nothing is known of the target's process, as of a server."""
     seconds = target.get("starts")
     several = f" ({min(seconds):.2f}..{max(seconds):.2f}, {len(seconds)} starts)" if seconds else ""
-    known = (("load_seconds", "load {:.2f} s"), ("start_seconds", f"start to first token {{:.2f}} s{several}"),
-             ("peak_rss_mb", "peak memory {:.0f} MB"))  # fmt: skip
+    known = (
+        ("load_seconds", "load {:.2f} s"),
+        ("start_seconds", f"start to first token {{:.2f}} s{several}"),
+        ("peak_rss_mb", "peak memory {:.0f} MB"),
+    )
     parts = [text.format(target[key]) for key, text in known if target.get(key) is not None]
     if "quality" in target:
         weights = target["dtype"] if target["quantization"] == "none" else target["quantization"]
@@ -140,8 +148,10 @@ def long_prompt_text(told: Mapping[str, Any]) -> str:
 def quality_text(quality: Mapping[str, Any] | str) -> str:
     if isinstance(quality, str):
         return quality
-    return f"perplexity {quality['perplexity']:.3f} (source {quality['perplexity_against']:.3f}), " \
-           f"KL {quality['mean_kl']:.4f}"  # fmt: skip
+    return (
+        f"perplexity {quality['perplexity']:.3f} (source {quality['perplexity_against']:.3f}), "
+        f"KL {quality['mean_kl']:.4f}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files

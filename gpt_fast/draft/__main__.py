@@ -121,9 +121,12 @@ def prompts_of(args: argparse.Namespace, engine: Engine) -> list[Prompt]:
 
 def verify(args: argparse.Namespace) -> bool:
     params = SamplingParams(
-        max_new_tokens=args.speculate_k + 3, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        max_new_tokens=args.speculate_k + 3,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
         ignore_eos=True,
-    )  # fmt: skip
+    )
     draft = next(iter(args.draft_checkpoint_path), None)
     engine = load(args, draft, slots=16)
     core, choice = engine.core, Choice("draft" if draft else "ngram", args.speculate_k)
@@ -153,9 +156,14 @@ def report(args: argparse.Namespace) -> bool:
             force_acceptance(engine.core, args.synthetic_acceptance)
             name, temperatures = f"{name} (synthetic acceptance {args.synthetic_acceptance:g})", [1.0]
         found = judge_draft(
-            engine.core, name, prompts_of(args, engine), batch_sizes=args.batch_sizes, temperatures=temperatures,
-            max_new_tokens=args.max_new_tokens, repeat=args.repeat,
-        )  # fmt: skip
+            engine.core,
+            name,
+            prompts_of(args, engine),
+            batch_sizes=args.batch_sizes,
+            temperatures=temperatures,
+            max_new_tokens=args.max_new_tokens,
+            repeat=args.repeat,
+        )
         print_report(found)
         reports.append(found)
         del engine
@@ -170,9 +178,14 @@ def speed(args: argparse.Namespace) -> bool:
     with draft_of(args) as draft:
         engine = load(args, draft, slots=args.batch_size, speculate="auto" if draft else "ngram")
     rounds = take_turns(
-        engine.core, variants(engine.core, args.speculate), prompts_of(args, engine), rows=args.batch_size,
-        temperatures=args.temperatures, max_new_tokens=args.max_new_tokens, repeat=args.repeat,
-    )  # fmt: skip
+        engine.core,
+        variants(engine.core, args.speculate),
+        prompts_of(args, engine),
+        rows=args.batch_size,
+        temperatures=args.temperatures,
+        max_new_tokens=args.max_new_tokens,
+        repeat=args.repeat,
+    )
     ratios = compare(rounds, limit=args.foreign_limit)
     if not ratios:
         raise ConfigError("foreign_limit", "other programs were busy in every pair of turns", got=args.foreign_limit)

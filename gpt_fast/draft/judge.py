@@ -82,24 +82,31 @@ def judge_draft(
     pooled, every = pool(runs), [p.tokens for p in prompts]
     context = min(round(statistics.fmean(map(len, every))) + max_new_tokens // 2, core.max_seq_len // 2)
     for batch_size in batch_sizes:
-        cost = measure_cost(core, arm, batch_size, counts, context=context, unread=mean_unread(every),
-                            temperature=temperatures[0])  # fmt: skip
+        cost = measure_cost(
+            core, arm, batch_size, counts, context=context, unread=mean_unread(every), temperature=temperatures[0]
+        )
         k = best_k(pooled, cost)
         plain: list[Run] = []
         spoken: list[Run] = []
         for _ in range(repeat):
             for turns, choice in ((plain, None), (spoken, Choice(arm, k))):
-                turns.append(answer(core, choice, fill(every, batch_size), temperatures[0], max_new_tokens,
-                                    together=batch_size))  # fmt: skip
+                turns.append(
+                    answer(core, choice, fill(every, batch_size), temperatures[0], max_new_tokens, together=batch_size)
+                )
         report.costs.append(cost)
         report.speeds.append(compare(pooled, cost, k, plain, spoken))
     return report
 
 
 def answer(
-    core: EngineCore, choice: Choice | None, tokens: Sequence[list[int]], temperature: float, max_new_tokens: int,
-    *, together: int = 0,
-) -> Run:  # fmt: skip
+    core: EngineCore,
+    choice: Choice | None,
+    tokens: Sequence[list[int]],
+    temperature: float,
+    max_new_tokens: int,
+    *,
+    together: int = 0,
+) -> Run:
     """The slots empty at first, as if no such prompt had come before."""
     random.seed(0)  # unseeded requests draw their seeds here
     forget(core)

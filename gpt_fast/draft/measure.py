@@ -121,10 +121,12 @@ class Reader:
 
     def __init__(self, runner: Runner) -> None:
         cache = runner.cache
-        own = KVCache(cache.config, slots=1, max_seq_len=cache.max_seq_len, dtype=cache.k_LNHTD.dtype,
-                      device=cache.k_LNHTD.device)  # fmt: skip
-        self.runner = Runner(decode=runner.decode, prefill=runner.prefill, cache=own, eos_ids=(),
-                             prefill_chunk=runner.chunks[-1])  # fmt: skip
+        own = KVCache(
+            cache.config, slots=1, max_seq_len=cache.max_seq_len, dtype=cache.k_LNHTD.dtype, device=cache.k_LNHTD.device
+        )
+        self.runner = Runner(
+            decode=runner.decode, prefill=runner.prefill, cache=own, eos_ids=(), prefill_chunk=runner.chunks[-1]
+        )
 
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

@@ -75,5 +75,6 @@ def plot_acceptance(axes: Any, name: str, row: Acceptance, *, aside: float) -> N
     positions = [i + aside for i in range(1, len(row.rates) + 1)]
     errors = [[max(a - low, 0.0) for a, low, _ in row.rates], [max(high - a, 0.0) for a, _, high in row.rates]]
     label = f"{name} {row.category} T={row.temperature:g}"
-    axes.errorbar(positions, [a for a, _, _ in row.rates], yerr=errors, marker="o", capsize=2, elinewidth=0.8,
-                  label=label)  # fmt: skip
+    axes.errorbar(
+        positions, [a for a, _, _ in row.rates], yerr=errors, marker="o", capsize=2, elinewidth=0.8, label=label
+    )

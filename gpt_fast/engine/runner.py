@@ -196,9 +196,13 @@ class Runner:
         in_order = slots == list(range(real))
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
         return {
-            "tokens_BS": tokens_BS, "positions_BS": self._tensor(positions_BS), "cache": self.cache, "length": length,
-            "slots_B": None if in_order else self._tensor(slots_B), "select_B": select_B,
-        }  # fmt: skip
+            "tokens_BS": tokens_BS,
+            "positions_BS": self._tensor(positions_BS),
+            "cache": self.cache,
+            "length": length,
+            "slots_B": None if in_order else self._tensor(slots_B),
+            "select_B": select_B,
+        }
 
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)
@@ -220,9 +224,13 @@ class Runner:
         }
 
     def _verify(
-        self, sequences: list[Sequence], logits_BSV: Tensor, best_BS: Tensor | None, proposal: Proposal,
+        self,
+        sequences: list[Sequence],
+        logits_BSV: Tensor,
+        best_BS: Tensor | None,
+        proposal: Proposal,
         speculator: Speculator,
-    ) -> dict[str, list[SampledToken]]:  # fmt: skip
+    ) -> dict[str, list[SampledToken]]:
         """Each row's proposals that stand, and the token after them. best_BS: the logits' argmax, where known."""
         rows, scored = len(sequences), proposal.draft_BK.shape[1] + 1
         edited_BSV = logits_BSV = logits_BSV[:rows, :scored]

@@ -57,8 +57,13 @@ def parser() -> argparse.ArgumentParser:
     tasks = flags.add_argument_group("task scores, through lm-evaluation-harness")
     add = tasks.add_argument
     add("--checkpoint_path", help="a converted checkpoint's directory, or a weights file in it")
-    add("--tasks", nargs="+", default=["basics"], metavar="TASK",
-        help="the harness's tasks; basics, basics_generate, basics_perplexity (offline); a .yaml file")  # fmt: skip
+    add(
+        "--tasks",
+        nargs="+",
+        default=["basics"],
+        metavar="TASK",
+        help="the harness's tasks; basics, basics_generate, basics_perplexity (offline); a .yaml file",
+    )
     add("--limit", type=int, help="documents of each task; all unless said")
     add("--num_fewshot", type=int, help="worked examples before each question; the task's own number unless said")
     add("--max_seq_length", type=int, default=0, help="tokens of context; the model's own, at most 8192, unless said")

@@ -65,8 +65,9 @@ class EngineLM(TemplateLM):
         limit = self.max_length + 1
         longest = max((len(request[2]) for request in requests), default=1)
         if longest > self.max_length:
-            raise ConfigError("max_seq_len", "a continuation does not fit", got=longest,
-                              allowed=f"at most {self.max_length} tokens")  # fmt: skip
+            raise ConfigError(
+                "max_seq_len", "a continuation does not fit", got=longest, allowed=f"at most {self.max_length} tokens"
+            )
         rows = [((context + continuation)[-limit:], len(continuation)) for (_text, context, continuation) in requests]
         with tqdm(total=len(rows), desc="scoring", disable=disable_tqdm) as bar:
             scores = self.scorer.score(rows, done=bar.update)
@@ -94,8 +95,12 @@ class EngineLM(TemplateLM):
             sampling = sampling_params(arguments, seed=seed)
             room = self.engine.core.max_seq_len - sampling.max_new_tokens
             if room < 1:
-                raise ConfigError("max_gen_toks", "leaves no room for a context", got=sampling.max_new_tokens,
-                                  allowed=f"at most {self.engine.core.max_seq_len - 1}")  # fmt: skip
+                raise ConfigError(
+                    "max_gen_toks",
+                    "leaves no room for a context",
+                    got=sampling.max_new_tokens,
+                    allowed=f"at most {self.engine.core.max_seq_len - 1}",
+                )
             prompts.append(self.tok_encode(context)[-room:])
             params.append(sampling)
         return [answer.text for answer in self.engine.generate(prompts, params)]

@@ -175,5 +175,10 @@ def plot_tokens(axes: Any, report: Mapping[str, Any], tokens: TokenFigures) -> N
     kl = tokens.kl.sort().values
     share = 1 - torch.arange(len(kl)) / len(kl)
     axes.plot(kl.clamp(min=1e-8).tolist(), share.tolist())
-    axes.set(xscale="log", yscale="log", xlabel="KL (nats)", ylabel="share of tokens above",
-             title=f"mean {report['mean_kl']:.4f}, 99th percentile {report['p99_kl']:.4f}")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="KL (nats)",
+        ylabel="share of tokens above",
+        title=f"mean {report['mean_kl']:.4f}, 99th percentile {report['p99_kl']:.4f}",
+    )

@@ -139,17 +139,24 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     loaded = load_model(str(config.draft_checkpoint_path), device=device, dtype=config.dtype)
     vocabulary = cache.config.vocab_size
     if loaded.config.vocab_size != vocabulary:
-        raise ConfigError("draft_checkpoint_path", "the draft's vocabulary is not the target's",
-                          got=loaded.config.vocab_size, allowed=f"{vocabulary}, as the target's")  # fmt: skip
+        raise ConfigError(
+            "draft_checkpoint_path",
+            "the draft's vocabulary is not the target's",
+            got=loaded.config.vocab_size,
+            allowed=f"{vocabulary}, as the target's",
+        )
     max_seq_len = min(cache.max_seq_len, loaded.config.max_position)
     dtype = cache_dtype(config, loaded)
     draft_cache = build_cache(config, loaded.config, max_seq_len, dtype, device, beside=cache)
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, beside=target)
     runner = path.runner(
-        decode=path.decode, prefill=path.prefill, cache=draft_cache, eos_ids=loaded.config.eos_ids,
+        decode=path.decode,
+        prefill=path.prefill,
+        cache=draft_cache,
+        eos_ids=loaded.config.eos_ids,
         prefill_chunk=min(config.prefill_chunk, max_seq_len),
-    )  # fmt: skip
+    )
     if path.warm_up:
         runner.warm_up()
     huge_pages.populate(draft_cache.buffers())
@@ -171,5 +178,9 @@ def load_model(path: str, *, device: torch.device, dtype: str, group: Group | No
 
 def check_vocabulary(tokens: int, config: ModelConfig) -> None:
     if tokens > config.vocab_size:
-        raise ConfigError("tokenizer", "has more tokens than the model's embedding", got=tokens,
-                          allowed=f"at most {config.vocab_size}")  # fmt: skip
+        raise ConfigError(
+            "tokenizer",
+            "has more tokens than the model's embedding",
+            got=tokens,
+            allowed=f"at most {config.vocab_size}",
+        )

@@ -46,9 +46,7 @@ class ModelPath(NamedTuple):
     tuning: str = ""
 
 
-def choose_path(
-    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None
-) -> ModelPath:
+def choose_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None) -> ModelPath:
     """The fastest path that computes what was asked for; its name says why where it is not the fused one.
 
     compile, compile_prefill: on a GPU they are about what the fused kernels leave to PyTorch's operators, on a CPU they
@@ -84,9 +82,7 @@ def compiles_unasked(model: Transformer, device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
 
 
-def fused_path(
-    config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None
-) -> ModelPath | str:
+def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None) -> ModelPath | str:
     """The model on its device's fused kernels, or why it stays on the plain path.
 
     float32 stays plain: it is the reference, and the fused kernels round activations.
@@ -112,7 +108,12 @@ def fused_path(
     except BuildError as error:
         return str(error)
     return ModelPath(
-        "fused CPU decoder", fused, fused, torch_threads=1, runner=AheadRunner, greedy_saves=fused.greedy_saves,
+        "fused CPU decoder",
+        fused,
+        fused,
+        torch_threads=1,
+        runner=AheadRunner,
+        greedy_saves=fused.greedy_saves,
         tuning=str(fused.tuned),
     )
 

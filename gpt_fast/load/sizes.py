@@ -33,7 +33,7 @@ def cache_dtype(config: EngineConfig, loaded: Loaded) -> torch.dtype:
 
 
 def choose_device(name: str, group: Group | None = None) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Of a group's ranks on one machine each has a GPU of its own."""
+    """ "auto" is CUDA where there is one, else the CPU. Of a group's ranks on one machine each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and group is not None:
@@ -57,9 +57,14 @@ def choose_max_seq_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def build_cache(
-    config: EngineConfig, model: ModelConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device, *,
+    config: EngineConfig,
+    model: ModelConfig,
+    max_seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
     beside: KVCache | None = None,
-) -> KVCache:  # fmt: skip
+) -> KVCache:
     """Allocate the KV cache of as many slots as are configured, after checking that the machine has room.
 
     beside: a target's cache, whose draft gets as many slots. On a CPU it takes its memory only when it is written.

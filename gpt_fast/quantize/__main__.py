@@ -19,9 +19,14 @@ from gpt_fast.quantize.structure import MODES
 
 BUILT_IN = "topics"
 GPTQ_FLAGS = (
-    "calibration_tasks", "calibration_text", "calibration_limit", "calibration_seq_length", "percdamp", "blocksize",
+    "calibration_tasks",
+    "calibration_text",
+    "calibration_limit",
+    "calibration_seq_length",
+    "percdamp",
+    "blocksize",
     "act_order",
-)  # fmt: skip
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,8 +50,13 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
     gptq = flags.add_argument_group("int4-gptq")
     add = gptq.add_argument
-    add("--calibration_tasks", nargs="+", default=[BUILT_IN], metavar="TASK",
-        help=f"lm-evaluation-harness tasks, or {BUILT_IN}: the help texts of this Python (default)")  # fmt: skip
+    add(
+        "--calibration_tasks",
+        nargs="+",
+        default=[BUILT_IN],
+        metavar="TASK",
+        help=f"lm-evaluation-harness tasks, or {BUILT_IN}: the help texts of this Python (default)",
+    )
     add("--calibration_text", type=Path, help="a UTF-8 file to use instead")
     add("--calibration_limit", type=int, default=64, help="windows of text")
     add("--calibration_seq_length", type=int, default=512, help="tokens of a window")

@@ -61,9 +61,7 @@ class Mailbox:
 class Service:
     """Thread-safe front of an Engine. `start` it once; every other method may be called from any thread."""
 
-    def __init__(
-        self, engine: Engine, *, threads: int = 0, hung_after: float = 60.0, interval: float = 0.0
-    ) -> None:
+    def __init__(self, engine: Engine, *, threads: int = 0, hung_after: float = 60.0, interval: float = 0.0) -> None:
         self.engine = engine
         self.fatal: BaseException | None = None
         self._threads = threads

@@ -18,9 +18,13 @@ from gpt_fast.speculative.verify import ACCEPT, RESIDUAL, SAMPLE, Draws, Proposa
 
 
 def judge(
-    logits_BSV: Tensor, params: SamplingTensors | None, proposal: Proposal, draws: Draws,
-    verify: Callable = speculative.verify, best_BS: Tensor | None = None,
-) -> Verdict:  # fmt: skip
+    logits_BSV: Tensor,
+    params: SamplingTensors | None,
+    proposal: Proposal,
+    draws: Draws,
+    verify: Callable = speculative.verify,
+    best_BS: Tensor | None = None,
+) -> Verdict:
     """The verdict on a step's block; params as `sampling_tensors` gives them for the B rows. K = 0 is plain decode.
     best_BS: the logits' argmax where it is on the host, NO_TOKEN where none is finite."""
     if params is None and best_BS is not None:
@@ -62,9 +66,14 @@ def judge_in_turn(logits_BSV: Tensor, params: SamplingTensors, proposal: Proposa
 
 
 def judge_position(
-    logits_BSV: Tensor, params: SamplingTensors, proposal: Proposal, draws: Draws, live_L: Tensor, i: int,
+    logits_BSV: Tensor,
+    params: SamplingTensors,
+    proposal: Proposal,
+    draws: Draws,
+    live_L: Tensor,
+    i: int,
     more_L: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Which live rows' i-th proposal stands, and the token that ends the others' blocks; more_L: who has one."""
     logits_LV, own = logits_BSV[live_L, i], params.of(live_L)
     weight_LV = weights(logits_LV, own)

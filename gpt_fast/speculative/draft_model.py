@@ -41,9 +41,15 @@ class DraftRunner(Protocol):
     chunks: list[int]
 
     def forward(
-        self, forward: Callable, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
+        self,
+        forward: Callable,
+        tokens: list[list[int]],
+        starts: list[int],
+        slots: list[int],
+        *,
+        size: int,
         fed_BK: Tensor | None = None,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor: ...
 
 
 class DraftProposer:
@@ -82,9 +88,13 @@ class DraftProposer:
         known = [self._fed_from(s) for s in sequences]
         tokens = [s.tokens(at, s.length) for s, at in zip(sequences, known, strict=True)]
         return Chain(
-            start, self.runner.cache, tokens=tokens, starts=known, slots=[s.slot for s in sequences],
+            start,
+            self.runner.cache,
+            tokens=tokens,
+            starts=known,
+            slots=[s.slot for s in sequences],
             counts=self.counts,
-        )  # fmt: skip
+        )
 
     def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
         for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):
@@ -162,9 +172,13 @@ class DraftProposer:
             rows = [[0] if count > step else [] for count in counts] if step else first
             starts = [s.length + step - 1 for s in sequences] if step else known
             logits_BV = self.runner.forward(
-                self.runner.decode, rows, starts, slots, size=1 if step else size,
+                self.runner.decode,
+                rows,
+                starts,
+                slots,
+                size=1 if step else size,
                 fed_BK=drafts[-1][:, None] if step else None,
-            )  # fmt: skip
+            )
             weight_BV = None if params is None else weights(logits_BV, params)
             # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
             drafts.append(sample(logits_BV, params, uniform_BK[:, step], weight_BV).clamp(min=0))

@@ -69,9 +69,13 @@ class Speculator:
     GAP = 0.25  # plain steps: the host's time between two steps counts up to this; more is a prompt or a pause
 
     def __init__(
-        self, proposers: Mapping[str, Proposer], controller: Controller | Fixed, *, max_seq_len: int,
+        self,
+        proposers: Mapping[str, Proposer],
+        controller: Controller | Fixed,
+        *,
+        max_seq_len: int,
         verify: Callable = verify,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.proposers, self.controller, self.max_seq_len, self.verify = proposers, controller, max_seq_len, verify
         self.totals = Totals()
         self.pool: dict[tuple[str, int], Acceptance] = {}
@@ -122,9 +126,7 @@ class Speculator:
             self.resting = self.controller.rest(self.idle)
         return Decision(rows, choice, offers[choice.arm] if choice else (), unknown > 0)
 
-    def learn(
-        self, sequences: Seq[Sequence], proposal: Proposal | None, accepted: Seq[int], seconds: float
-    ) -> None:  # fmt: skip
+    def learn(self, sequences: Seq[Sequence], proposal: Proposal | None, accepted: Seq[int], seconds: float) -> None:
         """What became of them; called before the accepted tokens join their sequences."""
         self.ended = time.perf_counter()
         tokens = sum(accepted) + len(accepted)
@@ -136,9 +138,7 @@ class Speculator:
             self.controller.learn(None, batch, tokens, seconds, late=late)
             return
         lagging = self.last.lagging if proposal.caught_up else 0
-        self.controller.learn(
-            choice, batch, tokens, seconds, caught_up=proposal.caught_up, lagging=lagging
-        )  # fmt: skip
+        self.controller.learn(choice, batch, tokens, seconds, caught_up=proposal.caught_up, lagging=lagging)
         self.proposers[choice.arm].learn(sequences, accepted)
         for sequence, offer, count, stood in zip(sequences, self.last.offers, proposal.counts, accepted, strict=True):
             if count:
@@ -173,9 +173,7 @@ class Speculator:
         left = min(self.max_seq_len - sequence.length, sequence.params.max_new_tokens - len(sequence.output))
         return min(left - 1, self.controller.counts[-1])
 
-    def _candidates(
-        self, arm: str, sequences: Seq[Sequence], offers: Seq[Offer], unknown: int
-    ) -> list[Candidate]:  # fmt: skip
+    def _candidates(self, arm: str, sequences: Seq[Sequence], offers: Seq[Offer], unknown: int) -> list[Candidate]:
         return [self._candidate(arm, *row, unknown) for row in zip(sequences, offers, strict=True)]
 
     def _candidate(self, arm: str, sequence: Sequence, offer: Offer, unknown: int) -> Candidate:

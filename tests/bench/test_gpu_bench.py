@@ -56,8 +56,9 @@ def dry_run(capsys, *arguments):
 def test_every_row_of_our_own(capsys, tmp_path):
     out, picture = tmp_path / "new" / "gpu.json", tmp_path / "roofline.png"
     kinds = ["ceilings", "decode", "allocated", "verify", "prefill", "sampler"]
-    result, lines = dry_run(capsys, "--only", *kinds, "--formats", "bf16", "int4",
-                            "--out", str(out), "--plot", str(picture))  # fmt: skip
+    result, lines = dry_run(
+        capsys, "--only", *kinds, "--formats", "bf16", "int4", "--out", str(out), "--plot", str(picture)
+    )
     assert not [row for row in result["rows"] if "error" in row]
     count = {kind: sum(row["kind"] == kind for row in result["rows"]) for kind in kinds[1:]}
     assert count == {"decode": 8, "allocated": 2, "verify": 12, "prefill": 4, "sampler": 2}
@@ -80,15 +81,22 @@ def test_bytes_are_the_formats(capsys):
 
 
 def test_int8_caches_have_rows_of_their_own(capsys):
-    result, lines = dry_run(capsys, "--only", "decode", "verify", "prefill", "--formats", "int8", "fp8",
-                            "--kv_cache", "auto", "int8")  # fmt: skip
+    result, lines = dry_run(
+        capsys, "--only", "decode", "verify", "prefill", "--formats", "int8", "fp8", "--kv_cache", "auto", "int8"
+    )
     assert not [row for row in result["rows"] if "error" in row]
     for form in ("int8", "fp8"):
-        by_cache = [[row for row in result["rows"] if row["format"] == form and row.get("kv_cache") == cached]
-                    for cached in (None, "int8")]  # fmt: skip
+        by_cache = [
+            [row for row in result["rows"] if row["format"] == form and row.get("kv_cache") == cached]
+            for cached in (None, "int8")
+        ]
         assert [row["kind"] for row in by_cache[0]] == [row["kind"] for row in by_cache[1]] and by_cache[0]
-        full, small = (row["gb_per_step"] for rows_ in by_cache for row in rows_
-                       if row["kind"] == "decode" and (row["rows"], row["context"]) == (2, 40))  # fmt: skip
+        full, small = (
+            row["gb_per_step"]
+            for rows_ in by_cache
+            for row in rows_
+            if row["kind"] == "decode" and (row["rows"], row["context"]) == (2, 40)
+        )
         config, positions = models.TINY["tiny"], 2 * 42
         saved = config.kv_bytes_per_token(4) - config.kv_bytes_per_token(1) * (1 + 4 / config.head_dim)
         assert full - small == pytest.approx(saved * positions / 1e9)
@@ -135,8 +143,11 @@ def test_peers_and_cold_start_in_a_process_of_its_own(tmp_path):
     assert 0 < cold["imports_s"] < cold["weights_s"] < cold["warm_s"] < cold["first_token_s"]
     alone = [row for row in result["rows"] if row["kind"] == "decode" and row["rows"] == 1]
     for row in alone:
-        rates = [peer["tokens_per_s"] for peer in result["rows"]
-                 if peer["kind"].startswith("peer") and peer["context"] == row["context"]]  # fmt: skip
+        rates = [
+            peer["tokens_per_s"]
+            for peer in result["rows"]
+            if peer["kind"].startswith("peer") and peer["context"] == row["context"]
+        ]
         assert row["over_peer"] == pytest.approx(row["tokens_per_s"] / max(rates))
 
 
@@ -171,8 +182,10 @@ def test_random_weights_keep_the_signal(form, tied):
 def test_ratios_only_count_the_same_case():
     case = {"model": "m", "format": "int8", "rows": 1, "context": 8}
     ours = {"kind": "decode", **case, "tokens_per_s": 30.0}
-    others = [{"kind": "peer a", **case, **changed, "tokens_per_s": rate} for changed, rate in
-              [({}, 10.0), ({}, 20.0), ({"context": 9}, 40.0), ({"format": "bf16"}, 50.0)]]  # fmt: skip
+    others = [
+        {"kind": "peer a", **case, **changed, "tokens_per_s": rate}
+        for changed, rate in [({}, 10.0), ({}, 20.0), ({"context": 9}, 40.0), ({"format": "bf16"}, 50.0)]
+    ]
     failed = {"kind": "peer b", **case, "error": "x"}
     table = [ours, *others, failed]
     report.finish(table, None)

@@ -204,8 +204,13 @@ def test_peers_are_loaded_in_turn():
 
 @pytest.mark.parametrize("bad", ["name", "=http://x", "name="])
 def test_a_peer_without_name_or_url_is_refused(bad):
-    done = subprocess.run([sys.executable, "scripts/loadgen.py", "--url", "http://x", "--peer", bad], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "scripts/loadgen.py", "--url", "http://x", "--peer", bad],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and f"--peer: must be NAME=URL (got {bad!r})" in done.stderr
 
 

@@ -23,9 +23,12 @@ LLAMA2_7B = {
     "use_cache": True, "vocab_size": 32000,
 }  # fmt: skip
 LLAMA31_SCALING = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
-}  # fmt: skip
+}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name -> (the published file, what must come out)
     "openlm-research/open_llama_7b": (
@@ -204,8 +207,10 @@ PHI3 = PUBLISHED["microsoft/Phi-3-mini-128k-instruct"][0]
         (changed(rope_scaling={"type": "linear", "factor": 2.0, "extra": 1}), "rope_scaling.extra"),
         (changed(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 2.0}), "rope_scaling.type"),
         (changed(rope_scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}), "truncate"),
-        (changed(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"}),
-         "contradicts rope_parameters"),
+        (
+            changed(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"}),
+            "contradicts rope_parameters",
+        ),
         (changed(rope_scaling="linear"), "rope_scaling"),
         (changed(rope_theta=0), "rope_theta"),
         (without("hidden_size"), "hidden_size: is required"),
@@ -222,7 +227,7 @@ PHI3 = PUBLISHED["microsoft/Phi-3-mini-128k-instruct"][0]
         ({**PHI3, "rope_scaling": {**PHI3["rope_scaling"], "short_factor": ["1"] * 48}}, "short_factor"),
         ({**PHI3, "partial_rotary_factor": 1.5}, "partial_rotary_factor"),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_the_key(values: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         model_config_from_hf(values)
@@ -257,9 +262,14 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=5),
-    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 
 
 @given(st.sampled_from(sorted(PUBLISHED)), st.data())

@@ -80,10 +80,15 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",  # another test's switch must not reach these
-        "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "PYTHON": sys.executable,
-    }  # fmt: skip
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_XET": "1",
+        "no_proxy": "127.0.0.1",
+        "PYTHON": sys.executable,
+    }
     yield handler, env
     server.shutdown()
     server.server_close()
@@ -138,11 +143,18 @@ def test_which_files_are_chosen() -> None:
     choose = module.choose_files
     both = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.model", "x.py", "original/params.json"]
     assert choose(both) == ["config.json", "model.safetensors", "tokenizer.model"]
-    old = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
-           "pytorch_model.bin.index.json", "flax_model.msgpack"]  # fmt: skip
+    old = [
+        "config.json",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "flax_model.msgpack",
+    ]
     assert choose(old) == sorted(old[:-1])
     assert choose(["consolidated.00.pth", "params.json", "tokenizer.model", "checklist.chk"]) == [
-        "consolidated.00.pth", "params.json", "tokenizer.model",
-    ]  # fmt: skip
+        "consolidated.00.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
     with pytest.raises(ValueError, match="no weights at the top"):
         choose(["README.md", "adapter_model.safetensors"])

@@ -74,7 +74,7 @@ BAD_TENSORS: list[tuple[Change, tuple[str, ...]]] = [
     (lambda t: t[Q1].view(-1)[100:101].fill_(float("nan")), (Q1, "not finite")),
     (lambda t: t["model.norm.weight"].view(-1)[-1:].fill_(float("inf")), ("model.norm.weight", "not finite")),
     (lambda t: t.update({"model.embed_tokens.weight": torch.ones(161, 48)}), ("embed_tokens", "[161, 48]")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "names"), BAD_TENSORS)

@@ -73,9 +73,7 @@ def judged(make_core):
     draft = make_core(core.runner.decode, slots=4).runner
     core.runner.speculator = Speculator({"draft": DraftProposer(draft)}, Controller([1, 2, 4]), max_seq_len=128)
     prompts = [Prompt(c, list(f"{c} number {i}".encode())) for c in ("code", "chat") for i in range(2)]
-    return judge_draft(
-        core, "itself", prompts, batch_sizes=[1, 2], temperatures=[0.0, 1.0], max_new_tokens=24
-    )
+    return judge_draft(core, "itself", prompts, batch_sizes=[1, 2], temperatures=[0.0, 1.0], max_new_tokens=24)
 
 
 def test_a_model_is_its_own_perfect_draft(judged):

@@ -115,9 +115,7 @@ def test_measured_acceptance_is_the_rate_that_was_asked_for(make_core, tiny_mode
     draft = make_core(tiny_model(seed=5, vocab_size=257), slots=4).runner
     engine.core.runner.speculator = Speculator({"draft": DraftProposer(draft)}, Controller([1, 4]), max_seq_len=128)
     force_acceptance(engine.core, rate)
-    judged = judge_draft(
-        engine.core, "forced", PROMPTS, batch_sizes=[2], temperatures=[1.0], max_new_tokens=60
-    )
+    judged = judge_draft(engine.core, "forced", PROMPTS, batch_sizes=[2], temperatures=[1.0], max_new_tokens=60)
     for row in judged.acceptance:
         for found, low, high in row.rates:
             assert low - 0.12 <= rate <= high + 0.12 and (found == rate or 0 < rate < 1)
@@ -253,9 +251,10 @@ def test_a_server_refuses_a_draft_of_another_vocabulary(target, other_vocabulary
     """The handler's start: a ValueError, and one line for the log that TorchServe and `make serve` show."""
     handler = {"checkpoint_path": str(target), "draft_checkpoint_path": str(other_vocabulary), "max_seq_len": 64}
     context = SimpleNamespace(
-        system_properties={"model_dir": str(target)}, manifest={"model": {"modelName": "m"}},
+        system_properties={"model_dir": str(target)},
+        manifest={"model": {"modelName": "m"}},
         model_yaml_config={"batchSize": 64, "continuousBatching": True, "responseTimeout": 60, "handler": handler},
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=MISMATCH):
         GptFastHandler().initialize(context)
     assert re.search(MISMATCH, caplog.text) and "Traceback" not in caplog.text

@@ -182,9 +182,14 @@ def test_logprobs_are_those_of_a_plain_forward(model, make_core, temperature):
     """Of the model's own distribution, whatever temperature, bias and penalties made of it."""
     prompt = list(range(10, 40))
     params = SamplingParams(
-        max_new_tokens=12, temperature=temperature, seed=1, logprobs=5, ignore_eos=True, logit_bias={7: 3.0},
+        max_new_tokens=12,
+        temperature=temperature,
+        seed=1,
+        logprobs=5,
+        ignore_eos=True,
+        logit_bias={7: 3.0},
         repetition_penalty=1.3,
-    )  # fmt: skip
+    )
     core = make_core(model)
     core.add("a", prompt, params)
     core.add("b", prompt, SamplingParams(max_new_tokens=2, logprobs=0))

@@ -116,9 +116,12 @@ def prompt_of(rng, length):
 
 
 @given(
-    seed=st.integers(0, 10**6), slots=st.integers(1, 5), weights=st.sampled_from(list(FORMATS)), reuse=st.booleans(),
+    seed=st.integers(0, 10**6),
+    slots=st.integers(1, 5),
+    weights=st.sampled_from(list(FORMATS)),
+    reuse=st.booleans(),
     most=st.sampled_from([1, 3, 32]),
-)  # fmt: skip
+)
 @settings(max_examples=60)
 def test_tokens_do_not_depend_on_company(fused, seed, slots, weights, reuse, most):
     """Greedy and seeded requests come, go and are aborted between steps; chunks of all sizes join their decodes."""

@@ -40,9 +40,7 @@ class Machine:
     """A scheduler, the memory it believes in, and everything that must hold."""
 
     def __init__(self, *, slots, max_seq_len=64, chunk=24, chunk_beside_decode=8, reuse_prefix=True, verified=1):
-        self.scheduler = Scheduler(
-            slots=slots, max_seq_len=max_seq_len, eos_ids=[EOS], reuse_prefix=reuse_prefix
-        )  # fmt: skip
+        self.scheduler = Scheduler(slots=slots, max_seq_len=max_seq_len, eos_ids=[EOS], reuse_prefix=reuse_prefix)
         self.chunk, self.chunk_beside_decode, self.verified = chunk, chunk_beside_decode, verified
         self.memory = [[None] * max_seq_len for _ in range(slots)]
         self.owner_of = [[None] * max_seq_len for _ in range(slots)]
@@ -150,8 +148,10 @@ class Machine:
 
 def shared_prompt(rng, max_seq_len):
     """Prompts that begin alike more often than not: one of few beginnings, cut anywhere, with an end of its own."""
-    beginning = [(rng.randrange(3) + i * i) % VOCAB for i in range(max_seq_len)] if rng.random() < 0.3 else list(
-        range(1, max_seq_len)
+    beginning = (
+        [(rng.randrange(3) + i * i) % VOCAB for i in range(max_seq_len)]
+        if rng.random() < 0.3
+        else list(range(1, max_seq_len))
     )
     prompt = beginning[: rng.randrange(max_seq_len)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(8))]
     return prompt[: max_seq_len - 1] or [1]
@@ -159,14 +159,22 @@ def shared_prompt(rng, max_seq_len):
 
 class Traffic(RuleBasedStateMachine):
     @initialize(
-        slots=st.integers(1, 5), chunk=st.integers(1, 40), beside=st.integers(1, 20), reuse=st.booleans(),
-        max_seq_len=st.sampled_from([2, 17, 64]), verified=st.integers(1, 4),
-    )  # fmt: skip
+        slots=st.integers(1, 5),
+        chunk=st.integers(1, 40),
+        beside=st.integers(1, 20),
+        reuse=st.booleans(),
+        max_seq_len=st.sampled_from([2, 17, 64]),
+        verified=st.integers(1, 4),
+    )
     def start(self, slots, chunk, beside, reuse, max_seq_len, verified):
         self.machine = Machine(
-            slots=slots, chunk=chunk, chunk_beside_decode=min(beside, chunk), reuse_prefix=reuse,
-            max_seq_len=max_seq_len, verified=verified,
-        )  # fmt: skip
+            slots=slots,
+            chunk=chunk,
+            chunk_beside_decode=min(beside, chunk),
+            reuse_prefix=reuse,
+            max_seq_len=max_seq_len,
+            verified=verified,
+        )
 
     @rule(
         seed=st.integers(0, 10**6), owner=st.sampled_from(["", "a"]), new=st.integers(1, 20), ignore_eos=st.booleans()

@@ -94,8 +94,10 @@ def test_shipped_tasks_are_offline_and_well_formed():
     assert len(documents) == 200
     assert all(len(set(d["choices"])) == 4 and 0 <= d["answer"] < 4 for d in documents)
     assert sorted(load_tasks(["basics", "basics_generate", "basics_perplexity"])) == [
-        "basics", "basics_generate", "basics_perplexity",
-    ]  # fmt: skip
+        "basics",
+        "basics_generate",
+        "basics_perplexity",
+    ]
 
 
 def test_a_task_file_finds_its_data_beside_it(tmp_path):

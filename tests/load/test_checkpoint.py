@@ -229,9 +229,13 @@ def test_hugging_face_files_are_not_served_unconverted(converted: Path, tmp_path
 
 def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half(),
-        "d": torch.randint(-128, 127, (9,), dtype=torch.int8), "e": torch.empty(0, 4), "f": torch.tensor(3.0),
-    }  # fmt: skip
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 2, 2).half(),
+        "d": torch.randint(-128, 127, (9,), dtype=torch.int8),
+        "e": torch.empty(0, 4),
+        "f": torch.tensor(3.0),
+    }
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     record = write_file(tmp_path / "ours", specs, lambda spec: tensors[spec.name], metadata={"k": "v"})
     assert record == hash_file(tmp_path / "ours")
@@ -301,9 +305,16 @@ def test_any_bytes_are_read_or_refused(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version": 2, "files": {}}', '{"version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}}',
-     '{"version": 1, "files": {"x": {"size": 1, "sha256": "zz"}}}', '{"version": 1, "files": {"x": 1}}'],
-)  # fmt: skip
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 2, "files": {}}',
+        '{"version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}}',
+        '{"version": 1, "files": {"x": {"size": 1, "sha256": "zz"}}}',
+        '{"version": 1, "files": {"x": 1}}',
+    ],
+)
 def test_malformed_manifests_are_refused(text: str, one: Path) -> None:
     (one / "manifest.json").write_text(text)
     refuse(one, "manifest.json")

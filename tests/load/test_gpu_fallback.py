@@ -33,8 +33,9 @@ class OnCuda(nn.Module):
 
     def __init__(self, **changes):
         super().__init__()
-        sizes = dict(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, dim=64, head_dim=32, intermediate_size=64,
-                     max_position=64)  # fmt: skip
+        sizes = dict(
+            vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, dim=64, head_dim=32, intermediate_size=64, max_position=64
+        )
         self.config = ModelConfig(**(sizes | changes))
         self.tok_embeddings = nn.Embedding(64, 64, device="meta")
         self.norm = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
@@ -73,13 +74,15 @@ def test_without_triton_operators_are_all_there_is(rocm, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "options", "name"),
-    [(dict(qk_norm=True), {}, "compiled decode (qk_norm: the GPU decoder has none)"),
-     (dict(qk_norm=True), dict(kernels="plain"), "plain (kernels: plain)"),
-     (dict(qk_norm=True), dict(compile=True, compile_prefill=True), "compiled decode and prefill (qk_norm: "),
-     (dict(n_expert=4, n_expert_per_token=2), {}, "plain (n_expert=4"),
-     ({}, dict(kernels="plain", compile=True), "compiled decode (kernels: plain)"),
-     ({}, dict(kv_cache="float32"), "compiled decode (kv_cache=float32: ")],
-)  # fmt: skip
+    [
+        (dict(qk_norm=True), {}, "compiled decode (qk_norm: the GPU decoder has none)"),
+        (dict(qk_norm=True), dict(kernels="plain"), "plain (kernels: plain)"),
+        (dict(qk_norm=True), dict(compile=True, compile_prefill=True), "compiled decode and prefill (qk_norm: "),
+        (dict(n_expert=4, n_expert_per_token=2), {}, "plain (n_expert=4"),
+        ({}, dict(kernels="plain", compile=True), "compiled decode (kernels: plain)"),
+        ({}, dict(kv_cache="float32"), "compiled decode (kv_cache=float32: "),
+    ],
+)
 def test_what_no_kernel_takes_on_a_cuda_device(hopper, changes, options, name):
     assert chosen(OnCuda(**changes), **options).name.startswith(name)
 
@@ -91,10 +94,13 @@ def test_experts_are_never_compiled(hopper):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({}, "fused GPU decoder"), (dict(compile=True), "fused GPU decoder"),
-     (dict(compile=True, compile_prefill=True), "fused GPU decoder, compiled prefill"),
-     (dict(kv_cache="int8"), "fused GPU decoder")],
-)  # fmt: skip
+    [
+        ({}, "fused GPU decoder"),
+        (dict(compile=True), "fused GPU decoder"),
+        (dict(compile=True, compile_prefill=True), "fused GPU decoder, compiled prefill"),
+        (dict(kv_cache="int8"), "fused GPU decoder"),
+    ],
+)
 def test_compile_never_costs_the_fused_kernels(hopper, monkeypatch, options, name):
     decoder = SimpleNamespace(prefill=None)
     monkeypatch.setattr("gpt_fast.ops.gpu.decoder.GpuDecoder", lambda model: decoder)

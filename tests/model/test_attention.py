@@ -18,8 +18,10 @@ CPU = torch.device("cpu")
 
 @given(
     positions=st.lists(st.lists(st.integers(0, 12), min_size=3, max_size=3), min_size=1, max_size=3),
-    length=st.integers(1, 13), group=st.integers(1, 3), window=st.none() | st.integers(1, 14),
-)  # fmt: skip
+    length=st.integers(1, 13),
+    group=st.integers(1, 3),
+    window=st.none() | st.integers(1, 14),
+)
 def test_a_query_reads_its_past_within_the_window(positions, length, group, window):
     mask = causal_mask(torch.tensor(positions), length, group=group, window=window)
     assert mask.shape == (len(positions), 1, group * 3, length)

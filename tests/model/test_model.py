@@ -32,11 +32,16 @@ def architectures(draw):
     n_kv_head, group, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([4, 8]))
     options = dict(
-        n_layer=layers, n_kv_head=n_kv_head, n_head=n_kv_head * group, head_dim=head_dim,
-        dim=draw(st.sampled_from([16, 24])), intermediate_size=draw(st.sampled_from([16, 40])),
+        n_layer=layers,
+        n_kv_head=n_kv_head,
+        n_head=n_kv_head * group,
+        head_dim=head_dim,
+        dim=draw(st.sampled_from([16, 24])),
+        intermediate_size=draw(st.sampled_from([16, 40])),
         rope_base=draw(st.sampled_from([100.0, 10000.0, 500000.0])),
-        rope_dim=draw(st.sampled_from([0, 2, 4])), norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
-    )  # fmt: skip
+        rope_dim=draw(st.sampled_from([0, 2, 4])),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+    )
     for switch in ("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm"):
         options[switch] = draw(st.booleans())
     if draw(st.booleans()):
@@ -86,16 +91,17 @@ def in_random_company(model, prompts, rng, *, slots=6):
         rows = [prompts[i][done[i] : done[i] + rng.randint(1, most)] for i in chosen]
         size = max(map(len, rows)) + rng.choice([0, 0, 3])
         pad = rng.choice([0, 0, 2])
-        tokens_BS, positions_BS = padded(
-            rows + [[]] * pad, [done[i] for i in chosen] + [0] * pad, size, cache.scratch
-        )
+        tokens_BS, positions_BS = padded(rows + [[]] * pad, [done[i] for i in chosen] + [0] * pad, size, cache.scratch)
         slots_B = [slot_of[i] for i in chosen]
         in_order = slots_B == list(range(len(chosen))) and len(chosen) + pad <= slots
         needed = max(done[i] + len(row) for i, row in zip(chosen, rows, strict=True))
         out = model(
-            tokens_BS, positions_BS, cache, length=rng.choice([needed, (needed + MAX_SEQ_LEN) // 2, MAX_SEQ_LEN]),
+            tokens_BS,
+            positions_BS,
+            cache,
+            length=rng.choice([needed, (needed + MAX_SEQ_LEN) // 2, MAX_SEQ_LEN]),
             slots_B=None if in_order else torch.tensor(slots_B + [slots_B[0]] * pad),
-        )  # fmt: skip
+        )
         for i, row, row_SV in zip(chosen, rows, out[: len(chosen)], strict=True):
             logits[i].append(row_SV[: len(row)])
             done[i] += len(row)

@@ -84,8 +84,13 @@ def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, we
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
 @settings(max_examples=12, deadline=None)
-@given(rows=st.integers(1, 70), groups=st.integers(1, 9), tail=st.integers(0, 31), x_rows=st.integers(1, 20),
-       seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 9),
+    tail=st.integers(0, 31),
+    x_rows=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
 def test_product_equals_twin(isa: str, weights: str, rows: int, groups: int, tail: int, x_rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     K = 32 * groups - tail
@@ -128,12 +133,16 @@ def test_weights_and_cache_lie_where_huge_pages_may_be() -> None:
     cache = huge_pages.zeros((2, 3 << 20), dtype=torch.bfloat16, device=torch.device("cpu"))
     assert weights.data_ptr() % huge_pages.HUGE_PAGE == 0 and len(weights) == 8 << 20
     assert cache.shape == (2, 3 << 20) and not cache.any()
-    areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) .*?^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(),
-                       re.MULTILINE | re.DOTALL)
+    areas = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) (\S+) .*?^VmFlags: (.*?)$",
+        Path("/proc/self/smaps").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
     for tensor in (weights, cache):
         middle = tensor.data_ptr() + tensor.nbytes // 2
-        (access, flags), = ((access, flags.split()) for start, end, access, flags in areas
-                            if int(start, 16) <= middle < int(end, 16))
+        ((access, flags),) = (
+            (access, flags.split()) for start, end, access, flags in areas if int(start, 16) <= middle < int(end, 16)
+        )
         assert access == "rw-p" and "hg" in flags  # private, huge pages wanted
 
 
@@ -372,16 +381,30 @@ def test_bfloat16_is_not_mixed_with_quantized_modules() -> None:
         CpuDecoder(model, weights="bfloat16", threads=1)
 
 
-@pytest.mark.parametrize(("token", "position", "slot", "select", "message"), [
-    (301, 0, 0, 0, "tokens_BS"), (-1, 0, 0, 0, "tokens_BS"), (0, 8, 0, 0, "positions_BS"),
-    (0, -1, 0, 0, "positions_BS"), (0, 0, 4, 0, "slots_B"), (0, 0, -1, 0, "slots_B"), (0, 0, 0, 1, "select_B"),
-])
+@pytest.mark.parametrize(
+    ("token", "position", "slot", "select", "message"),
+    [
+        (301, 0, 0, 0, "tokens_BS"),
+        (-1, 0, 0, 0, "tokens_BS"),
+        (0, 8, 0, 0, "positions_BS"),
+        (0, -1, 0, 0, "positions_BS"),
+        (0, 0, 4, 0, "slots_B"),
+        (0, 0, -1, 0, "slots_B"),
+        (0, 0, 0, 1, "select_B"),
+    ],
+)
 def test_bad_indices_are_refused(token: int, position: int, slot: int, select: int, message: str) -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="int8", threads=1)
     with pytest.raises(ValueError, match=message):
-        fused.forward(torch.tensor([[token]]), torch.tensor([[position]]), new_cache(model), length=8,
-                      slots_B=torch.tensor([slot]), select_B=torch.tensor([select]))
+        fused.forward(
+            torch.tensor([[token]]),
+            torch.tensor([[position]]),
+            new_cache(model),
+            length=8,
+            slots_B=torch.tensor([slot]),
+            select_B=torch.tensor([select]),
+        )
 
 
 def test_unsupported_names_the_reason() -> None:
@@ -439,7 +462,8 @@ def test_processor_choice() -> None:
 
 
 def test_sanitizers_find_nothing() -> None:
-    done = subprocess.run([sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True,
-                          timeout=1200)
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count(": fine") == 2 * (12 + 8)  # formats by caches, pools

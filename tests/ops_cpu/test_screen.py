@@ -94,8 +94,13 @@ def head_and_input(seed: int, N: int, K: int, *, outliers: float, spread: float)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
 @settings(max_examples=25, deadline=None)
-@given(N=st.integers(1, 200), K=st.integers(1, 300), outliers=st.sampled_from([0.0, 1.0, 100.0, 1e6]),
-       spread=st.sampled_from([0.0, 0.5, 4.0]), seed=st.integers(0, 999))
+@given(
+    N=st.integers(1, 200),
+    K=st.integers(1, 300),
+    outliers=st.sampled_from([0.0, 1.0, 100.0, 1e6]),
+    spread=st.sampled_from([0.0, 0.5, 4.0]),
+    seed=st.integers(0, 999),
+)
 def test_no_output_lies_outside_its_margin(
     isa: str, weights: str, N: int, K: int, outliers: float, spread: float, seed: int
 ) -> None:

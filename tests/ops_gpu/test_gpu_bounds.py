@@ -19,8 +19,12 @@ from support.gpu_cases import DEVICE, layer_cache, normal, poisoned, weight
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
 CASES = [  # tokens, rows, columns, dtype
-    (1, 33, 576, BF16), (1, 40, 96, FP32), (5, 66, 576, BF16), (8, 17, 96, FP32), (16, 40, 192, BF16)
-]  # fmt: skip
+    (1, 33, 576, BF16),
+    (1, 40, 96, FP32),
+    (5, 66, 576, BF16),
+    (8, 17, 96, FP32),
+    (16, 40, 192, BF16),
+]
 ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7  # to bfloat16, which Triton's interpreter cuts off
 kinds = pytest.mark.parametrize("kind", KINDS)
 cases = pytest.mark.parametrize(("tokens", "rows", "columns", "dtype"), CASES)
@@ -109,7 +113,7 @@ def test_norm_gate_up_silu(kind, tokens, rows, columns, dtype):
 @pytest.mark.parametrize(
     ("tokens", "heads", "head_dim", "dtype"),
     [(1, (3, 1), 80, BF16), (5, (2, 1), 64, BF16), (16, (8, 1), 32, FP32)],
-)  # fmt: skip
+)
 def test_norm_qkv_rope_write(kind, cached, tokens, heads, head_dim, dtype):
     (q_heads, kv_heads), columns = heads, 96
     w = weight(kind, (q_heads + 2 * kv_heads) * head_dim, columns, seed=1, dtype=dtype)
@@ -144,7 +148,7 @@ def test_norm_qkv_rope_write(kind, cached, tokens, heads, head_dim, dtype):
 @pytest.mark.parametrize(
     ("heads", "head_dim", "verified", "splits"),
     [((1, 1), 64, 1, 1), ((6, 2), 80, 1, 3), ((7, 1), 96, 3, 2), ((8, 1), 128, 1, 4)],
-)  # fmt: skip
+)
 def test_decode_attention(cached, dtype, heads, head_dim, verified, splits):
     q_heads, kv_heads = heads
     lengths = (torch.tensor([3, 201])[:, None] + torch.arange(verified)).flatten().to(DEVICE)

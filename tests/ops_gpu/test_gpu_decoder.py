@@ -84,9 +84,18 @@ def answers(core, prompts, params):
 
 @pytest.mark.parametrize(
     ("rows", "size", "slots", "every"),
-    [(1, 1, None, False), (4, 1, None, False), (2, 1, [3, 1], False), (1, 5, None, True), (2, 8, [2, 0], True),
-     (3, 4, [1, 3, 0], False), (1, 16, [2], False), (4, 5, [1, 3, 0, 2], False), (4, 9, None, True)],
-)  # fmt: skip
+    [
+        (1, 1, None, False),
+        (4, 1, None, False),
+        (2, 1, [3, 1], False),
+        (1, 5, None, True),
+        (2, 8, [2, 0], True),
+        (3, 4, [1, 3, 0], False),
+        (1, 16, [2], False),
+        (4, 5, [1, 3, 0, 2], False),
+        (4, 9, None, True),
+    ],
+)
 @torch.inference_mode()
 def test_forward_equals_plain_path(model, decoder, rows, size, slots, every):
     torch.manual_seed(rows * size)
@@ -217,10 +226,15 @@ def test_no_float_weight_is_held_twice():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(dict(n_expert=4, n_expert_per_token=2), "n_expert=4"), (dict(head_dim=40), "head_dim=40"),
-     (dict(sliding_window=16, sliding_layers=(0,)), "sliding_window=16"), (dict(qk_norm=True), "qk_norm"),
-     (dict(qkv_bias=True), "biases"), (dict(head_dim=160), "head_dim=160")],
-)  # fmt: skip
+    [
+        (dict(n_expert=4, n_expert_per_token=2), "n_expert=4"),
+        (dict(head_dim=40), "head_dim=40"),
+        (dict(sliding_window=16, sliding_layers=(0,)), "sliding_window=16"),
+        (dict(qk_norm=True), "qk_norm"),
+        (dict(qkv_bias=True), "biases"),
+        (dict(head_dim=160), "head_dim=160"),
+    ],
+)
 def test_unsupported_names_the_reason(changes, message):
     model = small_model(**changes)
     assert message in unsupported(model)
@@ -504,8 +518,11 @@ def test_processors_are_assumed_where_none_are(decoder):
 
 def burst_core(decoder, model, *, slots=4, steps=3, max_seq_len=MAX_SEQ_LEN - 1, dtype=None):
     cache = new_cache(model, slots=slots, max_seq_len=max_seq_len, dtype=dtype)
-    return EngineCore(BurstRunner(decoder=decoder, steps=steps, decode=decoder, prefill=model, cache=cache,
-                                  eos_ids=(EOS,), prefill_chunk=16))  # fmt: skip
+    return EngineCore(
+        BurstRunner(
+            decoder=decoder, steps=steps, decode=decoder, prefill=model, cache=cache, eos_ids=(EOS,), prefill_chunk=16
+        )
+    )
 
 
 ODD = [
@@ -527,8 +544,10 @@ def test_bursts_say_what_steps_say(model, decoder, params, slots):
     assert answers(core, prompts[::-1], params[::-1])[0] == want[0][::-1]  # again, over what the first left
 
 
-@given(arrivals=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.booleans()), min_size=1, max_size=6),
-       steps=st.integers(1, 5))  # fmt: skip
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.booleans()), min_size=1, max_size=6),
+    steps=st.integers(1, 5),
+)
 @settings(max_examples=25, deadline=None)
 def test_bursts_among_arrivals_and_aborts(model, decoder, arrivals, steps):
     """Requests that come and go at any time never see each other."""

@@ -87,9 +87,11 @@ def test_norm_gate_up_silu(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 @fewer
 @given(
-    shape=shapes, heads=st.sampled_from([(2, 1), (3, 1), (2, 2)]), head_dim=st.sampled_from([32, 64, 80, 96]),
+    shape=shapes,
+    heads=st.sampled_from([(2, 1), (3, 1), (2, 2)]),
+    head_dim=st.sampled_from([32, 64, 80, 96]),
     part=st.booleans(),
-)  # fmt: skip
+)
 def test_norm_qkv_rope_write(kind, shape, heads, head_dim, part):
     """Queries, and the caches whole: what no token wrote stays as it was."""
     tokens, dtype = shape[0], shape[3]

@@ -27,7 +27,7 @@ CORE = (
     "config", "request", "model.transformer", "model.rope", "model.attention", "model.cache", "model.parallel",
     "sampling", "engine.scheduler", "speculative.verify", "engine.runner", "engine.core",
 )  # fmt: skip
-CORE_LIMIT = 1180  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
+CORE_LIMIT = 1220  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
 TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
     "serve.body", "serve.request", "serve.chat_request", "serve.response",

@@ -22,9 +22,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executa
 
 
 def run(command: list[str], *, cwd: Path = ROOT, typed: str = "") -> str:
-    done = subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, input=typed, capture_output=True, text=True, timeout=600
-    )  # fmt: skip
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, input=typed, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -58,10 +58,14 @@ def test_emoji_and_cjk_stream_intact(server):
 
     tokens = load_tokenizer(MODEL).encode("👩‍👩‍👧 🏴󠁧󠁢󠁳󠁣󠁴󠁿 汉字かな 🙂 한국어")
     body = {
-        "max_tokens": 120, "temperature": 5.0, "seed": 7, "ignore_eos": True, "logprobs": True,
+        "max_tokens": 120,
+        "temperature": 5.0,
+        "seed": 7,
+        "ignore_eos": True,
+        "logprobs": True,
         "messages": [{"role": "user", "content": "Write only emoji: 🙂汉"}],
         "logit_bias": {str(token): 60 for token in set(tokens)},
-    }  # fmt: skip
+    }
     (choice,) = server.call(body, "/1.0/v1/chat/completions").json["choices"]
     whole = choice["message"]["content"]
     assert (
@@ -119,10 +123,15 @@ def test_openai_completions_n_stop_seed_echo(client):
 
 
 PLACE = {
-    "type": "object", "additionalProperties": False, "required": ["city", "country", "million_people"],
-    "properties": {"city": {"type": "string", "maxLength": 30}, "country": {"type": "string", "maxLength": 30},
-                   "million_people": {"type": "integer", "minimum": 0, "maximum": 40}},
-}  # fmt: skip
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["city", "country", "million_people"],
+    "properties": {
+        "city": {"type": "string", "maxLength": 30},
+        "country": {"type": "string", "maxLength": 30},
+        "million_people": {"type": "integer", "minimum": 0, "maximum": 40},
+    },
+}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}}
 
 

@@ -34,9 +34,14 @@ def token_bytes(token):
 
 def make(kind, *, stream, choices=1, include_usage=False, wants_logprobs=False, echo=""):
     return ANSWERS[kind][0](
-        model="gpt-fast", stream=stream, prompt_tokens=7, choices=[echo] * choices, include_usage=include_usage,
-        wants_logprobs=wants_logprobs, token_bytes=token_bytes,
-    )  # fmt: skip
+        model="gpt-fast",
+        stream=stream,
+        prompt_tokens=7,
+        choices=[echo] * choices,
+        include_usage=include_usage,
+        wants_logprobs=wants_logprobs,
+        token_bytes=token_bytes,
+    )
 
 
 def feed(answer, rounds):
@@ -159,9 +164,14 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason():
     seen = [(c.index, c.delta.model_dump(exclude_unset=True), c.finish_reason) for c in choices]
     role = {"role": "assistant", "content": ""}
     assert seen == [
-        (0, role, None), (0, {"content": "a"}, None), (1, role, None), (1, {"content": "bc"}, None), (1, {}, "stop"),
-        (0, {"content": "d"}, None), (0, {}, "length"),
-    ]  # fmt: skip
+        (0, role, None),
+        (0, {"content": "a"}, None),
+        (1, role, None),
+        (1, {"content": "bc"}, None),
+        (1, {}, "stop"),
+        (0, {"content": "d"}, None),
+        (0, {}, "length"),
+    ]
     assert {part.object for part in parts} == {"chat.completion.chunk"}
     assert all(part.id.startswith("chatcmpl-") and part.model == "gpt-fast" for part in parts)
     assert all("usage" not in json.loads(data) for data in frames(feed(make("chat", stream=True), rounds[:1]))[:-1])
@@ -191,8 +201,9 @@ def test_logprobs_of_a_chat():
     row = answer.choices[0].logprobs.content[0]
     assert (row.token, row.logprob, row.bytes) == ("A", -0.5, [65])
     assert [(top.token, top.logprob, top.bytes) for top in row.top_logprobs] == [
-        ("A", -0.5, [65]), ("\ufffd", -9999.0, [0xE6]),
-    ]  # fmt: skip
+        ("A", -0.5, [65]),
+        ("\ufffd", -9999.0, [0xE6]),
+    ]
 
 
 def test_logprobs_of_a_completion_lie_behind_its_echo():

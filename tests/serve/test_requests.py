@@ -350,8 +350,11 @@ def test_logprobs_of_both_endpoints():
         ("completion", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("completion", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ("completion", {"stream": True, "stream_options": {"foo": True}}, "stream_options.foo"),
-        ("completion", {"stream": True, "stream_options": {"include_obfuscation": True}},
-         "stream_options.include_obfuscation"),
+        (
+            "completion",
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
         ("chat", {"top_logprobs": 3}, "top_logprobs"),
         ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("chat", {"logprobs": 1}, "logprobs"),
@@ -371,7 +374,7 @@ def test_logprobs_of_both_endpoints():
         ("chat", {"tools": [WEATHER]}, "tools"),
         ("chat", {"tool_choice": "required"}, "tool_choice"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_cannot_be_met_is_named_with_its_value(kind, fields, param):
     error = refusal(kind, MINIMAL[kind] | fields)
     assert error["param"] == param
@@ -437,16 +440,27 @@ def test_messages_become_what_templates_read():
         ({"role": "assistant"}, "messages[1].content"),
         ({"role": "assistant", "tool_calls": [5]}, "messages[1].tool_calls[0]"),
         ({"role": "assistant", "tool_calls": [{"id": "1", "type": "x"}]}, "messages[1].tool_calls[0].type"),
-        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a b"}}]},
-         "messages[1].tool_calls[0].function.name"),
-        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": "[]"}}]},
-         "messages[1].tool_calls[0].function.arguments"),
-        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": '{"a": "\\ud800"}'}}]},
-         "messages[1].tool_calls[0].function.arguments"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]},
-         "messages[1].tool_calls[0].id"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a b"}}]},
+            "messages[1].tool_calls[0].function.name",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": "[]"}}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": '{"a": "\\ud800"}'}}],
+            },
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]},
+            "messages[1].tool_calls[0].id",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_message_is_named_by_its_path(message, param):
     error = refusal("chat", {"messages": [{"role": "user", "content": "hi"}, message]}, offers=EVERYTHING)
     assert error["param"] == param and error["message"].startswith(param)
@@ -478,15 +492,17 @@ def test_tools_and_tool_choice():
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "a" * 65}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a\n"}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": "{}"}}]},
-         "tools[0].function.parameters"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": "{}"}}]},
+            "tools[0].function.parameters",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a", "code": "x"}}]}, "tools[0].function.code"),
         ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
     ],
-)  # fmt: skip
+)
 def test_bad_tools(fields, param):
     assert refusal("chat", MINIMAL["chat"] | fields, offers=EVERYTHING)["param"] == param
 
@@ -514,11 +530,13 @@ def test_response_formats():
         ({"type": "json_object", "schema": {}}, "response_format.schema"),
         ({"type": "json_schema"}, "response_format.json_schema"),
         ({"type": "json_schema", "json_schema": {"schema": "{}"}}, "response_format.json_schema.schema"),
-        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["a" * 40_000]}}},
-         "response_format.json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"enum": ["a" * 40_000]}}},
+            "response_format.json_schema.schema",
+        ),
         ({"type": "json_schema", "json_schema": {"schema": {}, "regex": "a"}}, "response_format.json_schema.regex"),
     ],
-)  # fmt: skip
+)
 def test_bad_response_formats(value, param):
     assert refusal("chat", MINIMAL["chat"] | {"response_format": value}, offers=EVERYTHING)["param"] == param
 
@@ -544,7 +562,7 @@ def test_checks_stand_without_assertions_and_without_torch():
         "import sys\n"
         "from gpt_fast.serve.request import parse_request, RequestError\n"
         "assert False\n"
-        "for body in (b'[]', b'{\"prompt\": 5}', b'{\"prompt\": \"x\", \"n\": 99}'):\n"
+        'for body in (b\'[]\', b\'{"prompt": 5}\', b\'{"prompt": "x", "n": 99}\'):\n'
         "    try: parse_request('completion', body, model_name='m', max_new_tokens=5)\n"
         "    except RequestError: continue\n"
         "    sys.exit('accepted')\n"

@@ -78,9 +78,7 @@ def test_a_schema_that_cannot_be_met_is_a_400(client, response_format, says):
 
 def test_min_tokens_does_not_go_with_it(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(
-            model="gpt-fast", prompt="x", extra_body={"min_tokens": 2, "response_format": FORMAT}
-        )  # fmt: skip
+        client.completions.create(model="gpt-fast", prompt="x", extra_body={"min_tokens": 2, "response_format": FORMAT})
     assert caught.value.param == "min_tokens"
 
 

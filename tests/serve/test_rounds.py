@@ -522,8 +522,10 @@ def test_figures_are_those_that_torchserve_is_told_about():
         for kind, entries in declared.items()
     }
     assert ours == {
-        "gauge": set(metrics.GAUGES), "counter": set(metrics.COUNTERS), "histogram": set(metrics.HISTOGRAMS)
-    }  # fmt: skip
+        "gauge": set(metrics.GAUGES),
+        "counter": set(metrics.COUNTERS),
+        "histogram": set(metrics.HISTOGRAMS),
+    }
 
 
 # ------------------------------------------------------------------------------------------- configuration

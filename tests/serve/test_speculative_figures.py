@@ -42,13 +42,17 @@ def test_counters_grow_by_what_is_new_and_gauges_follow(reporter, emitted):
     totals.learn(4, 3)
     reporter.state({}, speculation_totals(totals))
     assert [figure[1:3] for figure in emitted] == [
-        ("spec_decode_draft_acceptance_rate", 0.375), ("spec_decode_mean_accepted_length", 1.5),
-        ("spec_decode_num_drafts_total", 2), ("spec_decode_num_draft_tokens_total", 8),
+        ("spec_decode_draft_acceptance_rate", 0.375),
+        ("spec_decode_mean_accepted_length", 1.5),
+        ("spec_decode_num_drafts_total", 2),
+        ("spec_decode_num_draft_tokens_total", 8),
         ("spec_decode_num_accepted_tokens_total", 3),
-        ("spec_decode_draft_acceptance_rate", 0.5), ("spec_decode_mean_accepted_length", 2.0),
-        ("spec_decode_num_drafts_total", 1), ("spec_decode_num_draft_tokens_total", 4),
+        ("spec_decode_draft_acceptance_rate", 0.5),
+        ("spec_decode_mean_accepted_length", 2.0),
+        ("spec_decode_num_drafts_total", 1),
+        ("spec_decode_num_draft_tokens_total", 4),
         ("spec_decode_num_accepted_tokens_total", 3),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_log_line_says_whether_and_how_well():

@@ -62,8 +62,9 @@ def test_figures_of_speculation(speculating):
         return figures[f"spec_decode_num_{name}_tokens_total"] - before[f"spec_decode_num_{name}_tokens_total"]
 
     speculating.wait_for(
-        lambda f: (gained(f, "draft"), gained(f, "accepted")) == (drafted, accepted)
-        and requests(speculating, "on") == on + 1,
+        lambda f: (
+            (gained(f, "draft"), gained(f, "accepted")) == (drafted, accepted) and requests(speculating, "on") == on + 1
+        ),
         seconds=10,
     )
     after = speculating.metrics()

@@ -22,9 +22,12 @@ def tool(name, **parameters):
 
 
 WEATHER = tool(
-    "get_weather", type="object", properties={"city": {"enum": ["Oslo", "Rom"]}, "days": {"enum": [1, 2]}},
-    required=["city", "days"], additionalProperties=False,
-)  # fmt: skip
+    "get_weather",
+    type="object",
+    properties={"city": {"enum": ["Oslo", "Rom"]}, "days": {"enum": [1, 2]}},
+    required=["city", "days"],
+    additionalProperties=False,
+)
 CLOCK = tool("clock", type="object", properties={}, additionalProperties=False)
 
 # ------------------------------------------------------------------------------------------- templates
@@ -115,13 +118,23 @@ def test_any_text_means_the_same_however_it_is_cut(form, text, seed):
 @pytest.mark.parametrize(
     "body",
     [
-        "{", "{}", "[]", '"clock"', '{"name": "clock"}', '{"name": "clock", "KEY": []}',
+        "{",
+        "{}",
+        "[]",
+        '"clock"',
+        '{"name": "clock"}',
+        '{"name": "clock", "KEY": []}',
         '{"name": "clock", "KEY": "{}"}',
-        '{"name": "other", "KEY": {}}', '{"name": "clock", "KEY": {"a": NaN}}', '{"name": "clock", "KEY": {"a": 1,}}',
-        '{"name": "clock", "KEY": {"a": 1, "a": 2}}', '{"name": "clock", "KEY": {"a": "\\ud800"}}',
-        '{"name": ["clock"], "KEY": {}}', '{"name": "clock", "KEY": ' + '{"a":' * 5000, "{'name': 'clock', 'KEY': {}}",
+        '{"name": "other", "KEY": {}}',
+        '{"name": "clock", "KEY": {"a": NaN}}',
+        '{"name": "clock", "KEY": {"a": 1,}}',
+        '{"name": "clock", "KEY": {"a": 1, "a": 2}}',
+        '{"name": "clock", "KEY": {"a": "\\ud800"}}',
+        '{"name": ["clock"], "KEY": {}}',
+        '{"name": "clock", "KEY": ' + '{"a":' * 5000,
+        "{'name': 'clock', 'KEY': {}}",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_call_is_content(form, body):
     text = form.before + body.replace("KEY", form.arguments_key) + form.after
     assert parse(form, [text]) == (text, [])

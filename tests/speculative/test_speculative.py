@@ -145,9 +145,12 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone():
     for i in range(32):
         row, count = slice(i, i + 1), max(int(count_B[i]), 1)
         alone = verify(
-            p_BSV[row, : count + 1], q_BKV[row, :count], draft_BK[row, :count], count_B[row],
+            p_BSV[row, : count + 1],
+            q_BKV[row, :count],
+            draft_BK[row, :count],
+            count_B[row],
             Draws(draws.seed_B[row], draws.position_B[row]),
-        )  # fmt: skip
+        )
         assert (alone.accepted_B, alone.next_B) == (together.accepted_B[row], together.next_B[row])
         assert int(alone.accepted_B) <= int(count_B[i])
 
@@ -168,10 +171,16 @@ def test_matched_rows_say_what_plain_decode_says():
         assert accepted == count_B[i] or draft_BK[i, accepted] != plain[accepted]
 
 
-@pytest.mark.parametrize("params", [
-    SamplingParams(temperature=0.5), SamplingParams(temperature=1.5), SamplingParams(temperature=1.0, top_k=5),
-    SamplingParams(temperature=1.0, top_p=0.7), SamplingParams(temperature=0.8, min_p=0.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=1.5),
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.0, top_p=0.7),
+        SamplingParams(temperature=0.8, min_p=0.1),
+    ],
+)
 def test_judge_is_exact_at_every_kind_of_sampling(params):
     """One context, drawn N times: the first token has the distribution the plain sampler draws from."""
     generator = torch.Generator().manual_seed(3)
@@ -205,8 +214,12 @@ def test_a_seeded_row_is_matched_beside_rows_that_are_not():
 
 def test_drawing_in_turn_is_drawing_at_once():
     """What the CPU does against what a GPU does: rows of every length, some ill, some greedy."""
-    kinds = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.7, top_k=5, min_p=0.01),
-             SamplingParams(temperature=1.0, top_p=0.8)]  # fmt: skip
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5, min_p=0.01),
+        SamplingParams(temperature=1.0, top_p=0.8),
+    ]
     for seed in range(8):
         logits_BSV, _, draft_BK, _, draws = random_block(12, 4, 20)
         logits_BSV = logits_BSV * 3 + torch.randn(20, generator=torch.Generator().manual_seed(seed)) * 3
@@ -232,8 +245,13 @@ def at_once(*args):
 @pytest.mark.parametrize("seed", range(6))
 def test_refusing_in_turn_is_refusing_at_once(seed):
     """Sampled, seeded, greedy and ill rows, with drafts that stand often or seldom: one verdict on CPU and GPU."""
-    kinds = [SamplingParams(temperature=1.0), SamplingParams(temperature=0.7, top_k=5), SamplingParams(),
-             SamplingParams(temperature=1.0, seed=2), SamplingParams(temperature=1.0, top_p=0.8)]  # fmt: skip
+    kinds = [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=2),
+        SamplingParams(temperature=1.0, top_p=0.8),
+    ]
     rows = kinds * 8
     logits_BSV, _, draft_BK, _, draws = random_block(len(rows), 4, 20)
     generator = torch.Generator().manual_seed(seed)

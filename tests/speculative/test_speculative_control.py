@@ -94,9 +94,15 @@ def test_a_useless_draft_costs_at_most_three_percent(c, seed):
 
 
 @given(
-    c=st.floats(0, 1), v=st.floats(0, 0.2), rate=st.floats(0, 1), noise=st.floats(0, 0.3), drift=st.floats(0, 0.3),
-    stalls=st.floats(0, 0.05), mixed=st.booleans(), seed=st.integers(0, 1 << 16),
-)  # fmt: skip
+    c=st.floats(0, 1),
+    v=st.floats(0, 0.2),
+    rate=st.floats(0, 1),
+    noise=st.floats(0, 0.3),
+    drift=st.floats(0, 0.3),
+    stalls=st.floats(0, 0.05),
+    mixed=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
 @settings(max_examples=20, deadline=None)
 def test_whatever_the_machine_speculation_is_never_slower(c, v, rate, noise, drift, stalls, mixed, seed):
     """Drafts good and bad, costs noisy and wandering, texts greedy and sampled by turns."""
@@ -221,8 +227,13 @@ def test_costs_of_unmeasured_rows_follow_the_nearest():
 def test_fewer_proposals_never_cost_more():
     """What was measured seldom gives way to what was measured often; no speculative step is below a plain one."""
     costs = Controller([1, 4, 8]).costs
-    for choice, seconds, times in ((PLAIN, 1.0, 1), (Choice("ngram", 1), 0.9, 1), (Choice("ngram", 4), 5.5, 1),
-                                   (Choice("ngram", 8), 1.5, 3), (Choice("draft", 8), 1.2, 1)):  # fmt: skip
+    for choice, seconds, times in (
+        (PLAIN, 1.0, 1),
+        (Choice("ngram", 1), 0.9, 1),
+        (Choice("ngram", 4), 5.5, 1),
+        (Choice("ngram", 8), 1.5, 3),
+        (Choice("draft", 8), 1.2, 1),
+    ):
         for _ in range(times):
             costs.learn(choice, Batch(1), seconds)
     assert costs.relative("ngram", Batch(1)) == {1: 1.0, 4: 2.5, 8: 2.5}

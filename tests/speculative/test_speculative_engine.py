@@ -74,8 +74,11 @@ def drafts(tiny_model, target):
 def test_greedy_and_seeded_texts_are_plain_decodes(target, drafts, kind, k):
     """Ragged company, more requests than slots, mixed sampling; every text as it is alone and without speculation."""
     kinds = [
-        {}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "seed": 4, "top_k": 5}, {"repetition_penalty": 1.3},
-    ]  # fmt: skip
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.2, "seed": 4, "top_k": 5},
+        {"repetition_penalty": 1.3},
+    ]
     requests = {
         f"r{i}": (prompt, SamplingParams(max_new_tokens=3 + 7 * i % 40, ignore_eos=i % 2 == 0, **kinds[i % 4]))
         for i, prompt in enumerate(prompts(10, seed=k))
@@ -153,8 +156,10 @@ def test_copied_prefixes_and_aborts_leave_no_trace(target, drafts):
         for step in range(150):
             if rng.random() < 0.3 and step < 110:
                 key = f"{kind}-{step}"
-                asked[key] = (shared[: rng.randrange(1, 25)] + prompts(1, seed=step)[0],
-                              SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True))  # fmt: skip
+                asked[key] = (
+                    shared[: rng.randrange(1, 25)] + prompts(1, seed=step)[0],
+                    SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True),
+                )
                 core.add(key, *asked[key])
                 out[key] = []
                 running.add(key)

@@ -61,9 +61,7 @@ def whole_step(params, device):
     tensors = sampling_tensors(params, device)
     draws = draws_of(sequences, device)
     looked_up = Proposal(proposal.draft_BK, [K] * B)
-    return [
-        judge(torch.zeros(B, K + 1, V, device=device), tensors, each, draws) for each in (proposal, looked_up)
-    ]
+    return [judge(torch.zeros(B, K + 1, V, device=device), tensors, each, draws) for each in (proposal, looked_up)]
 
 
 def plain_step(params, device):

@@ -21,8 +21,16 @@ MAX_SEQ_LEN = 200
 
 def small_model(seed: int = 0, **changes: Any) -> Transformer:
     """A two-layer float32 model with nothing left at a neutral value (norm weights, biases)."""
-    shape: dict[str, Any] = dict(vocab_size=301, n_layer=2, n_head=4, n_kv_head=2, dim=96, head_dim=64,
-                                 intermediate_size=136, max_position=MAX_SEQ_LEN)
+    shape: dict[str, Any] = dict(
+        vocab_size=301,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        dim=96,
+        head_dim=64,
+        intermediate_size=136,
+        max_position=MAX_SEQ_LEN,
+    )
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**(shape | changes))).eval()
     for parameter in model.parameters():
@@ -51,8 +59,9 @@ def run_chunks(
     out, at = [], 0
     for size in sizes:
         positions = torch.arange(at, at + size)[None]
-        out.append(forward(tokens_T[None, at : at + size], positions, cache, length=at + size,
-                           slots_B=torch.tensor([slot]))[0])
+        out.append(
+            forward(tokens_T[None, at : at + size], positions, cache, length=at + size, slots_B=torch.tensor([slot]))[0]
+        )
         at += size
     return torch.cat(out)
 

@@ -23,9 +23,13 @@ def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
     """Start `count` ranks of a command that torchrun takes; its output is piped."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     return subprocess.Popen(
-        [*launch, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*launch, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run_ranks(count: int, *command: str) -> subprocess.CompletedProcess[str]:

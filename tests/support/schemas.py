@@ -6,7 +6,9 @@ import json
 SLOW = json.dumps({"allOf": [{"type": "string", "pattern": f".*[ab].{{{n}}}c.*"} for n in range(10, 60)]})
 POINT = json.dumps(
     {
-        "type": "object", "required": ["x", "unit"], "additionalProperties": False,
+        "type": "object",
+        "required": ["x", "unit"],
+        "additionalProperties": False,
         "properties": {"x": {"type": "integer", "minimum": -99, "maximum": 99}, "unit": {"enum": ["mm", "in"]}},
     }
-)  # fmt: skip
+)

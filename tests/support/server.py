@@ -88,9 +88,13 @@ class Server:
         config["handler"] |= handler
         (self.home / "model_config.yaml").write_text(yaml.safe_dump(config))
         made = archive.build(
-            handler=ROOT / "handler.py", config=self.home / "model_config.yaml", model="", fmt="tgz",
-            store=self.home / "store", work=self.home / "work",
-        )  # fmt: skip
+            handler=ROOT / "handler.py",
+            config=self.home / "model_config.yaml",
+            model="",
+            fmt="tgz",
+            store=self.home / "store",
+            work=self.home / "work",
+        )
         result = self._script("start", "--archive", str(made), "--token", token, "--start-seconds", "300")
         if result.returncode:
             raise RuntimeError(result.stdout + result.stderr + "\n".join(self.instance.worker_lines()[-30:]))

@@ -50,11 +50,14 @@ def longrope(dims: int, original: int) -> dict[str, Any]:
     long = [1.0 + 7.0 * i / dims for i in range(dims)]
     return {
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": short,
+            "long_factor": long,
             "original_max_position_embeddings": original,
         },
         "original_max_position_embeddings": original,
-    }  # fmt: skip
+    }
 
 
 # name -> (transformers' model class, settings beyond SIZES)

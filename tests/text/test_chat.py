@@ -52,7 +52,7 @@ CONVERSATIONS = {
     "no content": [{"role": "user"}],
     "null content": [says("user", None)],
     "empty": [],
-}  # fmt: skip
+}
 
 
 def source_of(name: str) -> str:

@@ -136,8 +136,9 @@ def test_a_neighbour_without_a_guide_is_unaffected(engine, maker):
     again = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))
     one, first, second, two = engine.generate(["neighbour one", "x", "x", "two"], [plain[0], guided, again, plain[1]])
     assert [one, two] == alone and first == second
-    assert engine.generate(["x"], [SamplingParams(max_new_tokens=60, seed=3, temperature=1.0,
-                                                  guide=maker.json_guide(POINT))]) == [first]  # fmt: skip
+    assert engine.generate(
+        ["x"], [SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))]
+    ) == [first]
 
 
 def test_an_aborted_guided_request_leaves_no_trace(engine, maker):

@@ -69,9 +69,13 @@ def static_cache(transformers: Any, model: Any, positions: int, device: torch.de
 
 
 def hf_timing(
-    prefill: Callable[..., Any], forward: Callable[..., Any], cache: Any, context: int, effort: Effort,
+    prefill: Callable[..., Any],
+    forward: Callable[..., Any],
+    cache: Any,
+    context: int,
+    effort: Effort,
     device: torch.device,
-) -> Timing:  # fmt: skip
+) -> Timing:
     """Of new_tokens decode steps after `context` tokens, which every try computes anew: the cache counts its tokens."""
     seconds = []
     for _ in range(effort.repeat + 1):
@@ -91,9 +95,13 @@ def hf_step(forward: Callable[..., Any], tokens_1S: Tensor, start: int, cache: A
     """The token after these."""
     positions_S = torch.arange(start, start + tokens_1S.shape[1], device=tokens_1S.device)
     out = forward(
-        input_ids=tokens_1S, position_ids=positions_S[None], cache_position=positions_S, past_key_values=cache,
-        use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+        input_ids=tokens_1S,
+        position_ids=positions_S[None],
+        cache_position=positions_S,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return out.logits.argmax(-1).clone()  # the next step of a CUDA graph would overwrite it
 
 
@@ -150,8 +158,10 @@ def upstream_model(its_model: Any, config: ModelConfig, form: str, device: torch
         model = its_model.Transformer(args)
     if form != "bf16":
         quantize = importlib.import_module("quantize")
-        handlers = {"int8": lambda: quantize.WeightOnlyInt8QuantHandler(model),
-                    "int4": lambda: quantize.WeightOnlyInt4QuantHandler(model, groupsize=GROUP)}  # fmt: skip
+        handlers = {
+            "int8": lambda: quantize.WeightOnlyInt8QuantHandler(model),
+            "int4": lambda: quantize.WeightOnlyInt4QuantHandler(model, groupsize=GROUP),
+        }
         with torch.device("meta"):
             model = handlers[form]().convert_for_runtime()
     model = model.to(torch.bfloat16).to_empty(device=device)

@@ -93,6 +93,7 @@ def draw(axis: Any, result: dict[str, Any]) -> None:
     every = sorted(row["gb_per_step"] for row in measured)
     if ceiling and every:
         axis.plot(every, [size / ceiling * 1e6 for size in every], color="black", label=f"read {ceiling:.0f} GB/s")
-    axis.set(xscale="log", yscale="log", xlabel="GB a step must read", ylabel="microseconds a step",
-             title=result["device"])  # fmt: skip
+    axis.set(
+        xscale="log", yscale="log", xlabel="GB a step must read", ylabel="microseconds a step", title=result["device"]
+    )
     axis.legend()

@@ -172,8 +172,10 @@ def sampler(device: torch.device, vocabulary: int, rows: int, effort: Effort) ->
     out_B = torch.empty(rows, dtype=torch.int64, device=device)
     workspace, ops = sampler_workspace(rows, vocabulary, device), ops_for(device)
     fused = timed_graph(
-        lambda: ops.sample(logits_BV, *params[:3], uniform_B, workspace, out_B), device,
-        repeat=effort.repeat, inner=effort.new_tokens,
-    )  # fmt: skip
+        lambda: ops.sample(logits_BV, *params[:3], uniform_B, workspace, out_B),
+        device,
+        repeat=effort.repeat,
+        inner=effort.new_tokens,
+    )
     plain = timed(lambda: sampling.sample(logits_BV, params, uniform_B), device, repeat=effort.repeat, inner=8)
     return {"us_per_step": fused.median * 1e6, "us_plain": plain.median * 1e6}

@@ -36,8 +36,10 @@ class LlamaBuild:
     def __init__(self, dialect: Dialect, *, folder: Path, gguf: Path, threads: int, kv_bytes: int | None) -> None:
         self.dialect, self.folder, self.gguf, self.threads, self.kv_bytes = dialect, folder, gguf, threads, kv_bytes
         if not (folder / "llama-bench").is_file():
-            raise Unavailable(f"{dialect.name}: no llama-bench in {folder}: build it (cmake --build . --target "
-                              "llama-bench llama-batched-bench) and give the folder it lies in")  # fmt: skip
+            raise Unavailable(
+                f"{dialect.name}: no llama-bench in {folder}: build it (cmake --build . --target "
+                "llama-bench llama-batched-bench) and give the folder it lies in"
+            )
         self.first = self._bench("-p", "1", "-n", "0")  # reads the file into the page cache, too
 
     def describe(self) -> Description:

@@ -37,9 +37,13 @@ class LlamaPackage:
             raise Unavailable(f"{NAME}: give {NAME}=FOLDER of a build, or pip install llama-cpp-python") from None
         started = time.perf_counter()
         self.model: Any = llama_cpp.Llama(
-            str(gguf), n_ctx=options.max_seq_len, n_batch=512, n_threads=options.threads,
-            n_threads_batch=options.threads, verbose=False,
-        )  # fmt: skip
+            str(gguf),
+            n_ctx=options.max_seq_len,
+            n_batch=512,
+            n_threads=options.threads,
+            n_threads_batch=options.threads,
+            verbose=False,
+        )
         facts = {"llama-cpp-python": llama_cpp.__version__, "gguf": gguf.name}
         self.description = Description(gguf.stat().st_size, options.kv_bytes(2), time.perf_counter() - started, facts)
 

@@ -89,9 +89,11 @@ def build(checkpoint: Path) -> tuple[Any, str]:
     mode = (own.quantization or {}).get("mode", "bfloat16")
     if mode not in ("bfloat16", "int8"):
         raise Unavailable(f"{NAME}: {mode} is not measured: its int4 kernels need CUDA")
-    plain = own if own.quantization is None else load_checkpoint(
-        own.directory, device=torch.device("cpu"), dtype=torch.bfloat16
-    )  # fmt: skip
+    plain = (
+        own
+        if own.quantization is None
+        else load_checkpoint(own.directory, device=torch.device("cpu"), dtype=torch.bfloat16)
+    )
     model = upstream_model.Transformer(model_args(plain, upstream_model)).to(torch.bfloat16)
     model.load_state_dict(dict(plain.model.state_dict()))
     if mode == "int8":

@@ -18,10 +18,15 @@ SANITIZERS = ("address,undefined", "thread")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpt_fast.ops.cpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--tune", action="store_true", help="measure every variant on layers of two models' shapes in "
-                        "each format, print the table and keep the best (a few minutes; nothing else should run)")
+    parser = argparse.ArgumentParser(
+        prog="python -m gpt_fast.ops.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure every variant on layers of two models' shapes in "
+        "each format, print the table and keep the best (a few minutes; nothing else should run)",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of --tune (default: all cores)")
     parser.add_argument("--rounds", type=int, default=15, help="of --tune, for each variant (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where --tune writes its table as JSON")

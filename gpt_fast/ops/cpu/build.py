@@ -16,11 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
-         "-Wno-maybe-uninitialized")  # gcc 12 raises the last one inside its own AVX-512 header
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+)  # gcc 12 raises the last one inside its own AVX-512 header
 # Instruction sets, best first: the cpuinfo flags each needs and what the compiler is told.
-AVX512_BF16 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
-               ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"))
+AVX512_BF16 = (
+    "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
+    ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+)
 AVX512 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni"))
 AVX2_VNNI = ("avx2 fma f16c avx_vnni", ("-march=x86-64-v3", "-mavxvnni"))
 AVX2 = ("avx2 fma f16c", ("-march=x86-64-v3",))
@@ -48,8 +59,9 @@ def cpu_flags() -> frozenset[str]:
 def processor() -> str:
     """The processor's name, with the numbers that tell apart what virtual machines give one name."""
     told = cpuinfo()
-    numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model", "stepping")
-                        if key in told)  # fmt: skip
+    numbers = ", ".join(
+        f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told
+    )
     return f"{told.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
 

@@ -150,8 +150,10 @@ class CpuDecoder:
         self.described = self.describe_model(model, Packer(weights, group))
         self.handle = self.library.gf_decoder_create(byref(self.described), self.pool.handle)
         self.pool.settle()
-        self.tuned = Tuned(choice, "given") if choice else tune(
-            self.library, self.pool.handle, self.pool.threads, self.described
+        self.tuned = (
+            Tuned(choice, "given")
+            if choice
+            else tune(self.library, self.pool.handle, self.pool.threads, self.described)
         )
         self.library.gf_decoder_set_tuning(self.handle, byref(self.tuned.choice.struct()))
         if is_worth_it(self.described.head, self.weight_bytes):
@@ -207,8 +209,9 @@ class CpuDecoder:
         k, v = torch.zeros(2, c.n_layer, 1, c.n_kv_head, tokens + 1, c.head_dim)
         cache = SimpleNamespace(k_LNHTD=k, v_LNHTD=v, slots=1, max_seq_len=tokens)
         energy_D = torch.empty(c.dim)
-        self.forward(torch.linspace(0, c.vocab_size - 1, tokens).long()[None], torch.arange(tokens)[None], cache,
-                     length=tokens)  # fmt: skip
+        self.forward(
+            torch.linspace(0, c.vocab_size - 1, tokens).long()[None], torch.arange(tokens)[None], cache, length=tokens
+        )
         self.library.gf_decoder_head_energy(self.handle, energy_D.data_ptr())
         return energy_D
 
@@ -225,12 +228,23 @@ class CpuDecoder:
         self.kept.append(layers)
         table, table_scale, table_group = embedding_table(model.tok_embeddings)
         return ModelWeights(
-            n_layer=c.n_layer, dim=c.dim, n_head=c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim,
-            ffn_dim=c.intermediate_size, vocab=c.vocab_size, rotary_dim=c.rotary_dim, norm_eps=c.norm_eps,
-            embedding_type=EMBEDDING_TYPES[table.dtype], embedding_group=table_group, embedding=self.keep(table),
+            n_layer=c.n_layer,
+            dim=c.dim,
+            n_head=c.n_head,
+            n_kv_head=c.n_kv_head,
+            head_dim=c.head_dim,
+            ffn_dim=c.intermediate_size,
+            vocab=c.vocab_size,
+            rotary_dim=c.rotary_dim,
+            norm_eps=c.norm_eps,
+            embedding_type=EMBEDDING_TYPES[table.dtype],
+            embedding_group=table_group,
+            embedding=self.keep(table),
             embedding_scale=None if table_scale is None else self.keep_float(table_scale),
-            rope=self.keep_float(model.rope_cos_sin_PE), norm=self.keep_float(model.norm.weight),
-            head=self.describe(packer.head(model.output)), layers=layers,
+            rope=self.keep_float(model.rope_cos_sin_PE),
+            norm=self.keep_float(model.norm.weight),
+            head=self.describe(packer.head(model.output)),
+            layers=layers,
         )
 
     def describe_layer(self, out: LayerWeights, layer: Any, packer: Packer) -> None:
@@ -249,12 +263,17 @@ class CpuDecoder:
     def describe(self, packed: Packed) -> Linear:
         self.formats.add(packed.format)
         if pack.BF16 in self.formats and len(self.formats) > 1:
-            raise ValueError("weights: bfloat16 cannot be mixed with quantized modules (allowed int8, int8_groups, "
-                             "int4)")
+            raise ValueError(
+                "weights: bfloat16 cannot be mixed with quantized modules (allowed int8, int8_groups, int4)"
+            )
         packed = packed.stored(self.arena)
         self.weight_bytes += packed.nbytes
         return Linear(
-            format=packed.format, rows=packed.rows, cols=packed.cols, group=packed.group, q=self.keep(packed.q),
+            format=packed.format,
+            rows=packed.rows,
+            cols=packed.cols,
+            group=packed.group,
+            q=self.keep(packed.q),
             scale=None if packed.scale is None else self.keep(packed.scale),
             bias=None if packed.bias is None else self.keep_float(packed.bias),
         )

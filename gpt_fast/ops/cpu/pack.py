@@ -110,8 +110,10 @@ def pack_int4(
     group: 32, 64, 128 or 256 inputs; the last group of a row may be shorter.
     """
     if group not in INT4_GROUPS or scale_NG.shape[1] != -(-q_NK.shape[1] // group):
-        raise ValueError(f"int4: group must be one of {INT4_GROUPS} and give one scale a group "
-                         f"(got {group} for {q_NK.shape[1]} inputs with {scale_NG.shape[1]} scales a row)")
+        raise ValueError(
+            f"int4: group must be one of {INT4_GROUPS} and give one scale a group "
+            f"(got {group} for {q_NK.shape[1]} inputs with {scale_NG.shape[1]} scales a row)"
+        )
     words = words_of(q_NK)
     codes = words[:, ::2] | words[:, 1::2] << 4  # of eight inputs, 0-3 low and 4-7 high
     scale = torch.stack((interleave_scales(scale_NG), interleave_scales(minimum_NG)), 3)
@@ -124,9 +126,7 @@ def pack_bf16(w_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
     return packed(BF16, w_NK.shape, GROUP, take_turns(words, GROUP // 2), None, bias_N)
 
 
-def packed(
-    kind: int, shape: torch.Size, group: int, q: Tensor, scale: Tensor | None, bias_N: Tensor | None
-) -> Packed:
+def packed(kind: int, shape: torch.Size, group: int, q: Tensor, scale: Tensor | None, bias_N: Tensor | None) -> Packed:
     bias = None if bias_N is None else F.pad(bias_N.float(), (0, padding(len(bias_N), PAIR)))
     return Packed(format=kind, rows=shape[0], cols=shape[1], group=group, q=q, scale=scale, bias=bias)
 

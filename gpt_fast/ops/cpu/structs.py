@@ -52,8 +52,21 @@ class LayerWeights(Structure):
 
 class ModelWeights(Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("n_layer", "dim", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab",
-                                       "rotary_dim", "embedding_type", "embedding_group")),
+        *(
+            (name, c_int32)
+            for name in (
+                "n_layer",
+                "dim",
+                "n_head",
+                "n_kv_head",
+                "head_dim",
+                "ffn_dim",
+                "vocab",
+                "rotary_dim",
+                "embedding_type",
+                "embedding_group",
+            )
+        ),
         ("norm_eps", c_float),
         *((name, c_void_p) for name in ("embedding", "embedding_scale", "rope", "norm")),
         ("head", Linear),
@@ -76,8 +89,10 @@ class Tuning(Structure):
 class StepInput(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "row_tokens", "length", "positions", "slots", "cache_type")),
-        *((name, c_void_p) for name in ("tokens", "position", "slot", "select", "k", "v", "k_scale", "v_scale",
-                                        "logits", "best")),
+        *(
+            (name, c_void_p)
+            for name in ("tokens", "position", "slot", "select", "k", "v", "k_scale", "v_scale", "logits", "best")
+        ),
     )
 
     @classmethod
@@ -96,9 +111,17 @@ class StepInput(Structure):
         B, S = tokens_BS.shape
         index = [None if t is None else index_tensor(t) for t in (tokens_BS, positions_BS, slots_B, select_B)]
         step = cls(
-            B, S, length, cache.max_seq_len + 1, cache.slots, CACHE_TYPES[cache.k_LNHTD.dtype],
+            B,
+            S,
+            length,
+            cache.max_seq_len + 1,
+            cache.slots,
+            CACHE_TYPES[cache.k_LNHTD.dtype],
             *(None if t is None else t.data_ptr() for t in index),
-            cache.k_LNHTD.data_ptr(), cache.v_LNHTD.data_ptr(), *cache_scales(cache), logits.data_ptr(),
+            cache.k_LNHTD.data_ptr(),
+            cache.v_LNHTD.data_ptr(),
+            *cache_scales(cache),
+            logits.data_ptr(),
             best.data_ptr(),
         )
         step.held = (*index, cache, logits, best)

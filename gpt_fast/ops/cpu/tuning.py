@@ -194,8 +194,11 @@ class Place(NamedTuple):
     def of(cls, library: ctypes.CDLL, weights: ModelWeights, threads: int) -> Place:
         name = "".join(c if c.isalnum() else "-" for c in build.processor()).strip("-")
         path = build.cache_dir() / f"tuning-{name}.json"
-        return cls(path, Path(library._name).stem, f"{threads} threads, format {weights.layers[0].qkv.format}, "
-                                                   f"width {weights.dim}")  # fmt: skip
+        return cls(
+            path,
+            Path(library._name).stem,
+            f"{threads} threads, format {weights.layers[0].qkv.format}, width {weights.dim}",
+        )
 
     def entries(self) -> dict[str, Any]:
         """The entries of this library; none where there is no readable file, or one of another library."""

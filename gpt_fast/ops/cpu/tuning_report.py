@@ -111,9 +111,14 @@ def race(shape: str, weights: str, threads: int, rounds: int) -> Race:
     best = max(entrants, key=lambda choice: math.prod(over(times[DEFAULT], times[choice]) for times in last.values()))
     place.write(best)
     return Race(
-        shape, weights, rows, best, {n: over(times[DEFAULT], times[best]) for n, times in last.items()},
-        firsts, [{n: over(times[best], times[first]) for n, times in last.items()} for first in firsts],
-    )  # fmt: skip
+        shape,
+        weights,
+        rows,
+        best,
+        {n: over(times[DEFAULT], times[best]) for n, times in last.items()},
+        firsts,
+        [{n: over(times[best], times[first]) for n, times in last.items()} for first in firsts],
+    )
 
 
 def take_turns(
@@ -147,8 +152,13 @@ def over(base: list[float], times: list[float]) -> float:
 
 
 def row(axis: Axis, value: Any, times: list[float], default: list[float]) -> dict[str, Any]:
-    return {"field": axis.field, "value": value, "rows": axis.rows, "ms": round(statistics.median(times) * 1e3, 3),
-            "over_default": round(over(default, times), 3)}  # fmt: skip
+    return {
+        "field": axis.field,
+        "value": value,
+        "rows": axis.rows,
+        "ms": round(statistics.median(times) * 1e3, 3),
+        "over_default": round(over(default, times), 3),
+    }
 
 
 def table(race: Race) -> str:

@@ -92,7 +92,8 @@ class Codes:
             self.format,
             interleave_tiles(self.weight_NK, other.weight_NK),
             None if self.scale is None or other.scale is None else interleave_tiles(self.scale, other.scale),
-            None if self.minimum_NG is None or other.minimum_NG is None
+            None
+            if self.minimum_NG is None or other.minimum_NG is None
             else interleave_tiles(self.minimum_NG, other.minimum_NG),
             self.group,
         )

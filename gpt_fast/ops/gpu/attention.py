@@ -86,9 +86,14 @@ def attention_launch(
         "scale": scale, "splits": splits, "rows": tokens, "q_heads": q_heads, "kv_heads": kv_heads,
     }  # fmt: skip
     constants = {
-        "ROWS": rows_per_slot, "GROUP": group, "QUERIES": max(power_of_two(rows_per_slot * group), 16),
-        "HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim), "POSITIONS": POSITIONS,
-        "SCALED": cache.k_scale_NHT is not None, "NATIVE": is_native(q_MHD),
-    }  # fmt: skip
+        "ROWS": rows_per_slot,
+        "GROUP": group,
+        "QUERIES": max(power_of_two(rows_per_slot * group), 16),
+        "HEAD_DIM": head_dim,
+        "WIDTH": power_of_two(head_dim),
+        "POSITIONS": POSITIONS,
+        "SCALED": cache.k_scale_NHT is not None,
+        "NATIVE": is_native(q_MHD),
+    }
     grid = (tokens // rows_per_slot * kv_heads, splits)
     return Launch(decode_attention_kernel, grid, arguments, constants, num_warps=4, num_stages=3)

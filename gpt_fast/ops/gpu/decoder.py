@@ -76,9 +76,13 @@ def ops_for(device: torch.device) -> Ops:
     from gpt_fast.ops.gpu import attention, linear, sampler
 
     names = [
-        (linear, "norm_qkv_rope_write"), (attention, "decode_attention"), (linear, "linear_residual"),
-        (linear, "norm_gate_up_silu"), (linear, "norm_head"), (sampler, "sample"),
-    ]  # fmt: skip
+        (linear, "norm_qkv_rope_write"),
+        (attention, "decode_attention"),
+        (linear, "linear_residual"),
+        (linear, "norm_gate_up_silu"),
+        (linear, "norm_head"),
+        (sampler, "sample"),
+    ]
     suffix = "" if device.type == "cuda" else "_reference"
     return Ops(*(getattr(module, name + suffix) for module, name in names))
 
@@ -305,9 +309,13 @@ def pack_layer(layer: Any, fp8: bool = False) -> Layer:
         elif gate_up.kind == "int8" and view.is_cuda:  # the CPU's int8 product wants its rows together
             module.weight = view
     return Layer(
-        layer.attention_norm.weight.detach(), pack(attention.wqkv, fp8), pack(attention.wo, fp8),
-        layer.ffn_norm.weight.detach(), gate_up, pack(feed_forward.w2, fp8),
-    )  # fmt: skip
+        layer.attention_norm.weight.detach(),
+        pack(attention.wqkv, fp8),
+        pack(attention.wo, fp8),
+        layer.ffn_norm.weight.detach(),
+        gate_up,
+        pack(feed_forward.w2, fp8),
+    )
 
 
 def weight_bytes(decoder: GpuDecoder) -> int:

@@ -40,11 +40,13 @@ class LayerCache(NamedTuple):
             if scale is not None and tuple(head_dim * stride for stride in scale.stride()) != strides[:3]:
                 raise ValueError("k_scale, v_scale: must be laid out as the cache is")
         return {
-            "k_cache": self.k_NHTD, "v_cache": self.v_NHTD,
+            "k_cache": self.k_NHTD,
+            "v_cache": self.v_NHTD,
             "k_scale": self.k_NHTD if k_scale is None else k_scale,
             "v_scale": self.v_NHTD if v_scale is None else v_scale,
-            "slot_stride": strides[0], "head_stride": strides[1],
-        }  # fmt: skip
+            "slot_stride": strides[0],
+            "head_stride": strides[1],
+        }
 
     def read(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` positions of a slot: two [H, length, D] in the scales' or the cache's own precision."""

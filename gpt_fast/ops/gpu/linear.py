@@ -66,9 +66,7 @@ def norm_qkv_rope_write(
     [slots_M, :, positions_M]; no two tokens of one call may share a place. Head sizes a multiple of 16.
     workspace: needed by an int8 cache only.
     """
-    qkv_launch(
-        x_MD, norm_D, qkv, cos_sin_P2E, positions_M, slots_M, cache, workspace, out_q_MHD, eps=eps
-    ).run()  # fmt: skip
+    qkv_launch(x_MD, norm_D, qkv, cos_sin_P2E, positions_M, slots_M, cache, workspace, out_q_MHD, eps=eps).run()
 
 
 def linear_residual(x_MK: Tensor, w: GpuLinear, residual_MN: Tensor, out_MN: Tensor) -> None:
@@ -167,8 +165,11 @@ def qkv_launch(
         "out_q": out_q_MHD, "q_heads": out_q_MHD.shape[1], "kv_heads": kv_heads,
     }  # fmt: skip
     constants = {
-        "HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim), "ROTARY": 2 * cos_sin_P2E.shape[-1], "SCALED": scaled,
-    }  # fmt: skip
+        "HEAD_DIM": head_dim,
+        "WIDTH": power_of_two(head_dim),
+        "ROTARY": 2 * cos_sin_P2E.shape[-1],
+        "SCALED": scaled,
+    }
     return launch(norm_qkv_rope_write_kernel, x_MD, norm_D, qkv, extra, constants, eps, row_unit=head_dim)
 
 
@@ -198,11 +199,16 @@ def launch(
         "tokens": len(x_MK), "k": w.k, "eps": eps, **extra,
     }  # fmt: skip
     shared = {
-        "KIND": w.kind, "NORM": norm_K is not None, "GROUP": w.group,
-        "TOKENS": most, "ROWS": rows,
-        "COLUMNS": columns, "SHARES": shares, "EVEN": weight.shape[1] % columns == 0,
+        "KIND": w.kind,
+        "NORM": norm_K is not None,
+        "GROUP": w.group,
+        "TOKENS": most,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "SHARES": shares,
+        "EVEN": weight.shape[1] % columns == 0,
         "NATIVE": is_native(x_MK),
-    }  # fmt: skip
+    }
     return Launch(kernel, (divide_up(w.n, rows),), arguments, shared | constants, tile.warps, tile.stages)
 
 

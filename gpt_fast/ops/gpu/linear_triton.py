@@ -46,11 +46,11 @@ def dots(
     elif TOKENS > 1:
         out_MN = dots_tensor_cores(
             x, norm, weight, rows_N, tokens, k, eps, NORM, TOKENS, ROWS, COLUMNS, SHARES, EVEN, NATIVE
-        )  # fmt: skip
+        )
     elif KIND == "int8" or KIND == "int8g" or KIND == "int4":
         out_MN = dots_planes(
             x, norm, weight, scale, zero, rows_N, k, eps, KIND, NORM, GROUP, ROWS, COLUMNS, EVEN, NATIVE
-        )[None, :]  # fmt: skip
+        )[None, :]
     else:
         out_MN = dots_float(x, norm, weight, rows_N, k, eps, NORM, ROWS, COLUMNS, EVEN)[None, :]
     if KIND == "int8" or KIND == "fp8":
@@ -321,8 +321,12 @@ def codes(w, SHIFT: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
         q = tl.inline_asm_elementwise(
             "{ .reg .b32 t; and.b32 t, $3, 7; shr.b32 t, $2, t; and.b32 t, t, 0x0f0f0f0f;"
             " prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342; }",
-            "=r,=r,r,r", [w, tl.full(w.shape, SHIFT, tl.uint8)], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
+            "=r,=r,r,r",
+            [w, tl.full(w.shape, SHIFT, tl.uint8)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
         return q
     return ((w >> SHIFT) & 15).to(dtype)
 

@@ -30,9 +30,13 @@ class Ring:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], *, pinned: bool, depth: int = 3,
+        self,
+        shape: tuple[int, ...],
+        *,
+        pinned: bool,
+        depth: int = 3,
         copy: Callable[[Tensor, Tensor], Wait] = start_copy,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.free = deque(torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(depth))
         self.busy: deque[tuple[Tensor, Wait]] = deque()
         self.copy = copy

@@ -49,9 +49,14 @@ def chunk_size(vocab: int) -> int:
 
 
 def sample(
-    logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor, uniform_M: Tensor,
-    workspace: SamplerWorkspace, out_tokens_M: Tensor,
-) -> None:  # fmt: skip
+    logits_MV: Tensor,
+    temperature_M: Tensor,
+    top_k_M: Tensor,
+    top_p_M: Tensor,
+    uniform_M: Tensor,
+    workspace: SamplerWorkspace,
+    out_tokens_M: Tensor,
+) -> None:
     """One token a row, as gpt_fast.sampling.sample draws it with min_p 0; NO_TOKEN for a row without a finite best.
 
     logits float32, uniform float64 in [0, 1), top_k 0 or top_p 1: all; temperature 0: the best token.
@@ -61,17 +66,27 @@ def sample(
 
 
 def sample_reference(
-    logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor, uniform_M: Tensor,
-    workspace: SamplerWorkspace | None, out_tokens_M: Tensor,
-) -> None:  # fmt: skip
+    logits_MV: Tensor,
+    temperature_M: Tensor,
+    top_k_M: Tensor,
+    top_p_M: Tensor,
+    uniform_M: Tensor,
+    workspace: SamplerWorkspace | None,
+    out_tokens_M: Tensor,
+) -> None:
     params = sampling.SamplingTensors(temperature_M, top_k_M, top_p_M, torch.zeros_like(top_p_M))
     out_tokens_M.copy_(sampling.sample(logits_MV, params, uniform_M))
 
 
 def sample_launches(
-    logits_MV: Tensor, temperature_M: Tensor, top_k_M: Tensor, top_p_M: Tensor, uniform_M: Tensor,
-    workspace: SamplerWorkspace, out_tokens_M: Tensor,
-) -> tuple[Launch, Launch]:  # fmt: skip
+    logits_MV: Tensor,
+    temperature_M: Tensor,
+    top_k_M: Tensor,
+    top_p_M: Tensor,
+    uniform_M: Tensor,
+    workspace: SamplerWorkspace,
+    out_tokens_M: Tensor,
+) -> tuple[Launch, Launch]:
     from gpt_fast.ops.gpu.sampler_triton import peaks_kernel, sample_kernel
 
     rows, vocab = logits_MV.shape
@@ -81,9 +96,13 @@ def sample_launches(
     shared = {"logits": logits_MV, "vocab": vocab, "chunks": chunks}
     peaks = {name: w[name] for name in ("peak", "best", "best_at")}
     choice = {
-        "temperatures": temperature_M, "top_ks": top_k_M, "top_ps": top_p_M, "uniforms": uniform_M, **w,
+        "temperatures": temperature_M,
+        "top_ks": top_k_M,
+        "top_ps": top_p_M,
+        "uniforms": uniform_M,
+        **w,
         "out": out_tokens_M,
-    }  # fmt: skip
+    }
     constants = {"CHUNK": chunk, "CHUNKS": power_of_two(chunks), "CAPACITY": CAPACITY, "FAST_K": FAST_K}
     return (
         Launch(peaks_kernel, (rows, chunks), shared | peaks, {"CHUNK": chunk}, num_warps=4),

@@ -38,8 +38,11 @@ def sample_kernel(
     """Each program weighs its chunk and hands on what may be kept; the last one of a row chooses its token."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     logits, mass, candidate, candidate_id = (
-        logits + row * vocab, mass + row * chunks, candidate + row * CAPACITY, candidate_id + row * CAPACITY
-    )  # fmt: skip
+        logits + row * vocab,
+        mass + row * chunks,
+        candidate + row * CAPACITY,
+        candidate_id + row * CAPACITY,
+    )
     temperature = tl.load(temperatures + row)
     greedy = temperature == 0
     sharpness = 1 / tl.maximum(tl.where(greedy, 1.0, temperature), 1e-30)  # finite, so that the best token costs 0
@@ -173,9 +176,7 @@ def choose_from(
 
 
 @triton.jit
-def keep(
-    values, ids, size, vocab, largest, sharpness, k, need, WHOLE: tl.constexpr
-):  # fmt: skip
+def keep(values, ids, size, vocab, largest, sharpness, k, need, WHOLE: tl.constexpr):
     """The cheapest tokens until there are k or their mass is `need`: the cost they end at, the last id kept of those
     at that cost, and the mass."""
     below = tl.full((), -1, tl.int32)
@@ -204,9 +205,7 @@ def keep(
 
 
 @triton.jit
-def measure(
-    values, ids, size, largest, sharpness, bound, tie, limit, WHOLE: tl.constexpr
-):  # fmt: skip
+def measure(values, ids, size, largest, sharpness, bound, tie, limit, WHOLE: tl.constexpr):
     """How many tokens up to id `limit` cost less than bound, or just that with an id up to `tie`; and their mass."""
     STEP: tl.constexpr = 2048 if WHOLE else 512
     count = tl.full((), 0, tl.int32)
