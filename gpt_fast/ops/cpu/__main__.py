@@ -25,10 +25,10 @@ def main() -> int:
         "--tune",
         action="store_true",
         help="measure every variant on layers of two models' shapes in "
-        "each format, print the table and keep the best (a few minutes; nothing else should run)",
+        "each format, print the table and keep the best (a minute or two; nothing else should run)",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of --tune (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=15, help="of --tune, for each variant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=100, help="of --tune, for each variant (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where --tune writes its table as JSON")
     parser.add_argument("--sanitize", action="store_true", help="build check.cpp with each sanitizer and run it")
     arguments = parser.parse_args()

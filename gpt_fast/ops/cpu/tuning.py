@@ -1,8 +1,8 @@
 """Tuning: what the fastest way through memory depends on, chosen on the processor at hand by measuring its decode.
 
 A prefetch hint that is best on one processor makes decode several times slower on another, and no list of processors is
-ever complete. So the first decoder of a format and width on a machine times a few variants over its own first layers
-(at most SECONDS) and keeps what it found beside the compiled library. Results are the same bits whatever is chosen.
+ever complete. So the first decoder of a format and width on a machine times a few variants over its own layers, for
+about SECONDS, and keeps what it found beside the compiled library. Results are the same bits whatever is chosen.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from gpt_fast.ops.cpu.structs import Fetch, LayerWeights, Linear, ModelWeights, 
 
 HINTS = {"none": 0, "L1": 1, "L2": 2, "once": 3}  # src/tuning.h's Hint
 SECONDS = 0.25
-PROBE_BYTES = 40 << 20  # of weights in a probe's step: more than most caches hold, little enough to time often
+PIECE_BYTES = 8 << 20  # of weights in a step that is timed: little, so that many are timed
+MOST_PIECES = 32  # that take turns, so that a piece's weights have left the caches when it comes again
 LEAST_BYTES = 32 << 20  # a model with less decodes from the caches, where there is nothing to choose
 ROWS = 4  # of a probe's step that stands for a few rows
-ROUNDS = 3  # before the slower half of the variants leaves: a median of three stands one hiccup
+ROUNDS = 5  # before the slower half of the variants leaves: a median of five stands two hiccups
 CLEARLY = 0.97  # what takes more than this part of the default's time does not replace it
 
 
@@ -75,54 +76,58 @@ AXES = (
 
 
 class Probe:
-    """Times steps of a decoder's first layers under any Choice. No logits but those of the head's first 32 rows."""
+    """Times steps of a few of a model's layers under any Choice; pieces of the model take turns, as in a decode.
+
+    No logits but those of the head's first 32 rows.
+    """
 
     def __init__(self, library: ctypes.CDLL, pool: int, weights: ModelWeights) -> None:
-        part, layers = first_layers(weights)
-        self.library, self.kept = library, (weights, part)
-        self.handle = library.gf_decoder_create(byref(part), pool)
-        self.steps = 0
-        shape = (layers, ROWS, weights.n_kv_head, 64, weights.head_dim)
+        self.library = library
+        each = max(1, PIECE_BYTES // layer_bytes(weights))
+        self.pieces = [piece(weights, at, each) for at in range(0, weights.n_layer - each + 1, each)][:MOST_PIECES]
+        self.decoders = [library.gf_decoder_create(byref(part), pool) for part in self.pieces]
+        self.steps = [0] * len(self.pieces)
+        shape = (each, ROWS, weights.n_kv_head, 64, weights.head_dim)
         self.inputs = {rows: step_input(rows, shape) for rows in (1, ROWS)}
         for rows in self.inputs:
-            self.seconds(DEFAULT, rows)
+            for _ in self.pieces:
+                self.seconds(DEFAULT, rows)
 
     def __enter__(self) -> Probe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.library.gf_decoder_destroy(self.handle)
+        for decoder in self.decoders:
+            self.library.gf_decoder_destroy(decoder)
 
-    def seconds(self, choice: Choice, rows: int, steps: int = 1) -> float:
-        """The time of a step of `rows` rows, after one that leaves the caches as this choice leaves them."""
-        self.library.gf_decoder_set_tuning(self.handle, byref(choice.struct()))
-        self.step(rows)
+    def seconds(self, choice: Choice, rows: int) -> float:
+        """The time of a step of `rows` rows through the piece whose turn it is."""
+        # One further after each time around, so that variants that take turns too do not always meet the same piece.
+        turn, count = sum(self.steps), len(self.pieces)
+        at = (turn + turn // count) % count
+        self.steps[at] += 1
+        self.library.gf_decoder_set_tuning(self.decoders[at], byref(choice.struct()))
         began = time.perf_counter()
-        for _ in range(steps):
-            self.step(rows)
-        return (time.perf_counter() - began) / steps
-
-    def step(self, rows: int) -> None:
-        self.steps += 1
-        self.library.gf_decoder_start(self.handle, byref(self.inputs[rows]))
-        self.library.gf_decoder_finish(self.handle, self.steps)
+        self.library.gf_decoder_start(self.decoders[at], byref(self.inputs[rows]))
+        self.library.gf_decoder_finish(self.decoders[at], self.steps[at])
+        return time.perf_counter() - began
 
 
-def first_layers(weights: ModelWeights) -> tuple[ModelWeights, int]:
-    """A description of about PROBE_BYTES of the model's layers, and their number; of the head 32 rows.
+def piece(weights: ModelWeights, first: int, count: int) -> ModelWeights:
+    """A description of `count` layers from `first` on, and of 32 rows of the head.
 
-    Of a layer that is larger, less of its hidden values: their matrices then mean nothing, but take their time.
+    Of a layer that is much larger than PIECE_BYTES, less of its hidden values: their matrices then mean nothing, but
+    take their time.
     """
-    size = layer_bytes(weights)
-    layers = min(weights.n_layer, -(-PROBE_BYTES // size))
     part = ModelWeights.from_buffer_copy(weights)
-    part.n_layer, part.vocab = layers, min(32, weights.vocab)
+    part.n_layer, part.vocab = count, min(32, weights.vocab)
     part.head.rows = part.vocab
-    part.layers = (LayerWeights * layers)(*weights.layers[:layers])
-    if size > PROBE_BYTES:
-        part.ffn_dim = max(1, weights.ffn_dim * PROBE_BYTES // size // 32) * 32
+    part.layers = (LayerWeights * count)(*weights.layers[first : first + count])
+    size = layer_bytes(weights)
+    if size > 2 * PIECE_BYTES:
+        part.ffn_dim = max(1, weights.ffn_dim * PIECE_BYTES // size // 32) * 32
         part.layers[0].gate_up.rows, part.layers[0].down.cols = 2 * part.ffn_dim, part.ffn_dim
-    return part, layers
+    return part
 
 
 def step_input(rows: int, shape: tuple[int, ...]) -> StepInput:

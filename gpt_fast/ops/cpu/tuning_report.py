@@ -22,12 +22,13 @@ from gpt_fast.config import ModelConfig
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import build, tuning
 from gpt_fast.ops.cpu.decoder import CpuDecoder
-from gpt_fast.ops.cpu.tuning import CLEARLY, DEFAULT, PROBE_BYTES, ROWS, Axis, Choice, Place, Probe, choose
+from gpt_fast.ops.cpu.tuning import CLEARLY, DEFAULT, ROWS, Axis, Choice, Place, Probe, choose
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": dict(dim=576, n_head=9, n_kv_head=3, head_dim=64, intermediate_size=1536),
     "Llama-3.2-1B": dict(dim=2048, n_head=32, n_kv_head=8, head_dim=64, intermediate_size=8192),
 }
+TOTAL_BYTES = 96 << 20  # of the layers of a shape, as of a whole SmolLM2-135M in 4 bits
 BYTES = {"int4": 0.5, "int8": 1.0, "bfloat16": 2.0}  # a weight
 
 
@@ -128,14 +129,14 @@ def take_turns(
     times: dict[Choice, list[float]] = {choice: [] for choice in choices}
     for _ in tqdm(range(rounds), desc=label, leave=False, disable=None):
         for choice, taken in times.items():
-            taken.append(probe.seconds(choice, rows, steps=2))
+            taken.append(probe.seconds(choice, rows))
     return times
 
 
 def random_layers(shape: dict[str, Any], weights: str) -> Transformer:
-    """As many layers as a probe reads, with a head of 32 rows."""
+    """Layers enough that they do not stay in the caches, with a head of 32 rows."""
     layer = shape["dim"] * (3 * shape["intermediate_size"] + 2 * shape["dim"])
-    layers = max(1, -(-PROBE_BYTES // int(layer * BYTES[weights])))
+    layers = max(5, -(-TOTAL_BYTES // int(layer * BYTES[weights])))
     config = ModelConfig(vocab_size=32, n_layer=layers, max_position=64, **shape)
     with torch.device("meta"):
         model = Transformer(config)
