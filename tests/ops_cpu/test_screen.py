@@ -83,9 +83,13 @@ def level_copy(w_NK: torch.Tensor) -> torch.Tensor:
 
 
 def head_and_input(seed: int, N: int, K: int, *, outliers: float, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of sizes that differ by e^spread, and inputs a few of which are `outliers` times the others."""
+    """Rows of sizes that differ by e^spread, and inputs a few of which are `outliers` times the others.
+
+    No row is so large that its scale, a 127th of its largest weight, is past half precision's 65,504.
+    """
     generator = torch.Generator().manual_seed(seed)
-    w_NK = torch.randn(N, K, generator=generator) * (spread * torch.randn(N, 1, generator=generator)).exp()
+    size_N1 = (spread * torch.randn(N, 1, generator=generator)).exp().clamp(max=1e6)
+    w_NK = torch.randn(N, K, generator=generator).clamp(-8, 8) * size_N1
     x_K = torch.randn(K, generator=generator)
     x_K[torch.randint(K, (5,), generator=generator)] *= outliers
     return w_NK, x_K
