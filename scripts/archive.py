@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.serve import frontend_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "gpt-fast"
@@ -50,9 +51,15 @@ def config_text(path: Path, model: str) -> str:
     text = path.read_text(encoding="utf-8")
     if not model:
         return text
-    config = yaml.safe_load(text)
+    config = frontend_keys.parse(text)
     config["handler"]["checkpoint_path"] = model
     return yaml.safe_dump(config, sort_keys=False)
+
+
+def check_config(text: str) -> None:
+    """Raises ValueError, a line for each problem, where TorchServe would take a key for absent or never answer."""
+    if problems := frontend_keys.check_frontend_keys(frontend_keys.parse(text)):
+        raise ValueError("model_config.yaml: " + "; ".join(problems))
 
 
 def checkpoint_of(text: str, root: Path) -> Path:
@@ -106,9 +113,11 @@ def replace(made: Path, target: Path) -> None:
 
 def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, work: Path) -> Path:
     """Stage, archive and put into the store, unless the store's archive was made from the same bytes."""
+    text = config_text(config, model)
+    check_config(text)
     work.mkdir(parents=True, exist_ok=True)
     staged_config = work / "model_config.yaml"
-    staged_config.write_text(config_text(config, model), encoding="utf-8")
+    staged_config.write_text(text, encoding="utf-8")
     stage_bundle(ROOT, work / "bundle")
     sources = [handler, staged_config, *sorted(p for p in (work / "bundle").rglob("*") if p.is_file())]
     target = store / (f"{MODEL_NAME}.tar.gz" if fmt == "tgz" else MODEL_NAME)

@@ -12,18 +12,21 @@ from archive import ROOT, checkpoint_of, config_text, resolve_model
 from instance import find_java, java_version
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.serve import frontend_keys
 from gpt_fast.serve.startup_check import check_properties
 
 
-def check_checkpoint(config: Path, model: str) -> list[str]:
-    """The yaml names a checkpoint that is there."""
+def check_config(config: Path, model: str) -> list[str]:
+    """TorchServe can use the yaml's keys, and the checkpoint it names is there."""
     try:
-        path = checkpoint_of(config_text(config, resolve_model(model, ROOT)), ROOT)
+        text = config_text(config, resolve_model(model, ROOT))
+        problems = frontend_keys.check_frontend_keys(frontend_keys.parse(text))
+        path = checkpoint_of(text, ROOT)
     except (ValueError, OSError) as error:
         return [str(error)]
     if path.exists():
-        return []
-    return [f"handler.checkpoint_path: no such file or directory (got {path}, allowed a checkpoint)"]
+        return problems
+    return [*problems, f"handler.checkpoint_path: no such file or directory (got {path}, allowed a checkpoint)"]
 
 
 def check_java() -> list[str]:
@@ -52,7 +55,7 @@ def main() -> int:
     problems = [
         *check_properties(args.properties.read_text(encoding="latin-1")),
         *check_java(),
-        *check_checkpoint(args.config, args.model),
+        *check_config(args.config, args.model),
         *check_key_file(args.run_dir / "key_file.json"),
     ]
     for problem in problems:

@@ -15,6 +15,7 @@ from typing import Any
 from gpt_fast.config import ConfigError, EngineConfig, check_float, check_int
 from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
+from gpt_fast.serve.frontend_keys import check_frontend_keys
 from gpt_fast.serve.rounds import Rounds
 from gpt_fast.serve.service import Service
 
@@ -62,6 +63,8 @@ def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineCo
     handler = (yaml or {}).get("handler")
     if not isinstance(handler, dict):
         raise ConfigError("handler", "model_config.yaml needs a handler section with at least checkpoint_path")
+    if problems := check_frontend_keys(yaml or {}):
+        raise ValueError(problems[0])
     if (yaml or {}).get("continuousBatching") is not True:
         raise ConfigError("continuousBatching", "must be on: the handler streams through it", allowed="true")
     serve_keys = {field.name for field in dataclasses.fields(ServeConfig)}

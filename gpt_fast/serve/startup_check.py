@@ -3,13 +3,14 @@
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 # What the handler prints in front of the one line that says why it cannot start; `make serve` looks for it.
 STARTUP_ERROR = "gpt-fast cannot start: "
 
+BLANKS = " \t\f"  # what java.util.Properties takes for space
 ADDRESSES = (
     "inference_address",
     "management_address",
@@ -24,12 +25,33 @@ FORBIDDEN = {
 
 
 def parse_properties(text: str) -> dict[str, str]:
-    """Java's .properties format: `key=value`, `key: value` or `key value`; `\\` escapes and joins lines."""
-    properties = {}
-    for line in re.sub(r"\\\r?\n[ \t]*", "", text).splitlines():
-        if match := re.match(r"\s*((?:\\.|[^\\#!:=\s])(?:\\.|[^\\:=\s])*)\s*[:=]?\s*(.*?)\s*$", line):
-            properties[_unescape(match[1])] = _unescape(match[2])
-    return properties
+    """A .properties file as java.util.Properties.load reads it; the last of equal keys wins.
+
+    Raises ValueError for a malformed \\uXXXX, at which Java gives up too.
+    """
+    return dict(map(_key_and_value, _logical_lines(text)))
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines without comments, each joined with those that a backslash at its end continues.
+
+    A comment is not continued, whatever it ends with; a line that is continued may go on with # as with any character.
+    """
+    lines = iter(re.split("\r\n|\r|\n", text))
+    for first in lines:
+        line = first.lstrip(BLANKS)
+        if not line or line[0] in "#!":
+            continue
+        while re.search(r"(?<!\\)(\\\\)*\\$", line):
+            line = line[:-1] + next(lines, "").lstrip(BLANKS)
+        yield line
+
+
+def _key_and_value(line: str) -> tuple[str, str]:
+    """The key ends at the first =, : or blank that no backslash escapes."""
+    match = re.match(r"((?:\\.|[^\\=: \t\f])*)[ \t\f]*[=:]?[ \t\f]*(.*)", line, re.DOTALL)
+    assert match is not None  # all of it may be empty
+    return _unescape(match[1]), _unescape(match[2])
 
 
 def check_properties(text: str, *, arguments: Sequence[str] = ()) -> list[str]:
@@ -37,7 +59,10 @@ def check_properties(text: str, *, arguments: Sequence[str] = ()) -> list[str]:
 
     arguments: TorchServe's command line, where `--disable-token-auth` and `--enable-model-api` win over the file.
     """
-    properties = parse_properties(text)
+    try:
+        properties = parse_properties(text)
+    except ValueError as error:
+        return [str(error)]
     problems = [
         f"{key}: {why} (got true, allowed false)" for key, why in FORBIDDEN.items() if is_true(properties.get(key, ""))
     ]
@@ -105,5 +130,12 @@ def host_of(address: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text)
-    return re.sub(r"\\(.)", r"\1", text)
+    letters = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
+
+    def plain(match: re.Match[str]) -> str:
+        code, letter = match.groups()
+        if letter == "u":
+            raise ValueError(f"malformed \\u escape (got {text!r}, allowed four hexadecimal digits after it)")
+        return chr(int(code, 16)) if code else letters.get(letter, letter)
+
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", plain, text, flags=re.DOTALL)

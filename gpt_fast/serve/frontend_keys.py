@@ -1,0 +1,103 @@
+"""What must hold of model_config.yaml's own keys, which are TorchServe's, before anything starts. No torch.
+
+TorchServe 0.12 takes a key it does not know, a number in quotes or a word it cannot use for absent, logs at most a
+warning and serves with its default. Here each is one line, `key: problem (got X, allowed Y)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+DAY = 86400  # seconds
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this one tells them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise ValueError(f"{key}: given twice (line {key_node.start_mark.line + 1}); keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A model_config.yaml's text. Raises ValueError in one line: not YAML, not a mapping, a key given twice."""
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"model_config.yaml: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"model_config.yaml: must be a mapping (got {type(values).__name__}, allowed keys with values)"
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class Key:
+    """One of TorchServe's keys: what it may be. `why` says what another value would lead to."""
+
+    allowed: str
+    fits: Callable[[Any], bool]
+    why: str = "not a value that TorchServe uses"
+
+
+def whole(low: int, high: int) -> Key:
+    return Key(f"a whole number {low}..{high}", lambda v: type(v) is int and low <= v <= high)
+
+
+def only(value: Any, why: str) -> Key:
+    return Key(str(value).lower(), lambda v: type(v) is type(value) and v == value, why)
+
+
+ONE_WORKER = "one worker holds the model and batches for all; with a second one requests hang"
+ONE_PROCESS = "the model is served by one process"
+OTHER_TRANSPORT = "the handler speaks continuousBatching only"
+KEYS = {
+    "minWorkers": only(1, ONE_WORKER),
+    "maxWorkers": only(1, ONE_WORKER),
+    "batchSize": whole(1, 1 << 16),
+    "maxBatchDelay": whole(0, 60_000),  # milliseconds
+    "responseTimeout": whole(1, DAY),
+    "startupTimeout": whole(1, DAY),
+    "maxRetryTimeoutInSec": whole(1, DAY),
+    "clientTimeoutInMills": whole(0, DAY * 1000),
+    "jobQueueSize": whole(1, 1 << 20),
+    "continuousBatching": only(True, "the handler streams through it"),
+    "deviceType": Key("cpu or gpu", lambda v: v in ("cpu", "gpu")),
+    "deviceIds": Key("a list of GPU numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v)),
+    "asyncCommunication": only(False, OTHER_TRANSPORT),
+    "sequenceBatching": only(False, OTHER_TRANSPORT),
+    "useJobTicket": only(False, OTHER_TRANSPORT),
+    "useVenv": only(False, "the worker runs in the environment that TorchServe runs in"),
+    "parallelLevel": only(1, ONE_PROCESS),
+    "parallelType": only("", ONE_PROCESS + ", without tensor parallelism"),
+    "torchrun": Key("no such key", lambda _: False, ONE_PROCESS + ", without torchrun"),
+    "handler": Key("a mapping", lambda v: isinstance(v, dict), "our own options are its keys"),
+}
+
+
+def check_frontend_keys(config: Mapping[str, Any]) -> list[str]:
+    """The problems of a parsed model_config.yaml's keys, `handler:`'s own left aside; one line each."""
+    problems = []
+    for name, value in config.items():
+        key = KEYS.get(name)
+        if key is None:
+            problems.append(f"{name}: no such key{suggestion(name)} (allowed {', '.join(KEYS)})")
+        elif not key.fits(value):
+            problems.append(f"{name}: {key.why} (got {value!r}, allowed {key.allowed})")
+    return problems
+
+
+def suggestion(name: object) -> str:
+    near = difflib.get_close_matches(str(name), KEYS, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,102 @@
+"""Every key of model_config.yaml that TorchServe would take for absent, or hang with, is refused by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt_fast.serve.frontend_keys import KEYS, check_frontend_keys, parse
+from support.paths import ROOT
+
+SHIPPED = sorted([ROOT / "model_config.yaml", *(ROOT / "configs").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_are_fine(path: Path) -> None:
+    assert check_frontend_keys(parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("minWorkers", "2"),
+        ("minWorkers", "'1'"),
+        ("minWorkers", "true"),
+        ("maxWorkers", "4"),
+        ("batchSize", "0"),
+        ("batchSize", "8.0"),
+        ("maxBatchDelay", "-1"),
+        ("responseTimeout", "0"),
+        ("responseTimeout", "60s"),
+        ("startupTimeout", "1h"),
+        ("maxRetryTimeoutInSec", "0"),
+        ("deviceType", "tpu"),
+        ("deviceType", "GPU"),
+        ("deviceIds", "0"),
+        ("continuousBatching", "false"),
+        ("continuousBatching", "'true'"),
+        ("asyncCommunication", "true"),
+        ("sequenceBatching", "true"),
+        ("useJobTicket", "true"),
+        ("useVenv", "true"),
+        ("parallelType", "tp"),
+        ("parallelLevel", "2"),
+        ("torchrun", "{nproc-per-node: 2}"),
+        ("jobQueueSize", "0"),
+        ("clientTimeoutInMills", "-1"),
+        ("handler", "[]"),
+    ],
+)
+def test_a_value_that_torchserve_would_not_use_is_refused(key: str, value: str) -> None:
+    (problem,) = check_frontend_keys(parse(f"{key}: {value}"))
+    assert problem.startswith(f"{key}: ") and f"(got {yaml.safe_load(value)!r}, allowed " in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("minworkers", "minWorkers"), ("batch_size", "batchSize"), ("startup_timeout", "startupTimeout"), ("xyz", "")],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_named(name: str, meant: str) -> None:
+    (problem,) = check_frontend_keys(parse(f"{name}: 1"))
+    assert problem.startswith(f"{name}: no such key") and (f"did you mean {meant}?" in problem) == bool(meant)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchSize: 4\nbatchSize: 8\n", r"batchSize: given twice \(line 2\)"),
+        ("handler:\n  dtype: auto\n  dtype: float32\n", r"dtype: given twice \(line 3\)"),
+        ("a: [", "not YAML"),
+        ("- 1", "must be a mapping"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_a_text_that_says_two_things_or_nothing_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_every_key_of_torchserve_is_known() -> None:
+    """The names in TorchServe's own ModelConfig class, as its jar has them; those of other transports are refused."""
+    import re
+    import zipfile
+
+    import ts
+
+    jar = zipfile.ZipFile(next((Path(ts.__file__).parent / "frontend").glob("*.jar")))
+    names = set(re.findall(rb"[a-z]\w+", jar.read("org/pytorch/serve/archive/model/ModelConfig.class")))
+    assert {key for key in KEYS if key != "handler"} <= {name.decode() for name in names}
+
+
+def test_the_archiver_stops_before_anything_is_built(tmp_path: Path) -> None:
+    config = tmp_path / "model_config.yaml"
+    config.write_text((ROOT / "model_config.yaml").read_text().replace("minWorkers: 1", "minWorkers: 2"))
+    command = [sys.executable, str(ROOT / "scripts/archive.py"), "--config", str(config)]
+    command += ["--model-store", str(tmp_path / "store"), "--work-dir", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("archive: model_config.yaml: minWorkers: one worker holds the model")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == [config]
