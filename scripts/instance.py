@@ -185,6 +185,15 @@ class Instance:
             return []
         return [line.split(" - ", 1)[1] for line in text.splitlines() if " - " in line]
 
+    def load_failure(self) -> str | None:
+        """Why TorchServe gave the model up before it started a worker: its own words; None: it did not."""
+        try:
+            text = (self.logs / "console.log").read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        match = re.search(r"Failed to load model: (\S+)(?:.*\n(?!\d{4}-)(.*))?", text)
+        return None if match is None else f"{match[1]}: {(match[2] or 'no reason given').removesuffix(': null')}"
+
     def clean(self) -> None:
         """Remove what a stopped instance leaves: sockets, unpacked models, pid and key file."""
         shutil.rmtree(self.tmp, ignore_errors=True)

@@ -133,6 +133,8 @@ def failure(instance: Instance, first_worker: int | None, too_late: bool) -> str
     lines = instance.worker_lines()
     if instance.frontend() is None:
         return f"TorchServe ended; see {instance.logs}/console.log"
+    if problem := instance.load_failure():
+        return f"TorchServe could not load {problem}; build the archive again with: make archive"
     worker_died = first_worker is not None and not psutil.pid_exists(first_worker)
     if worker_died or any("Backend worker process died" in line for line in lines):
         time.sleep(0.5)  # let its last lines reach the log

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -310,6 +311,23 @@ def test_a_failing_handler_is_one_clear_line(server):
     assert failed.returncode == 1 and time.monotonic() - begin < 30
     assert failed.stderr == "serve: max_new_tokens: out of range (got -1, allowed 1..4096)\n"
     assert server.is_gone()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("damage", ["half", "text", "escape"])
+def test_an_archive_that_torchserve_cannot_load_ends_the_wait(server, damage):
+    made = server.archive()
+    if damage == "half":
+        made.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+    elif damage == "text":
+        made.write_text("not an archive")
+    else:  # an entry outside of the folder that it is unpacked into
+        with tarfile.open(made, "w:gz") as archive_file:
+            archive_file.add(server.home / "request.json", "../../escaped.json")
+    failed = server.start(made)
+    assert failed.returncode == 1 and failed.stderr.startswith("serve: TorchServe could not load gpt-fast.tar.gz: ")
+    assert failed.stderr.count("\n") == 1 and "not ready after" not in failed.stderr
+    assert server.is_gone() and not list(server.home.rglob("escaped.json"))
 
 
 @pytest.mark.server
