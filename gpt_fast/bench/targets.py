@@ -27,7 +27,7 @@ def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -
     found: dict[str, Factory] = {}
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
     sizes = {"threads": threads, "max_seq_len": longest, "max_num_seqs": rows}
-    ours = {"checkpoint_path": str(args.checkpoint_path.absolute()), **sizes, **options}
+    ours = {"checkpoint_path": str(args.checkpoint_path), **sizes, **options}
     if args.engine:
         found["engine"] = engine, ours
     if args.http:
