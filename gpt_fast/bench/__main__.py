@@ -5,6 +5,7 @@
     python -m gpt_fast.bench --gpu --help
     python -m gpt_fast.bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
         --prompt_len 32 512 --batch_size 1 4 --peer ik_llama.cpp=FOLDER --out benchmarks/NAME.json
+    python -m gpt_fast.bench --engine --checkpoint_path DIR --batch_size 1 16 --peer build=OTHER_CHECKOUT
 
 Every target runs in a process of its own; for each case one discarded round, then --repeat rounds in which all take
 turns. Figures are medians over segments of 25 decode steps during which other programs used at most 10 % of the CPUs.
@@ -76,7 +77,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=at_least(1), default=5, help="rounds")
     add("--threads", type=at_least(0), default=0, help="of every target; 0: one a core")
     add("--busy", type=at_least(0), default=0, metavar="N", help="the engine also beside N programs that never rest")
-    add("--starts", type=at_least(0), default=3, help="of the engine again, caches warm: their median; 0: the first")
+    add(
+        "--starts",
+        type=at_least(0),
+        default=3,
+        help="again, of the engine and a build, caches warm: the median; 0: the first",
+    )
     add("--verify", action="store_true", help="also the cost of a forward of 2 to 8 tokens of one row")
     add("--long_prompt", type=at_least(1), metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
@@ -131,8 +137,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         descriptions = {name: target.call("describe") for name, target in targets.items()}
         processes = {name: process_figures(name, target, args) for name, target in targets.items()}
         method = probe.call("method") if probe else None
-    if args.engine and args.starts:  # when every target is gone
-        processes["engine"] |= starts(makers["engine"], args.starts)
+    if args.starts:  # when every target is gone
+        builds = {name: makers[name] for name in targets if name in ("engine", "build")}
+        for name, seconds in starts(builds, args.starts).items():
+            processes[name] |= {"start_seconds": statistics.median(seconds), "starts": seconds}
     told = machine.description("python -m gpt_fast.bench", args.arguments) | {
         "threads": threads,
         "probe": method,
@@ -168,15 +176,15 @@ def start(stack: ExitStack, notes: list[str], name: str, factory: Factory) -> Re
     return remote
 
 
-def starts(factory: Factory, count: int) -> dict[str, Any]:
-    """Seconds from before a process exists to its first token: of `count` in a row, all and their median."""
-    make, options = factory
-    seconds = []
+def starts(builds: Mapping[str, Factory], count: int) -> dict[str, list[float]]:
+    """Seconds from before the engine's process exists to its first token, `count` times, each build in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in builds}
     for _ in range(count):
-        remote = Remote(make, **options)
-        seconds.append(remote.start_seconds)
-        remote.close()
-    return {"start_seconds": statistics.median(seconds), "starts": seconds}
+        for name, (make, options) in builds.items():
+            remote = Remote(make, **options)
+            seconds[name].append(remote.start_seconds if name == "engine" else remote.call("start_seconds"))
+            remote.close()
+    return seconds
 
 
 def process_figures(name: str, target: Remote, args: argparse.Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class EngineTarget:
         self.engine.core.scheduler.reuse_prefix = False  # a case is run twice: alone and beside busy programs
         self.ids = itertools.count()
         for _ in self.engine.events([0], SamplingParams(max_new_tokens=1, ignore_eos=True)):
-            pass  # so that the time to get here is that to a first token
+            pass  # generate one token, so that the time that a start takes includes the first token's latency
 
     def describe(self) -> Description:
         told = self.engine.description

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gpt_fast.bench.sample import Case, Sample, Segment
@@ -23,9 +23,7 @@ class Recorder:
         self.meter = meter
         self.segment_steps = segment_steps
         self.readings: list[Reading] = []
-        self.segments: list[Segment] = []
-        self.gaps: list[float] = []
-        self.tokens = 0
+        self.steps: list[tuple[float, int]] = []
         self.ttft = self.started = 0.0
 
     def start(self) -> None:
@@ -38,26 +36,38 @@ class Recorder:
 
     def step(self, seconds: float, tokens: int) -> None:
         """One forward took `seconds` and made `tokens` tokens."""
-        self.gaps.append(seconds)
-        self.tokens += tokens
-        if len(self.gaps) == self.segment_steps:
-            self._cut()
+        self.steps.append((seconds, tokens))
+        if len(self.steps) % self.segment_steps == 0:
+            self.readings.append(self.meter.read())
 
     def sample(self, case: Case) -> Sample:
-        """What was recorded. A last piece shorter than a segment counts only when there is no other."""
-        if self.gaps and not self.segments:
-            self._cut()
-        ttft_foreign, *shares = foreign_shares(self.readings)
-        segments = [
-            Segment(segment.tokens, segment.steps, segment.seconds, share, segment.gaps)
-            for segment, share in zip(self.segments, shares, strict=True)
-        ]
-        return Sample(case, self.ttft, tuple(segments), ttft_foreign)
+        """What was recorded."""
+        if 0 < len(self.steps) < self.segment_steps:
+            self.readings.append(self.meter.read())
+        return sample_of(case, self.ttft, self.steps, self.readings, segment_steps=self.segment_steps)
 
-    def _cut(self) -> None:
-        self.segments.append(Segment(self.tokens, len(self.gaps), sum(self.gaps), None, tuple(self.gaps)))
-        self.readings.append(self.meter.read())
-        self.gaps, self.tokens = [], 0
+
+def sample_of(
+    case: Case,
+    ttft: float,
+    steps: Sequence[tuple[float, int]],
+    readings: Sequence[Reading],
+    *,
+    segment_steps: int = SEGMENT_STEPS,
+) -> Sample:
+    """A run cut into segments. A last piece shorter than a segment counts only when there is no other.
+
+    Args:
+        steps: (seconds, tokens) of each forward of the decode.
+        readings: before the prompt, at the first token, then one after each segment.
+    """
+    ttft_foreign, *shares = foreign_shares(readings)
+    segments = []
+    for index, share in enumerate(shares):
+        piece = steps[index * segment_steps : (index + 1) * segment_steps]
+        gaps = tuple(seconds for seconds, _ in piece)
+        segments.append(Segment(sum(tokens for _, tokens in piece), len(piece), sum(gaps), share, gaps))
+    return Sample(case, ttft, tuple(segments), ttft_foreign)
 
 
 def record(case: Case, prefill: Callable[[], State], step: Callable[[State], State]) -> Sample:

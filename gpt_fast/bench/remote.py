@@ -76,6 +76,7 @@ def _serve(connection: Connection, factory: Callable[..., Any], options: dict[st
         except EOFError:
             return
         if request is None:
+            getattr(target, "close", lambda: None)()  # of a target that has a process of its own
             return
         method, args = request
         run = peak_rss_bytes if method == "peak_rss" and not hasattr(target, method) else getattr(target, method)

@@ -46,7 +46,7 @@ def build(
             verify_ms, long_prompt.
         ours: the target that the others are compared with. limit: foreign load above which a segment is noisy.
     """
-    cases, described = [], descriptions[ours]  # a target that is ours again, under other conditions, has no own
+    cases, described = [], descriptions[ours]  # our engine beside busy programs is described as our engine is
     for (prompt_len, new_tokens, rows), samples in results.samples.items():
         figures = {name: summarize(taken, descriptions.get(name, described), limit) for name, taken in samples.items()}
         ratios = {

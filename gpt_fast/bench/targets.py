@@ -25,14 +25,15 @@ def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -
     if args.long_prompt:
         longest, rows = max(longest, args.long_prompt + 256), max(rows, 2)
     found: dict[str, Factory] = {}
+    options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
+    sizes = {"threads": threads, "max_seq_len": longest, "max_num_seqs": rows}
+    ours = {"checkpoint_path": str(args.checkpoint_path), **sizes, **options}
     if args.engine:
-        options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
-        sizes = {"threads": threads, "max_seq_len": longest, "max_num_seqs": rows}
-        found["engine"] = engine, {"checkpoint_path": str(args.checkpoint_path), **sizes, **options}
+        found["engine"] = engine, ours
     if args.http:
         found["http"] = http, {"url": args.http, "token": args.token}
     for name, path in args.peer:
-        peer = PeerOptions(path, args.gguf, args.checkpoint_path, threads, longest, kv_elements)
+        peer = PeerOptions(path, args.gguf, args.checkpoint_path, threads, longest, kv_elements, ours)
         found[name] = load_peer, {"name": name, "options": peer}
     return found
 

@@ -48,10 +48,15 @@ def busy_seconds() -> float | None:
     """CPU seconds of everything since boot, stolen time included."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
-            values = file.readline().split()[1:]
+            return busy_of(file.readline())
     except OSError:
         return None
-    return sum(int(values[i]) for i in BUSY_FIELDS) / TICKS
+
+
+def busy_of(line: str) -> float | None:
+    """CPU seconds of everything by the first line of /proc/stat; None for "", where there is no such file."""
+    values = line.split()[1:]
+    return sum(int(values[i]) for i in BUSY_FIELDS) / TICKS if values else None
 
 
 def foreign_share(before: Reading, after: Reading) -> float | None:
@@ -187,11 +192,10 @@ def without_place(argument: str) -> str:
     return f"{name}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a + when files that git knows have changed since."""
-    here = str(Path(__file__).parent)
-    name = first_line(["git", "-C", here, "rev-parse", "--short=12", "HEAD"])
-    changed = first_line(["git", "-C", here, "status", "--porcelain", "--untracked-files=no", ":/gpt_fast"])
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the checkout that holds `folder`, with a + when files of gpt_fast that git knows have changed."""
+    name = first_line(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"])
+    changed = first_line(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", ":/gpt_fast"])
     return f"{name}+" if name and changed else name
 
 

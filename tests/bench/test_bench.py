@@ -359,8 +359,8 @@ def test_a_peer_that_is_not_there_says_what_to_give(name, tmp_path):
     with pytest.raises(Unavailable, match=r"--gguf FILE|--peer \S+=PATH"):
         load_peer(name, PeerOptions(None, None, tmp_path, 1, 64))
     (tmp_path / "m.gguf").touch()
-    if name in ("ik_llama.cpp", "llama.cpp", "gpt-fast"):
-        with pytest.raises(Unavailable, match=r"build|git clone"):
+    if name in ("ik_llama.cpp", "llama.cpp", "gpt-fast", "build"):
+        with pytest.raises(Unavailable, match=r"build it|git clone|git worktree add"):
             load_peer(name, PeerOptions(tmp_path, tmp_path / "m.gguf", tmp_path, 1, 64))
 
 
@@ -381,6 +381,66 @@ def test_upstreams_sampler_is_replaced_by_argmax():
 
     logits = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 1.0, 2.0]]])
     assert upstream.greedy(logits, temperature=0.8, top_k=200)[0].tolist() == [[2]]
+
+
+OTHER_ENGINE = """
+from types import SimpleNamespace
+
+class Engine:
+    def __init__(self):
+        self.left = {}
+
+    @classmethod
+    def load(cls, **options):
+        if options["device"] == "abacus":
+            raise ValueError("device: no abacus\\nhere")
+        print("not an answer")
+        return cls()
+
+    def add(self, name, prompt, params):
+        assert len(prompt) in (1, 8) and params.ignore_eos
+        self.left[name] = params.max_new_tokens
+
+    def step(self):
+        self.left = {name: left - 1 for name, left in self.left.items()}
+        return [SimpleNamespace(request_id=n, finish_reason=None if v else "length") for n, v in self.left.items()]
+
+    def abort(self, name):
+        self.left.pop(name)
+"""
+
+
+def other_checkout(folder: Path) -> Path:
+    """One whose engine answers at once and needs no torch."""
+    (folder / "gpt_fast").mkdir(parents=True)
+    (folder / "gpt_fast" / "__init__.py").write_text(OTHER_ENGINE)
+    (folder / "gpt_fast" / "config.py").write_text("from types import SimpleNamespace as SamplingParams\n")
+    return folder
+
+
+def test_another_build_of_ours_runs_from_its_own_checkout(tmp_path):
+    other = other_checkout(tmp_path / "other")
+    target = load_peer("build", PeerOptions(other, None, tmp_path, 1, 64, engine={"device": "cpu"}))
+    taken = target.run(Case(8, 60, rows=3))
+    assert [(s.tokens, s.steps, len(s.gaps)) for s in taken.segments] == [(75, 25, 25)] * 2  # 59 steps after the first
+    assert taken.ttft > 0 and taken.segments[0].seconds == sum(taken.segments[0].gaps) > 0
+    assert [(s.tokens, s.steps) for s in target.run(Case(8, 5, rows=2)).segments] == [(8, 4)]
+    assert target.describe().facts == {"commit": None} and target.describe().weight_bytes is None
+    assert 0 < target.describe().load_seconds < target.start_seconds()
+    target.close()
+    assert target.process.returncode == 0
+
+
+def test_another_build_s_refusal_is_one_line(tmp_path):
+    other = other_checkout(tmp_path / "other")
+    with pytest.raises(RuntimeError, match=r"^build: ValueError: device: no abacus$"):
+        load_peer("build", PeerOptions(other, None, tmp_path, 1, 64, engine={"device": "abacus"}))
+    target = load_peer("build", PeerOptions(other, None, tmp_path, 1, 64, engine={"device": "cpu"}))
+    with pytest.raises(RuntimeError, match=r"^build: AssertionError"):
+        target.run(Case(9, 5))
+    target.process.kill()
+    with pytest.raises(RuntimeError, match=r"^build: its process ended with code -9$"):
+        target.run(Case(8, 5))
 
 
 # ------------------------------------------------------------------------------------------- quality
@@ -426,10 +486,11 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
-    """Engine, a server and a peer that is not there; tables, a picture, a file, one JSON line last."""
+    """Engine, server, this checkout as another build, an absent peer; tables, a picture, a file, JSON last."""
     with RoundServer() as server:
         arguments = [
             "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
+            "--peer", f"build={ROOT}",
             "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
             "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
             "--long_prompt", "40", "--starts", "2",
@@ -452,10 +513,15 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
         assert (engine["segments"], http["segments"], engine["noisy_segments"]) == (2, 2, 0)
         assert case["ratios"]["http"]["decode_rounds"] == 2
         assert case["targets"]["engine beside 1 busy"]["decode_tokens_per_s"] > 0
+        other = case["targets"]["build"]
+        assert other["decode_tokens_per_s"] > 0 and other["segments"] == 2 and other["tpot_ms_p50"] > 0
+        assert case["ratios"]["build"]["decode_rounds"] == case["ratios"]["build"]["prefill_rounds"] == 2
     told = result["targets"]["engine"]
     assert told["recompiles"] == 0 and told["peak_rss_mb"] > 10 and told["quality"] == "no report"
     assert len(told["starts"]) == 2 and min(told["starts"]) < told["start_seconds"] < max(told["starts"])
-    assert any("2 starts)" in line for line in table)
+    assert sum("2 starts)" in line for line in table) == 2
+    assert len(result["targets"]["build"]["starts"]) == 2 and result["targets"]["build"]["peak_rss_mb"] > 10
+    assert result["targets"]["build"]["commit"] == result["commit"]
     assert list(told["verify_ms"]) == [str(m) for m in range(1, 9)] and told["verify_ms"]["1"]["ratio"] == 1
     beside = told["long_prompt"]
     assert (beside["prompt_len"], beside["rounds"]) == (40, 2) and beside["alone_s"] > 0 and beside["beside_s"] > 0

@@ -1,9 +1,9 @@
-"""Other engines as targets: `--peer NAME[=PATH]`. None is part of this project; each says what it needs."""
+"""Other engines, and other builds of ours, as targets: `--peer NAME[=PATH]`. Each says what it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ PEERS = {
     "transformers": ("hf_transformers", ""),
     "openvino": ("openvino_genai", ""),
     "gpt-fast": ("upstream", "a checkout of meta-pytorch/gpt-fast"),
+    "build": ("checkout", "another checkout of this repository"),
 }
 
 
@@ -25,6 +26,7 @@ class PeerOptions:
     """path: NAME=PATH's. gguf: the weights, for peers that read GGUF. checkpoint: ours, for those that do not.
 
     max_seq_len: positions that a row needs. kv_elements: of one position over all layers, None where not known.
+    engine: what Engine.load is given where our own engine is the target.
     """
 
     path: Path | None
@@ -33,6 +35,7 @@ class PeerOptions:
     threads: int
     max_seq_len: int
     kv_elements: int | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
 
     def need_path(self, name: str) -> Path:
         if self.path is None:
