@@ -13,6 +13,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from gpt_fast.serve.metrics import Reporter
+from gpt_fast.serve.one_worker import claim_model
 from gpt_fast.serve.rounds import Incoming, Reply
 from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend
@@ -32,6 +33,7 @@ class GptFastHandler(BaseHandler):
         try:
             if problems := check_own_frontend():
                 raise ValueError(problems[0])
+            self.claim = claim_model(f"{name} {context.manifest['model'].get('modelVersion')}")
             self.rounds = start_serving(context.model_yaml_config, root=root, model_name=name)
         except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
             logger.error("%s%s", STARTUP_ERROR, error)
