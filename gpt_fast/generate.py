@@ -2,6 +2,7 @@
 
 python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
 python -m gpt_fast.generate --checkpoint_path DIR --interactive
+torchrun --standalone --nproc_per_node=N -m gpt_fast.generate --checkpoint_path DIR ...     # one model on N ranks
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.errors import at_least
 from gpt_fast.cli.quiet_gc import at_rest
-from gpt_fast.config import SamplingParams
+from gpt_fast.config import EngineConfig, SamplingParams
 
 with at_rest():
     import torch
 
+    from gpt_fast.engine import ranks
+    from gpt_fast.engine.ranks import Group
     from gpt_fast.llm import Engine, TextEvent
+    from gpt_fast.load.engine import load_parts
     from gpt_fast.speculative.speculator import Totals
 
 
@@ -52,16 +56,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    with one_line_errors():
-        engine = load(args)
-        chat(engine, args) if args.interactive else samples(engine, args)
+    ranks.run_command(lambda group: run(parse_args(argv), group))
 
 
-def load(args: argparse.Namespace) -> Engine:
+def run(args: argparse.Namespace, group: Group | None) -> None:
+    """The command itself, in one process or on every rank of a group: all do the same, and one is heard."""
+    if group is not None:
+        if args.interactive:
+            raise ValueError("--interactive: is not there on several ranks; start it without torchrun")
+        args.seed = group.agreed_seed() if args.seed is None else args.seed
+        args.profile = None if group.ranks.rank else args.profile
+    engine = load(args, group)
+    chat(engine, args) if args.interactive else samples(engine, args)
+
+
+def load(args: argparse.Namespace, group: Group | None) -> Engine:
     print("Loading model ...", flush=True)
-    engine = Engine.load(
-        args.checkpoint_path,
+    config = EngineConfig(
+        checkpoint_path=args.checkpoint_path,
         dtype=args.dtype,
         device=args.device,
         kv_cache=args.kv_cache,
@@ -74,6 +86,7 @@ def load(args: argparse.Namespace) -> Engine:
         speculate=args.speculate,
         speculate_k=args.speculate_k,
     )
+    engine = Engine(load_parts(config, group))
     print(f"Time to load and warm up: {engine.description['load_seconds']:.2f} seconds. {engine.description}")
     return engine
 

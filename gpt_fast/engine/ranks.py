@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from gpt_fast.cli.errors import MISTAKES, one_line_errors, text
 from gpt_fast.engine.runner import Runner
 from gpt_fast.model.parallel import Ranks
 from gpt_fast.request import Sequence
@@ -32,6 +34,12 @@ class Group:
     ranks: Ranks
     local: Ranks
     store: dist.Store
+
+    def agreed_seed(self) -> int:
+        """A random seed, the same on all ranks: rank 0 draws it."""
+        if self.ranks.rank == 0:
+            self.store.set("gpt_fast/seed", str(secrets.randbits(31)))
+        return int(self.store.get("gpt_fast/seed"))
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
@@ -87,6 +95,19 @@ def join() -> Group:
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     local = Ranks(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     return Group(Ranks(rank, size), local, store)
+
+
+def run_command(command: Callable[[Group | None], None]) -> None:
+    """Run a command in this process, or as torchrun started it on every rank; a user's mistake is one line."""
+    if not launched():
+        with one_line_errors():
+            return command(None)
+    group = join()
+    with group.one_voice():
+        try:
+            command(group)
+        except MISTAKES as error:  # one rank's alone perhaps, so it is one_voice that says it
+            sys.exit(f"error: {text(error)}")
 
 
 def end_with_parent() -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.checkpoint.directory import WEIGHTS
 from gpt_fast.checkpoint.quality_gate import report_path, write_report
-from gpt_fast.cli.errors import MISTAKES, one_line_errors, refuse_useless, text
+from gpt_fast.cli.errors import refuse_useless
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.engine import ranks
 from gpt_fast.engine.ranks import Group
@@ -26,15 +25,7 @@ QUALITY_FLAGS = ("against", "against_dtype", "kernels", "text", "windows", "seq_
 
 
 def main(arguments: list[str] | None = None) -> None:
-    if not ranks.launched():
-        with one_line_errors():
-            return run(arguments, None)
-    group = ranks.join()
-    with group.one_voice():
-        try:
-            run(arguments, group)
-        except MISTAKES as error:  # one rank's alone perhaps, so it is one_voice that says it
-            sys.exit(f"error: {text(error)}")
+    ranks.run_command(lambda group: run(arguments, group))
 
 
 def run(arguments: list[str] | None, group: Group | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt_fast import generate
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.eval.__main__ import main
@@ -211,6 +213,38 @@ def test_quality_with_ranks_is_that_of_one_process(checkpoint, capsys):
     assert [line for line in done.stdout.splitlines() if line.startswith("recorded in")] == [
         f"recorded in {int8.with_name('model_int8.quality.json')}"
     ]
+
+
+def test_generate_on_ranks_says_once_what_one_process_says(checkpoint, capsys):
+    flags = ["--checkpoint_path", str(checkpoint), "--num_samples", "2", "--max_new_tokens", "20", "--batch_size", "2",
+             "--dtype", "float32", "--device", "cpu", "--seed", "5"]  # fmt: skip
+    done = run_ranks(2, "-m", "gpt_fast.generate", *flags)
+    assert done.returncode == 0, done.stderr
+    generate.main(flags)
+    ours, theirs = (rows_of(text) for text in (done.stdout, capsys.readouterr().out))
+    assert ours == theirs and len(ours) == 4
+    assert done.stdout.count("Average tokens/sec") == 1 and "tensor parallel" in done.stdout
+
+
+def test_ranks_without_a_seed_agree_on_one(checkpoint):
+    """Ranks that drew different tokens would hold different caches, and soon speak nonsense or wait for ever."""
+    flags = ["--checkpoint_path", str(checkpoint), "--num_samples", "3", "--max_new_tokens", "30", "--device", "cpu"]
+    done = run_ranks(2, "-m", "gpt_fast.generate", *flags)
+    assert done.returncode == 0 and done.stdout.count("Time for inference") == 3, done.stderr
+
+
+@pytest.mark.parametrize("flag", [["--interactive"], ["--speculate", "ngram"], ["--compile"]])
+def test_what_ranks_cannot_do_is_refused_in_one_line(checkpoint, flag):
+    done = run_ranks(2, "-m", "gpt_fast.generate", "--checkpoint_path", str(checkpoint), "--device", "cpu", *flag)
+    assert done.returncode == 1
+    assert (
+        len([line for line in done.stderr.splitlines() if line.startswith("error: ") and "is not there" in line]) == 1
+    )
+
+
+def rows_of(shown):
+    """The texts of a batch's rows, as generate prints them."""
+    return re.findall(r"^--- row \d+\n(.*?)(?=\n--- row |\nTime for)", shown, re.M | re.S)
 
 
 # ---------------------------------------------------------------------------------------------- ends
