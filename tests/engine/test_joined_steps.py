@@ -236,7 +236,7 @@ def test_a_step_that_has_begun_brings_its_tokens_before_a_prompt_joins(fused):
 
 
 def test_an_abort_between_steps_frees_the_slot_for_a_prompt_that_joins_the_rest(fused):
-    """What had begun for the aborted sequence writes to a slot that is another's by then."""
+    """What had begun for the aborted request writes to a slot that is another's by then."""
     decoder, rng = fused("int8"), random.Random(4)
     prompts = {name: prompt_of(rng, 10) for name in ("stays", "goes")}
     late = prompts["goes"] + prompt_of(rng, 40)

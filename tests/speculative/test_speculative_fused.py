@@ -113,13 +113,13 @@ class Doubting(DraftProposer):
         super().__init__(runner, start=runner.decode.start)
         self.fresh, self.blocks = fresh, 0
 
-    def propose(self, sequences, counts):
-        chained = super().propose(sequences, counts)
-        for s in (s for s, count in zip(sequences, self.counts, strict=True) if count):
+    def propose(self, requests, counts):
+        chained = super().propose(requests, counts)
+        for s in (s for s, count in zip(requests, self.counts, strict=True) if count):
             self.fresh.forward(self.fresh.prefill, [s.tokens(0, s.length)], [0], [0], size=s.length)
             ours, fresh = (r.cache.k_LNHTD[:, at, :, : s.length] for r, at in ((self.runner, s.slot), (self.fresh, 0)))
             assert torch.equal(ours, fresh)
-        slow = self._decode(sequences, self.counts, chained.caught_up)
+        slow = self._decode(requests, self.counts, chained.caught_up)
         for fast_K, slow_K, count in zip(chained.draft_BK, slow.draft_BK, self.counts, strict=True):
             assert fast_K[:count].tolist() == slow_K[:count].tolist()
             self.blocks += count > 0
