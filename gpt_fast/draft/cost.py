@@ -13,10 +13,11 @@ from gpt_fast.draft.predict import Cost
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.engine.scheduler import Slot
+from gpt_fast.model.forward import Startable
 from gpt_fast.request import Request
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
-from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.speculator import made_up
 
 REPEATS = 11
@@ -39,13 +40,13 @@ def measure_cost(
 
     runner = draft_runner(core.runner.speculator)
     proposer = core.runner.speculator.proposers[arm] if core.runner.speculator else None
-    start = proposer.start if isinstance(proposer, DraftProposer) and temperature == 0 else None
+    model = proposer.startable if isinstance(proposer, DraftProposer) and temperature == 0 else None
     for _ in range(REPEATS + 1):
         with speculating(core, None):
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
             timed("prompt", lambda: read_prompt(runner, unread))
-            times.setdefault("draft", []).append(draft_step(runner, rows, start))
+            times.setdefault("draft", []).append(draft_step(runner, rows, model))
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
@@ -78,11 +79,11 @@ def plain_step(core: EngineCore, rows: Sequence[Request], steps: int = 4) -> flo
     return seconds
 
 
-def draft_step(runner: Runner, rows: Sequence[Request], start: Callable | None, steps: int = 4) -> float:
-    """Seconds of one of several proposals: steps of a chain where they can be begun (`start`), else one by one."""
+def draft_step(runner: Runner, rows: Sequence[Request], model: Startable | None, steps: int = 4) -> float:
+    """Seconds of one of several proposals: steps of a chain where they can be begun (`model`), else one by one."""
     started = time.perf_counter()
-    if start:
-        Chain(start, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
+    if model:
+        GreedyChain(model, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
               slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
     else:
         for _ in range(steps):

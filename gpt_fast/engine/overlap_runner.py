@@ -12,41 +12,23 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt_fast.engine.chunk_budget import JoinedBudget
-from gpt_fast.engine.runner import Forward, Runner
+from gpt_fast.engine.runner import Runner
+from gpt_fast.model.forward import Batch, PendingStep, Startable
 from gpt_fast.request import Request, SampledToken, StepPlan
 from gpt_fast.sampling import needs_edit
-from gpt_fast.speculative.greedy_chain import Started
-
-
-class Pending(Started, Protocol):
-    """A forward under way that knows whether another has begun."""
-
-    @property
-    def latest(self) -> bool:
-        """Whether nothing has begun since, so that a step may follow."""
-
-
-class Startable(Forward, Protocol):
-    """A Forward that can also be begun without waiting for it.
-
-    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them; with `best_only`
-    there need be no logits.
-    """
-
-    def start(self, *inputs: Any, after: Any = None, best_only: bool = False, **options: Any) -> Pending: ...
 
 
 class Ahead(NamedTuple):
     """A decode begun before it was planned: which requests, each at which position, and the step itself."""
 
     rows: list[tuple[Request, int]]
-    step: Pending
+    step: PendingStep
 
     def covers(self, requests: list[Request]) -> bool:
         return all((r, r.computed) in self.rows for r in requests)
@@ -84,8 +66,8 @@ class AheadRunner(Runner):
         rows = [*plan.decodes, *(chunk.request for chunk in plan.chunks)]
         counts = [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
         tokens = [r.tokens(r.computed, r.computed + count) for r, count in zip(rows, counts, strict=True)]
-        inputs = self._inputs(tokens, [r.computed for r in rows], [r.slot for r in rows], size=max(counts))
-        step = self.decode.start(**inputs, best_only=all(map(wants_best, rows)))
+        batch = self._batch(tokens, [r.computed for r in rows], [r.slot for r in rows], size=max(counts))
+        step = self.decode.start(batch, best_only=all(map(wants_best, rows)))
         ready = len(plan.decodes) + sum(chunk.last for chunk in plan.chunks)  # only the final chunk may be unfinished
         logits_BV, best_B = step.result(), step.best()
         return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
@@ -116,9 +98,9 @@ class AheadRunner(Runner):
             return logits_BV[: len(index)], best_B[: len(index)]
         return logits_BV[index], best_B[index]
 
-    def _score(self, requests: list[Request], block: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _score(self, requests: list[Request], block: Batch) -> tuple[Tensor, Tensor]:
         self.ahead = None  # of other requests
-        step = self.decode.start(**block, best_only=all(map(wants_best, requests)))
+        step = self.decode.start(block, best_only=all(map(wants_best, requests)))
         return step.result(), step.best()
 
     def _plain_next(self, requests: list[Request], *, unknown: int) -> bool:
@@ -129,9 +111,9 @@ class AheadRunner(Runner):
         """Begin a decode: of what the requests hold, or of the token that the step `after` will give each."""
         rows = [(r, r.computed + (after is not None)) for r in requests]
         last = [[r.output[-1]] for r in requests]
-        inputs = self._inputs(last, [at for _, at in rows], [r.slot for r in requests], size=1)
+        batch = self._batch(last, [at for _, at in rows], [r.slot for r in requests], size=1)
         best_only = all(map(wants_best, requests))
-        return Ahead(rows, self.decode.start(**inputs, after=after and after.step, best_only=best_only))
+        return Ahead(rows, self.decode.start(batch, after=after and after.step, best_only=best_only))
 
 
 def greedy_for(request: Request, steps: int, max_seq_len: int) -> bool:

@@ -8,33 +8,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gpt_fast.engine.chunk_budget import ChunkBudget
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch, Forward
 from gpt_fast.request import NO_TOKEN, Chunk, Request, SampledToken, StepPlan
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Proposal, draws_of, on_device
-
-
-class Forward(Protocol):
-    """A model's step: Transformer itself, compiled, or a fused twin. See Transformer.forward."""
-
-    def __call__(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        *,
-        length: int,
-        slots_B: Tensor | None = None,
-        select_B: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -147,17 +132,17 @@ class Runner:
         starts, slots = [r.computed for r in requests], [r.slot for r in requests]
         return self.forward(self.decode, last, starts, slots, size=1), None
 
-    def _block(self, requests: list[Request], proposal: Proposal) -> dict[str, Any]:
-        """Arguments of the Forward of each request's last token and its proposals."""
+    def _block(self, requests: list[Request], proposal: Proposal) -> Batch:
+        """Each request's last token and its proposals."""
         counts = self.speculator.controller.counts if self.speculator else []
         size = 1 + bucket_of([0, *counts], proposal.draft_BK.shape[1])
         tokens = [[r.output[-1]] + [0] * count for r, count in zip(requests, proposal.counts, strict=True)]
         starts, slots = [r.computed for r in requests], [r.slot for r in requests]
-        return self._inputs(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
+        return self._batch(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
 
-    def _score(self, requests: list[Request], block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _score(self, requests: list[Request], block: Batch) -> tuple[Tensor, Tensor | None]:
         """The logits of every token [B, S, V], and where known their argmax [B, S]."""
-        return self.decode(**block), None
+        return self.decode(block), None
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -171,14 +156,14 @@ class Runner:
         Returns:
             logits of each row's last token [B, V], or with `every` of all [B, S, V].
         """
-        inputs = self._inputs(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
-        return forward(**inputs)[: len(tokens)]
+        batch = self._batch(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
+        return forward(batch)[: len(tokens)]
 
-    def _inputs(
+    def _batch(
         self, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
         length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Arguments of a Forward, padded to one shape; see `forward`."""
+    ) -> Batch:  # fmt: skip
+        """The rows, padded to one shape; see `forward`."""
         scratch, real = self.cache.scratch, len(tokens)
         pad = bucket_of(self.rows, real) - real
         if length is None:
@@ -195,14 +180,14 @@ class Runner:
         slots_B = slots + [slots[0]] * pad
         in_order = slots == list(range(real))
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
-        return {
-            "tokens_BS": tokens_BS,
-            "positions_BS": self._tensor(positions_BS),
-            "cache": self.cache,
-            "length": length,
-            "slots_B": None if in_order else self._tensor(slots_B),
-            "select_B": select_B,
-        }
+        return Batch(
+            tokens_BS,
+            self._tensor(positions_BS),
+            self.cache,
+            length,
+            None if in_order else self._tensor(slots_B),
+            select_B,
+        )
 
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)

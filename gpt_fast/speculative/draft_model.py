@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gpt_fast.model.forward import Startable
 from gpt_fast.request import PrefixCopy, Request
 from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
-from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
 
@@ -54,16 +55,16 @@ class DraftRunner(Protocol):
 class DraftProposer:
     """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
-    start: begins a step of the draft (overlap_runner.Startable), where it can; greedy proposals are then a Chain, and a
+    startable: the draft itself, where its steps can be begun; greedy proposals are then a GreedyChain, and a
     step takes rows of any lengths at no cost for their padding, so that the first one also catches up with a few
     tokens.
     """
 
     FEW = 16
 
-    def __init__(self, runner: DraftRunner, *, start: Callable | None = None) -> None:
-        self.runner, self.start = runner, start
-        self.first = self.FEW if start else 2  # tokens of a row that the first step of its proposals may feed
+    def __init__(self, runner: DraftRunner, *, startable: Startable | None = None) -> None:
+        self.runner, self.startable = runner, startable
+        self.first = self.FEW if startable else 2  # tokens of a row that the first step of its proposals may feed
         self.device = runner.cache.k_LNHTD.device
         self.held: dict[int, Held] = {}
         self.counts: list[int] = []
@@ -78,16 +79,18 @@ class DraftProposer:
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
         self.counts, caught_up = self._catch_up(requests, counts)
-        if self.start and any(self.counts) and all(r.params.temperature == 0 for r in requests):
-            return Proposal(self._chain(self.start, requests).tokens().clamp(min=0), self.counts, caught_up=caught_up)
+        if self.startable and any(self.counts) and all(r.params.temperature == 0 for r in requests):
+            return Proposal(
+                self._chain(self.startable, requests).tokens().clamp(min=0), self.counts, caught_up=caught_up
+            )
         return self._decode(requests, self.counts, caught_up)
 
-    def _chain(self, start: Callable, requests: Sequence[Request]) -> Chain:
+    def _chain(self, model: Startable, requests: Sequence[Request]) -> GreedyChain:
         """The rows' proposals under way, after the few tokens that the draft has not seen."""
         known = [self._fed_from(r) for r in requests]
         tokens = [r.tokens(at, r.length) for r, at in zip(requests, known, strict=True)]
-        return Chain(
-            start,
+        return GreedyChain(
+            model,
             self.runner.cache,
             tokens=tokens,
             starts=known,
@@ -125,7 +128,7 @@ class DraftProposer:
 
     def _fed_from(self, request: Request) -> int:
         """Where the first step of a row's proposals begins: padded to two tokens where padding costs."""
-        return min(self._known(request), request.length - 1) if self.start else request.length - 2
+        return min(self._known(request), request.length - 1) if self.startable else request.length - 2
 
     def _hold(self, request: Request, count: int, written: int) -> None:
         before = self.held.get(request.slot)
@@ -163,7 +166,7 @@ class DraftProposer:
         draws = draws_of(requests, self.device)
         K, known = max(counts), [self._fed_from(r) for r in requests]
         first = [r.tokens(at, r.length) if count else [] for r, at, count in zip(requests, known, counts, strict=True)]
-        size = max(map(len, first), default=2) if self.start else 2
+        size = max(map(len, first), default=2) if self.startable else 2
         uniform_BK = torch.where(matched_B[:, None], draws.uniform(SAMPLE, K), draws.uniform(PROPOSE, K))
         drafts: list[Tensor] = []
         dists: list[Tensor] = []

@@ -11,7 +11,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.request import PrefixCopy, Request
 from gpt_fast.sampling import needs_edit
 from gpt_fast.speculative.controller import Acceptance, Candidate, Controller, Fixed
-from gpt_fast.speculative.costs import PLAIN, Batch, Choice
+from gpt_fast.speculative.costs import PLAIN, BatchShape, Choice
 from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import Proposal, verify
 
@@ -159,7 +159,7 @@ class Speculator:
                 started = time.perf_counter()
                 decode(requests)
                 times.append(time.perf_counter() - started)
-            controller.costs.learn(choice, Batch(rows), min(times[1:]))
+            controller.costs.learn(choice, BatchShape(rows), min(times[1:]))
         self.controller, self.totals, self.pool = controller, Totals(), {}
 
     def copied(self, copy: PrefixCopy) -> None:
@@ -198,8 +198,8 @@ class Speculator:
         self.acceptances[request].setdefault(key, Acceptance()).learn(accepted, count, keep=self.REQUEST_KEEP)
 
 
-def batch_of(requests: Sequence[Request]) -> Batch:
-    return Batch(len(requests), any(r.params.temperature > 0 for r in requests))
+def batch_of(requests: Sequence[Request]) -> BatchShape:
+    return BatchShape(len(requests), any(r.params.temperature > 0 for r in requests))
 
 
 def made_up(rows: int, length: int, *, temperature: float = 0.0) -> list[Request]:

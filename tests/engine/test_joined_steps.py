@@ -38,12 +38,12 @@ class Counting:
     def __init__(self, fused):
         self.fused, self.begun = fused, 0
 
-    def start(self, *inputs, **options):
+    def start(self, batch, **options):
         self.begun += 1
-        return self.fused.start(*inputs, **options)
+        return self.fused.start(batch, **options)
 
-    def __call__(self, *inputs, **options):
-        return self.start(*inputs, **options).result()
+    def __call__(self, batch):
+        return self.start(batch).result()
 
 
 class Watching(AheadRunner):
@@ -178,7 +178,7 @@ def test_who_looks_at_the_logits_changes_no_greedy_token(fused):
     prompt, asked = prompt_of(rng, 12), []
     start = decoder.start
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "start", lambda *a, **o: asked.append(o["best_only"]) or start(*a, **o))
+        patch.setattr(decoder, "start", lambda batch, **o: asked.append(o["best_only"]) or start(batch, **o))
         plain = answer(core_of(decoder), prompt, GREEDY)
         assert all(asked)
         asked.clear()
