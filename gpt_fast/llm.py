@@ -15,8 +15,7 @@ from typing import Any
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.load.engine import Parts, load_parts
-from gpt_fast.request import NO_TOKEN, Logprobs, TokenEvent
-from gpt_fast.request import Sequence as TokenSequence
+from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
 from gpt_fast.text.stream import TextStream
 from gpt_fast.text.tokenizer import Tokenizer
 
@@ -75,11 +74,11 @@ class Engine:
 
     # -------------------------------------------------------------------------------- many requests
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> TokenSequence:
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Request:
         """Queue a request. ValueError when the prompt does not fit, or the id is in use."""
-        sequence = self.core.add(request_id, prompt, params, owner=owner)
+        request = self.core.add(request_id, prompt, params, owner=owner)
         self._texts[request_id] = _RequestText(self.tokenizer, params)
-        return sequence
+        return request
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; unknown ids are ignored, for it may just have ended."""

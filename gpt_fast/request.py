@@ -1,4 +1,4 @@
-"""The nouns that the engine's parts and its users share: a request's sequence, a step's plan, its tokens. No torch."""
+"""The nouns that the engine's parts and its users share: a request, a step's plan, its tokens. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NO_TOKEN = -1  # what a runner reports for a row whose logits are not numbers
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One request's tokens and where it stands. `computed` tokens have their keys and values in the slot.
+class Request:
+    """What the engine knows of one request. The first `computed` tokens have their keys and values in its slot.
 
-    `drafted` proposals were verified for it so far, `accepted` of them stood.
+    `drafted` tokens were proposed and verified for it so far, `accepted` of them were accepted.
     """
 
     id: str
@@ -43,9 +43,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of `sequence` from its `computed` on; `last` when they end the prompt, so one is sampled."""
+    """`count` tokens of `request` from its `computed` on; `last` when they end the prompt, so one is sampled."""
 
-    sequence: Sequence
+    request: Request
     count: int
     last: bool
 
@@ -59,14 +59,14 @@ class PrefixCopy:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes: after slots to zero and copies, chunks and one token for each decoding sequence.
+    """What one step computes: after slots to zero and copies, chunks and one token for each decoding request.
 
     `more`: a prompt has tokens left behind it.
     """
 
     copies: tuple[PrefixCopy, ...]
     chunks: tuple[Chunk, ...]
-    decodes: tuple[Sequence, ...]
+    decodes: tuple[Request, ...]
     clears: tuple[int, ...] = ()
     more: bool = False
 

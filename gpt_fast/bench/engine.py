@@ -24,6 +24,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.llm import Engine
 from gpt_fast.measure.machine import CpuMeter
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu.screen import MOST_ROWS
 
 
@@ -109,9 +110,9 @@ class EngineTarget:
         return {size: statistics.median(values) for size, values in seconds.items()}
 
 
-def best_of(runner: AheadRunner, **inputs: Any) -> torch.Tensor:
+def best_of(runner: AheadRunner, batch: Batch) -> torch.Tensor:
     """A greedy step's tokens, as such a runner gets them: without logits."""
-    return runner.decode.start(**inputs, best_only=True).best()
+    return runner.decode.start(batch, best_only=True).best()
 
 
 @contextmanager

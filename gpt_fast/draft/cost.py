@@ -13,10 +13,11 @@ from gpt_fast.draft.predict import Cost
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.engine.scheduler import Slot
-from gpt_fast.request import Sequence as Row
+from gpt_fast.model.forward import Startable
+from gpt_fast.request import Request
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
-from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.speculator import made_up
 
 REPEATS = 11
@@ -39,13 +40,13 @@ def measure_cost(
 
     runner = draft_runner(core.runner.speculator)
     proposer = core.runner.speculator.proposers[arm] if core.runner.speculator else None
-    start = proposer.start if isinstance(proposer, DraftProposer) and temperature == 0 else None
+    model = proposer.startable if isinstance(proposer, DraftProposer) and temperature == 0 else None
     for _ in range(REPEATS + 1):
         with speculating(core, None):
             times.setdefault("plain", []).append(plain_step(core, rows))
         if runner:
             timed("prompt", lambda: read_prompt(runner, unread))
-            times.setdefault("draft", []).append(draft_step(runner, rows, start))
+            times.setdefault("draft", []).append(draft_step(runner, rows, model))
         for k in counts:
             timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
@@ -60,7 +61,7 @@ def measure_cost(
     return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate, seconds.get("prompt", 0.0) * 1e3)
 
 
-def plain_step(core: EngineCore, rows: Sequence[Row], steps: int = 4) -> float:
+def plain_step(core: EngineCore, rows: Sequence[Request], steps: int = 4) -> float:
     """Seconds of a plain step among others, of rows that are left as they were."""
     before = [(row, list(row.output), row.computed) for row in rows]
     started = 0.0
@@ -78,11 +79,11 @@ def plain_step(core: EngineCore, rows: Sequence[Row], steps: int = 4) -> float:
     return seconds
 
 
-def draft_step(runner: Runner, rows: Sequence[Row], start: Callable | None, steps: int = 4) -> float:
-    """Seconds of one of several proposals: steps of a chain where they can be begun (`start`), else one by one."""
+def draft_step(runner: Runner, rows: Sequence[Request], model: Startable | None, steps: int = 4) -> float:
+    """Seconds of one of several proposals: steps of a chain where they can be begun (`model`), else one by one."""
     started = time.perf_counter()
-    if start:
-        Chain(start, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
+    if model:
+        GreedyChain(model, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
               slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
     else:
         for _ in range(steps):
@@ -98,7 +99,7 @@ def read_prompt(runner: Runner, count: int) -> None:
         runner.forward(runner.prefill, [part], [start], [0], size=size)[..., 0].tolist()
 
 
-def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
+def catch_up(core: EngineCore, rows: Sequence[Request]) -> None:
     """Steps until a draft has seen all of the rows, and one more."""
     lagging = True
     while lagging:
@@ -106,7 +107,7 @@ def catch_up(core: EngineCore, rows: Sequence[Row]) -> None:
         lagging = any(offer.lag for offer in core.runner.speculator.last.offers) if core.runner.speculator else False
 
 
-def forward(runner: Runner, rows: Sequence[Row], size: int) -> list:
+def forward(runner: Runner, rows: Sequence[Request], size: int) -> list:
     """One forward of `size` tokens a row, until the host has something of every token."""
     tokens = [[0] * size for _ in rows]
     starts, slots = [r.computed for r in rows], [r.slot for r in rows]

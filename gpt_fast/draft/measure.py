@@ -99,7 +99,7 @@ def run(
             while waiting and len(core.scheduler.running) + len(core.scheduler.waiting) < together:
                 core.add(*waiting.popleft(), params)
             running = core.scheduler.running.values()
-            full = len(running) == together and all(s.output for s in running)
+            full = len(running) == together and all(r.output for r in running)
             started = time.perf_counter()
             events = core.step()
             if full:

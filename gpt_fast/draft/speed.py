@@ -122,12 +122,12 @@ def take_turns(
 def turn(
     core: EngineCore, prompts: Sequence[list[int]], params: SamplingParams, *, category: str, variant: str
 ) -> Turn:
-    sequences = [core.add(f"turn-{i}", prompt, params) for i, prompt in enumerate(prompts)]
-    while not all(s.output for s in sequences):
+    requests = [core.add(f"turn-{i}", prompt, params) for i, prompt in enumerate(prompts)]
+    while not all(r.output for r in requests):
         core.step()
     speculator = core.runner.speculator
     blocks = speculator.totals.steps if speculator else 0
-    before = [(len(s.output), s.drafted, s.accepted) for s in sequences]
+    before = [(len(r.output), r.drafted, r.accepted) for r in requests]
     meter, steps = CpuMeter(), 0
     reading, cpu, started = meter.read(), time.process_time(), time.perf_counter()
     while not core.idle:
@@ -135,7 +135,7 @@ def turn(
         steps += 1
     seconds, used = time.perf_counter() - started, time.process_time() - cpu
     foreign = foreign_share(reading, meter.read())
-    after = [(len(s.output), s.drafted, s.accepted) for s in sequences]
+    after = [(len(r.output), r.drafted, r.accepted) for r in requests]
     tokens, drafted, accepted = (
         sum(new - old for old, new in zip(olds, news, strict=True))
         for olds, news in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)

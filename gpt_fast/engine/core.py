@@ -12,7 +12,7 @@ import time
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.runner import Runner
 from gpt_fast.engine.scheduler import Scheduler
-from gpt_fast.request import Sequence, TokenEvent
+from gpt_fast.request import Request, TokenEvent
 
 
 def compiled_graphs() -> int:
@@ -47,7 +47,7 @@ class EngineCore:
         """Graphs compiled since the warm-up; anything but 0 is a request that had to wait for a compiler."""
         return compiled_graphs() - self.graphs_at_start
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Sequence:
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Request:
         """Queue a request.
 
         ValueError when the prompt does not fit a slot, a token is not in the vocabulary or the id is in use.
@@ -58,9 +58,9 @@ class EngineCore:
             if (outside := next((t for t in tokens if t not in vocabulary), None)) is not None:
                 raise ValueError(f"{key}: no such token (got {outside}, allowed 0..{vocabulary[-1]})")
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        sequence = Sequence(request_id, prompt, params, seed, owner)
-        self.scheduler.add(sequence)
-        return sequence
+        request = Request(request_id, prompt, params, seed, owner)
+        self.scheduler.add(request)
+        return request
 
     def abort(self, request_id: str) -> bool:
         """Drop a request at once, wherever it is; False when it is unknown (it may just have ended)."""

@@ -15,7 +15,7 @@ from gpt_fast.ops.gpu.decoder import GpuDecoder
 from gpt_fast.ops.gpu.graph import DecodeLoop
 from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.state import Row
-from gpt_fast.request import SampledToken, Sequence, StepPlan
+from gpt_fast.request import Request, SampledToken, StepPlan
 from gpt_fast.sampling import needs_edit
 
 STEPS = 4  # a replay: more spare the host's gaps between replays, fewer let a new request in sooner
@@ -31,7 +31,7 @@ class BurstRunner(Runner):
             size: DecodeLoop(decoder, self.cache, rows=size, steps=steps, eos_ids=self.eos_ids) for size in sizes
         }
         self.loop: DecodeLoop | None = None  # the one under way
-        self.stands: dict[Sequence, tuple[int, int]] = {}  # its column of each sequence, and `computed` when it is next
+        self.stands: dict[Request, tuple[int, int]] = {}  # its column of each request, and `computed` when it is next
 
     def warm_up(self) -> None:
         super().warm_up()
@@ -45,33 +45,33 @@ class BurstRunner(Runner):
             return super().run(plan)
         return self.burst(decodes)
 
-    def burst(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
+    def burst(self, requests: list[Request]) -> dict[str, list[SampledToken]]:
         """Tokens of each, at least one; the next replay is under way when these are here."""
-        loop = self.loops[bucket_of(list(self.loops), len(sequences))]
-        stand = all(self.stands.get(s, (0, -1))[1] == s.computed for s in sequences)
+        loop = self.loops[bucket_of(list(self.loops), len(requests))]
+        stand = all(self.stands.get(r, (0, -1))[1] == r.computed for r in requests)
         if loop is not self.loop or not loop.ring.pending or not stand:
             self.loop = loop
-            loop.begin([row_of(s, self.cache.max_seq_len) for s in sequences])
+            loop.begin([row_of(r, self.cache.max_seq_len) for r in requests])
             loop.launch()
-            self.stands = {s: (column, s.computed) for column, s in enumerate(sequences)}
+            self.stands = {r: (column, r.computed) for column, r in enumerate(requests)}
         loop.launch()
         tokens = loop.read()
-        columns = {s: self.stands[s][0] for s in sequences}
-        self.stands = {s: (column, s.computed + len(tokens[column])) for s, column in columns.items()}
-        return {s.id: [SampledToken(token) for token in tokens[column]] for s, column in columns.items()}
+        columns = {r: self.stands[r][0] for r in requests}
+        self.stands = {r: (column, r.computed + len(tokens[column])) for r, column in columns.items()}
+        return {r.id: [SampledToken(token) for token in tokens[column]] for r, column in columns.items()}
 
 
-def is_plain(sequence: Sequence) -> bool:
+def is_plain(request: Request) -> bool:
     """Whether the device can go on with it alone."""
-    params = sequence.params
-    return params.logprobs is None and params.min_p == 0 and not needs_edit(params, len(sequence.output))
+    params = request.params
+    return params.logprobs is None and params.min_p == 0 and not needs_edit(params, len(request.output))
 
 
-def row_of(sequence: Sequence, max_seq_len: int) -> Row:
-    params = sequence.params
-    limit = min(len(sequence.prompt) + params.max_new_tokens, max_seq_len)
+def row_of(request: Request, max_seq_len: int) -> Row:
+    params = request.params
+    limit = min(len(request.prompt) + params.max_new_tokens, max_seq_len)
     return Row(
-        slot=sequence.slot, token=sequence.output[-1], position=sequence.computed, limit=limit,
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=sequence.seed,
+        slot=request.slot, token=request.output[-1], position=request.computed, limit=limit,
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=request.seed,
         eos=not params.ignore_eos,
     )  # fmt: skip

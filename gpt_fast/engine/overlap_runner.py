@@ -12,44 +12,26 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt_fast.engine.chunk_budget import JoinedBudget
-from gpt_fast.engine.runner import Forward, Runner
-from gpt_fast.request import SampledToken, Sequence, StepPlan
+from gpt_fast.engine.runner import Runner
+from gpt_fast.model.forward import Batch, PendingStep, Startable
+from gpt_fast.request import Request, SampledToken, StepPlan
 from gpt_fast.sampling import needs_edit
-from gpt_fast.speculative.greedy_chain import Started
-
-
-class Pending(Started, Protocol):
-    """A forward under way that knows whether another has begun."""
-
-    @property
-    def latest(self) -> bool:
-        """Whether nothing has begun since, so that a step may follow."""
-
-
-class Startable(Forward, Protocol):
-    """A Forward that can also be begun without waiting for it.
-
-    `start(..., after=pending)` feeds that step's best tokens, without anyone having looked at them; with `best_only`
-    there need be no logits.
-    """
-
-    def start(self, *inputs: Any, after: Any = None, best_only: bool = False, **options: Any) -> Pending: ...
 
 
 class Ahead(NamedTuple):
-    """A decode begun before it was planned: which sequences, each at which position, and the step itself."""
+    """A decode begun before it was planned: which requests, each at which position, and the step itself."""
 
-    rows: list[tuple[Sequence, int]]
-    step: Pending
+    rows: list[tuple[Request, int]]
+    step: PendingStep
 
-    def covers(self, sequences: list[Sequence]) -> bool:
-        return all((s, s.computed) in self.rows for s in sequences)
+    def covers(self, requests: list[Request]) -> bool:
+        return all((r, r.computed) in self.rows for r in requests)
 
 
 class AheadRunner(Runner):
@@ -63,7 +45,7 @@ class AheadRunner(Runner):
         self.ahead: Ahead | None = None
         self.more = False  # a prompt has tokens left behind the step that runs
 
-    def chunk_beside(self, decodes: list[Sequence]) -> int:
+    def chunk_beside(self, decodes: list[Request]) -> int:
         """0 where their step has begun: it brings their tokens now, and the prompt joins them in the next."""
         return 0 if self.ahead and self.ahead.covers(decodes) else super().chunk_beside(decodes)
 
@@ -81,19 +63,19 @@ class AheadRunner(Runner):
         """The plan's decodes and chunks in one forward, which reads the weights once. No proposals are verified:
         proposers catch up with tokens that came without them, as after a rest."""
         self.ahead = None
-        rows = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        rows = [*plan.decodes, *(chunk.request for chunk in plan.chunks)]
         counts = [1] * len(plan.decodes) + [chunk.count for chunk in plan.chunks]
-        tokens = [s.tokens(s.computed, s.computed + count) for s, count in zip(rows, counts, strict=True)]
-        inputs = self._inputs(tokens, [s.computed for s in rows], [s.slot for s in rows], size=max(counts))
-        step = self.decode.start(**inputs, best_only=all(map(wants_best, rows)))
+        tokens = [r.tokens(r.computed, r.computed + count) for r, count in zip(rows, counts, strict=True)]
+        batch = self._batch(tokens, [r.computed for r in rows], [r.slot for r in rows], size=max(counts))
+        step = self.decode.start(batch, best_only=all(map(wants_best, rows)))
         ready = len(plan.decodes) + sum(chunk.last for chunk in plan.chunks)  # only the final chunk may be unfinished
         logits_BV, best_B = step.result(), step.best()
         return self._sample(rows[:ready], logits_BV[:ready], best_B[:ready]) if ready else {}
 
     @torch.inference_mode()
-    def run_ahead(self, sequences: list[Sequence]) -> None:
-        if sequences and not self.ahead and self._plain_next(sequences, unknown=0):
-            self.ahead = self._start(sequences)
+    def run_ahead(self, requests: list[Request]) -> None:
+        if requests and not self.ahead and self._plain_next(requests, unknown=0):
+            self.ahead = self._start(requests)
 
     def forget(self) -> None:
         """Drop what was begun, before something that it depends on changes."""
@@ -101,50 +83,50 @@ class AheadRunner(Runner):
             self.ahead.step.result()
         self.ahead = None
 
-    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, requests: list[Request]) -> tuple[Tensor, Tensor | None]:
         ahead, self.ahead = self.ahead, None
-        if ahead is None or not ahead.covers(sequences):
-            ahead = self._start(sequences)
-        # A sequence that has ended must not go on: its slot may be another's by then.
-        same = ahead.step.latest and len(ahead.rows) == len(sequences) and not self.more
-        greedy = same and all(greedy_for(s, 2, self.cache.max_seq_len) for s in sequences)
-        if greedy and self._plain_next(sequences, unknown=1):
-            self.ahead = self._start([s for s, _ in ahead.rows], after=ahead)
-        index = [ahead.rows.index((s, s.computed)) for s in sequences]
+        if ahead is None or not ahead.covers(requests):
+            ahead = self._start(requests)
+        # A request that has ended must not go on: its slot may be another's by then.
+        same = ahead.step.latest and len(ahead.rows) == len(requests) and not self.more
+        greedy = same and all(greedy_for(r, 2, self.cache.max_seq_len) for r in requests)
+        if greedy and self._plain_next(requests, unknown=1):
+            self.ahead = self._start([r for r, _ in ahead.rows], after=ahead)
+        index = [ahead.rows.index((r, r.computed)) for r in requests]
         logits_BV, best_B = ahead.step.result(), ahead.step.best()
         if index == list(range(len(index))):
             return logits_BV[: len(index)], best_B[: len(index)]
         return logits_BV[index], best_B[index]
 
-    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        self.ahead = None  # of other sequences
-        step = self.decode.start(**block, best_only=all(map(wants_best, sequences)))
+    def _score(self, requests: list[Request], block: Batch) -> tuple[Tensor, Tensor]:
+        self.ahead = None  # of other requests
+        step = self.decode.start(block, best_only=all(map(wants_best, requests)))
         return step.result(), step.best()
 
-    def _plain_next(self, sequences: list[Sequence], *, unknown: int) -> bool:
+    def _plain_next(self, requests: list[Request], *, unknown: int) -> bool:
         """Whether the next step verifies no proposals."""
-        return self.speculator is None or self.speculator.plain_next(sequences, unknown=unknown)
+        return self.speculator is None or self.speculator.plain_next(requests, unknown=unknown)
 
-    def _start(self, sequences: list[Sequence], after: Ahead | None = None) -> Ahead:
-        """Begin a decode: of what the sequences hold, or of the token that the step `after` will give each."""
-        rows = [(s, s.computed + (after is not None)) for s in sequences]
-        last = [[s.output[-1]] for s in sequences]
-        inputs = self._inputs(last, [at for _, at in rows], [s.slot for s in sequences], size=1)
-        best_only = all(map(wants_best, sequences))
-        return Ahead(rows, self.decode.start(**inputs, after=after and after.step, best_only=best_only))
+    def _start(self, requests: list[Request], after: Ahead | None = None) -> Ahead:
+        """Begin a decode: of what the requests hold, or of the token that the step `after` will give each."""
+        rows = [(r, r.computed + (after is not None)) for r in requests]
+        last = [[r.output[-1]] for r in requests]
+        batch = self._batch(last, [at for _, at in rows], [r.slot for r in requests], size=1)
+        best_only = all(map(wants_best, requests))
+        return Ahead(rows, self.decode.start(batch, after=after and after.step, best_only=best_only))
 
 
-def greedy_for(sequence: Sequence, steps: int, max_seq_len: int) -> bool:
+def greedy_for(request: Request, steps: int, max_seq_len: int) -> bool:
     """Whether its next `steps` tokens are the argmax of the model's own logits, unless one of them ends it."""
-    room = len(sequence.output) + steps <= sequence.params.max_new_tokens and sequence.computed + steps <= max_seq_len
-    return room and is_greedy(sequence)
+    room = len(request.output) + steps <= request.params.max_new_tokens and request.computed + steps <= max_seq_len
+    return room and is_greedy(request)
 
 
-def is_greedy(sequence: Sequence) -> bool:
+def is_greedy(request: Request) -> bool:
     """Whether its next tokens are the argmax of the model's own logits: edits end with more output, or never."""
-    return sequence.params.temperature == 0 and not needs_edit(sequence.params, len(sequence.output))
+    return request.params.temperature == 0 and not needs_edit(request.params, len(request.output))
 
 
-def wants_best(sequence: Sequence) -> bool:
+def wants_best(request: Request) -> bool:
     """Whether nobody looks at its logits but for the argmax."""
-    return is_greedy(sequence) and sequence.params.logprobs is None
+    return is_greedy(request) and request.params.logprobs is None

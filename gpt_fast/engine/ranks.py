@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gpt_fast.cli.errors import MISTAKES, one_line_errors, text
 from gpt_fast.engine.runner import Runner
 from gpt_fast.model.parallel import Ranks
-from gpt_fast.request import Sequence
+from gpt_fast.request import Request
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others in one collective
 SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
@@ -79,7 +79,7 @@ class LockstepRunner(Runner):
     The learned budget of prompt tokens beside streams follows a clock, and every rank has its own.
     """
 
-    def chunk_beside(self, decodes: list[Sequence]) -> int:
+    def chunk_beside(self, decodes: list[Request]) -> int:
         return self.chunks[-1]
 
 

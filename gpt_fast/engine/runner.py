@@ -8,33 +8,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gpt_fast.engine.chunk_budget import ChunkBudget
 from gpt_fast.model.cache import KVCache
-from gpt_fast.request import NO_TOKEN, Chunk, SampledToken, Sequence, StepPlan
+from gpt_fast.model.forward import Batch, Forward
+from gpt_fast.request import NO_TOKEN, Chunk, Request, SampledToken, StepPlan
 from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Proposal, draws_of, on_device
-
-
-class Forward(Protocol):
-    """A model's step: Transformer itself, compiled, or a fused twin. See Transformer.forward."""
-
-    def __call__(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        *,
-        length: int,
-        slots_B: Tensor | None = None,
-        select_B: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -83,7 +68,7 @@ class Runner:
         for chunk in plan.chunks:
             logits_BV = self._prefill(chunk)
             if chunk.last:
-                sampled |= self._sample([chunk.sequence], logits_BV)
+                sampled |= self._sample([chunk.request], logits_BV)
         if plan.decodes:
             sampled |= self.advance(list(plan.decodes))
         return sampled
@@ -108,56 +93,56 @@ class Runner:
                 self.speculator.measure(self.advance, rows)
 
     def _prefill(self, chunk: Chunk) -> Tensor:
-        sequence, count = chunk.sequence, chunk.count
-        tokens = sequence.tokens(sequence.computed, sequence.computed + count)
+        request, count = chunk.request, chunk.count
+        tokens = request.tokens(request.computed, request.computed + count)
         size = bucket_of(self.chunks, count)
-        return self.forward(self.prefill, [tokens], [sequence.computed], [sequence.slot], size=size)
+        return self.forward(self.prefill, [tokens], [request.computed], [request.slot], size=size)
 
-    def advance(self, sequences: list[Sequence]) -> dict[str, list[SampledToken]]:
-        """One token for each sequence, and before it the proposals that stood."""
+    def advance(self, requests: list[Request]) -> dict[str, list[SampledToken]]:
+        """One token for each request, and before it the proposals that stood."""
         started = time.perf_counter()
-        proposal = self.speculator.propose(sequences) if self.speculator else None
+        proposal = self.speculator.propose(requests) if self.speculator else None
         if self.speculator is None or proposal is None:
-            sampled = self._sample(sequences, *self._decode(sequences))
+            sampled = self._sample(requests, *self._decode(requests))
         else:
-            found = self._score(sequences, self._block(sequences, proposal))
-            sampled = self._verify(sequences, *found, proposal, self.speculator)
+            found = self._score(requests, self._block(requests, proposal))
+            sampled = self._verify(requests, *found, proposal, self.speculator)
         if self.speculator:
-            accepted = [len(sampled[s.id]) - 1 for s in sequences]
-            self.speculator.learn(sequences, proposal, accepted, time.perf_counter() - started)
+            accepted = [len(sampled[r.id]) - 1 for r in requests]
+            self.speculator.learn(requests, proposal, accepted, time.perf_counter() - started)
         return sampled
 
-    def chunk_beside(self, decodes: list[Sequence]) -> int:
+    def chunk_beside(self, decodes: list[Request]) -> int:
         """How many prompt tokens the next step, which decodes these, should compute."""
         return self.budget.tokens(len(decodes))
 
     def learn(self, plan: StepPlan, sampled: dict[str, list[SampledToken]], seconds: float) -> None:
         """How long the plan's streams waited for its tokens, or without a stream how long it took."""
-        burst = 1 if self.speculator else max((len(sampled[s.id]) for s in plan.decodes), default=1)
+        burst = 1 if self.speculator else max((len(sampled[r.id]) for r in plan.decodes), default=1)
         prompt_tokens = sum(chunk.count for chunk in plan.chunks)
         self.budget.learn(prompt_tokens=prompt_tokens, decodes=len(plan.decodes), seconds=seconds / burst)
 
-    def run_ahead(self, sequences: list[Sequence]) -> None:
+    def run_ahead(self, requests: list[Request]) -> None:
         """These alone run next, unless one is aborted or a request comes: a runner may begin meanwhile
         (overlap_runner.py)."""
 
-    def _decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor | None]:
-        """The logits after each sequence's last token [B, V], and where known their argmax [B]."""
-        last = [[s.output[-1]] for s in sequences]
-        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
+    def _decode(self, requests: list[Request]) -> tuple[Tensor, Tensor | None]:
+        """The logits after each request's last token [B, V], and where known their argmax [B]."""
+        last = [[r.output[-1]] for r in requests]
+        starts, slots = [r.computed for r in requests], [r.slot for r in requests]
         return self.forward(self.decode, last, starts, slots, size=1), None
 
-    def _block(self, sequences: list[Sequence], proposal: Proposal) -> dict[str, Any]:
-        """Arguments of the Forward of each sequence's last token and its proposals."""
+    def _block(self, requests: list[Request], proposal: Proposal) -> Batch:
+        """Each request's last token and its proposals."""
         counts = self.speculator.controller.counts if self.speculator else []
         size = 1 + bucket_of([0, *counts], proposal.draft_BK.shape[1])
-        tokens = [[s.output[-1]] + [0] * count for s, count in zip(sequences, proposal.counts, strict=True)]
-        starts, slots = [s.computed for s in sequences], [s.slot for s in sequences]
-        return self._inputs(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
+        tokens = [[r.output[-1]] + [0] * count for r, count in zip(requests, proposal.counts, strict=True)]
+        starts, slots = [r.computed for r in requests], [r.slot for r in requests]
+        return self._batch(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
 
-    def _score(self, sequences: list[Sequence], block: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _score(self, requests: list[Request], block: Batch) -> tuple[Tensor, Tensor | None]:
         """The logits of every token [B, S, V], and where known their argmax [B, S]."""
-        return self.decode(**block), None
+        return self.decode(block), None
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -171,14 +156,14 @@ class Runner:
         Returns:
             logits of each row's last token [B, V], or with `every` of all [B, S, V].
         """
-        inputs = self._inputs(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
-        return forward(**inputs)[: len(tokens)]
+        batch = self._batch(tokens, starts, slots, size=size, length=length, fed_BK=fed_BK, every=every)
+        return forward(batch)[: len(tokens)]
 
-    def _inputs(
+    def _batch(
         self, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
         length: int | None = None, fed_BK: Tensor | None = None, every: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Arguments of a Forward, padded to one shape; see `forward`."""
+    ) -> Batch:  # fmt: skip
+        """The rows, padded to one shape; see `forward`."""
         scratch, real = self.cache.scratch, len(tokens)
         pad = bucket_of(self.rows, real) - real
         if length is None:
@@ -195,71 +180,71 @@ class Runner:
         slots_B = slots + [slots[0]] * pad
         in_order = slots == list(range(real))
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
-        return {
-            "tokens_BS": tokens_BS,
-            "positions_BS": self._tensor(positions_BS),
-            "cache": self.cache,
-            "length": length,
-            "slots_B": None if in_order else self._tensor(slots_B),
-            "select_B": select_B,
-        }
+        return Batch(
+            tokens_BS,
+            self._tensor(positions_BS),
+            self.cache,
+            length,
+            None if in_order else self._tensor(slots_B),
+            select_B,
+        )
 
     def _tensor(self, values: list) -> Tensor:
         return on_device(values, self.device)
 
     def _sample(
-        self, sequences: list[Sequence], logits_BV: Tensor, best_B: Tensor | None = None
+        self, requests: list[Request], logits_BV: Tensor, best_B: Tensor | None = None
     ) -> dict[str, list[SampledToken]]:
-        """One token a sequence, keyed to the position it will take. best_B: the logits' argmax, where known."""
-        edited_BV = self._edit(sequences, logits_BV)
-        params = sampling_tensors([s.params for s in sequences], self.device)
+        """One token a request, keyed to the position it will take. best_B: the logits' argmax, where known."""
+        edited_BV = self._edit(requests, logits_BV)
+        params = sampling_tensors([r.params for r in requests], self.device)
         if params is None and best_B is not None and edited_BV is logits_BV:
             tokens = best_B.tolist()
         else:
-            uniform_B = None if params is None else uniform(*draws_of(sequences, self.device))
+            uniform_B = None if params is None else uniform(*draws_of(requests, self.device))
             tokens = sample(edited_BV, params, uniform_B).tolist()
         return {
-            s.id: [SampledToken(token, top_logprobs(logits_V, token, s.params.logprobs))]
-            for s, token, logits_V in zip(sequences, tokens, logits_BV, strict=True)
+            r.id: [SampledToken(token, top_logprobs(logits_V, token, r.params.logprobs))]
+            for r, token, logits_V in zip(requests, tokens, logits_BV, strict=True)
         }
 
     def _verify(
         self,
-        sequences: list[Sequence],
+        requests: list[Request],
         logits_BSV: Tensor,
         best_BS: Tensor | None,
         proposal: Proposal,
         speculator: Speculator,
     ) -> dict[str, list[SampledToken]]:
         """Each row's proposals that stand, and the token after them. best_BS: the logits' argmax, where known."""
-        rows, scored = len(sequences), proposal.draft_BK.shape[1] + 1
+        rows, scored = len(requests), proposal.draft_BK.shape[1] + 1
         edited_BSV = logits_BSV = logits_BSV[:rows, :scored]
         best_BS = None if best_BS is None else best_BS[:rows, :scored]
-        if any(needs_edit(s.params, len(s.output)) for s in sequences):  # such rows have no proposals
-            first_BV = self._edit(sequences, logits_BSV[:, 0])
+        if any(needs_edit(r.params, len(r.output)) for r in requests):  # such rows have no proposals
+            first_BV = self._edit(requests, logits_BSV[:, 0])
             edited_BSV, best_BS = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1), None
-        params = sampling_tensors([s.params for s in sequences], self.device)
-        draws = draws_of(sequences, self.device)
+        params = sampling_tensors([r.params for r in requests], self.device)
+        draws = draws_of(requests, self.device)
         verdict = judge(edited_BSV, params, proposal, draws, speculator.verify, best_BS)
         sampled = {}
         packed = torch.cat((verdict.accepted_B[:, None], verdict.next_B[:, None], proposal.draft_BK), 1).tolist()
-        for s, logits_SV, (accepted, following, *draft) in zip(sequences, logits_BSV, packed, strict=True):
+        for r, logits_SV, (accepted, following, *draft) in zip(requests, logits_BSV, packed, strict=True):
             tokens = [*draft[:accepted], following]
-            sampled[s.id] = [
-                SampledToken(token, top_logprobs(logits_SV[i], token, s.params.logprobs))
+            sampled[r.id] = [
+                SampledToken(token, top_logprobs(logits_SV[i], token, r.params.logprobs))
                 for i, token in enumerate(tokens)
             ]
         return sampled
 
-    def _edit(self, sequences: list[Sequence], logits_BV: Tensor) -> Tensor:
+    def _edit(self, requests: list[Request], logits_BV: Tensor) -> Tensor:
         """Logits with the rows' penalties, biases and bans."""
-        if not any(needs_edit(s.params, len(s.output)) for s in sequences):
+        if not any(needs_edit(r.params, len(r.output)) for r in requests):
             return logits_BV
         rows = [
-            edit_logits(row_V, s.params, prompt=s.prompt, output=s.output, eos_ids=self.eos_ids)
-            if needs_edit(s.params, len(s.output))
+            edit_logits(row_V, r.params, prompt=r.prompt, output=r.output, eos_ids=self.eos_ids)
+            if needs_edit(r.params, len(r.output))
             else row_V
-            for s, row_V in zip(sequences, logits_BV, strict=True)
+            for r, row_V in zip(requests, logits_BV, strict=True)
         ]
         return torch.stack(rows)
 

@@ -1,8 +1,8 @@
 """Who runs in the next step: slots, admission, chunked prefill, prefix reuse, abort. Plain Python, no torch.
 
-One step has two parts, either of which may be empty: every running sequence decodes, and prompts advance by
+One step has two parts, either of which may be empty: every running request decodes, and prompts advance by
 chunks. `schedule` says what to do, the runner does it, `commit` turns the sampled tokens into events. A slot keeps
-the tokens it holds after its sequence has ended, so the next prompt with the same beginning (a chat's next turn, a
+the tokens it holds after its request has ended, so the next prompt with the same beginning (a chat's next turn, a
 shared system prompt) starts behind it.
 """
 
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, SampledToken, Sequence, StepPlan, TokenEvent
+from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent
 
 MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 
@@ -32,14 +32,14 @@ class Slot:
 
 
 class Scheduler:
-    """Owns every sequence and slot. Not thread-safe: one thread adds, aborts, schedules and commits."""
+    """Owns every request and slot. Not thread-safe: one thread adds, aborts, schedules and commits."""
 
     def __init__(self, *, slots: int, max_seq_len: int, eos_ids: Iterable[int], reuse_prefix: bool = True) -> None:
         self.max_seq_len = max_seq_len
         self.eos_ids = frozenset(eos_ids)
         self.reuse_prefix = reuse_prefix
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[str, Sequence] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: dict[str, Request] = {}
         self.slots = [Slot() for _ in range(slots)]
         self.free = set(range(slots))
         self.clock = 0
@@ -47,13 +47,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ in and out
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Its prompt must leave room for at least one token of a slot."""
-        if not 0 < len(sequence.prompt) < self.max_seq_len:
-            raise ValueError(f"prompt: {len(sequence.prompt)} tokens (allowed 1..{self.max_seq_len - 1})")
-        if sequence.id in self.running or any(s.id == sequence.id for s in self.waiting):
-            raise ValueError(f"request id: {sequence.id} is already running")
-        self.waiting.append(sequence)
+    def add(self, request: Request) -> None:
+        """Queue a request. Its prompt must leave room for at least one token of a slot."""
+        if not 0 < len(request.prompt) < self.max_seq_len:
+            raise ValueError(f"prompt: {len(request.prompt)} tokens (allowed 1..{self.max_seq_len - 1})")
+        if request.id in self.running or any(r.id == request.id for r in self.waiting):
+            raise ValueError(f"request id: {request.id} is already running")
+        self.waiting.append(request)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request, running or waiting; its slot is free at once. False when it is unknown."""
@@ -61,7 +61,7 @@ class Scheduler:
             self._release(self.running[request_id])
             return True
         before = len(self.waiting)
-        self.waiting = deque(s for s in self.waiting if s.id != request_id)
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
         return len(self.waiting) < before
 
     @property
@@ -69,9 +69,9 @@ class Scheduler:
         return not self.running and not self.waiting
 
     @property
-    def decoding(self) -> list[Sequence]:
-        """The sequences that the next step decodes, unless one is aborted before."""
-        return [s for s in self.running.values() if s.output]
+    def decoding(self) -> list[Request]:
+        """The requests that the next step decodes, unless one is aborted before."""
+        return [r for r in self.running.values() if r.output]
 
     @property
     def prefilling(self) -> bool:
@@ -91,53 +91,53 @@ class Scheduler:
     def commit(self, plan: StepPlan, sampled: Mapping[str, list[SampledToken]]) -> list[TokenEvent]:
         """Record what the step computed and sampled; `sampled` covers every decode and every last chunk.
 
-        A decode that verified proposals brings more than one token. What follows a sequence's end is dropped.
+        A decode that verified proposals brings more than one token. What follows a request's end is dropped.
         """
         events = []
         for chunk in plan.chunks:
-            self._fed(chunk.sequence, chunk.count)
+            self._fed(chunk.request, chunk.count)
             if chunk.last:
-                events += self._append(chunk.sequence, sampled[chunk.sequence.id])
-        for sequence in plan.decodes:
-            for token in sampled[sequence.id]:
-                self._fed(sequence, 1)
-                events += self._append(sequence, [token])
-                if sequence.id not in self.running:
+                events += self._append(chunk.request, sampled[chunk.request.id])
+        for request in plan.decodes:
+            for token in sampled[request.id]:
+                self._fed(request, 1)
+                events += self._append(request, [token])
+                if request.id not in self.running:
                     break
         return events
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless slots and sequences agree. Cheap; called whenever the engine falls idle."""
-        held = [s.slot for s in self.running.values()]
+        """Raise RuntimeError unless slots and requests agree. Cheap; called whenever the engine falls idle."""
+        held = [r.slot for r in self.running.values()]
         if len(set(held)) != len(held) or self.free & set(held) or len(held) + len(self.free) != len(self.slots):
             raise RuntimeError(f"slots are inconsistent: held {sorted(held)}, free {sorted(self.free)}")
-        for sequence in self.running.values():
-            if self.slots[sequence.slot].tokens != sequence.tokens(0, sequence.computed):
-                raise RuntimeError(f"slot {sequence.slot} does not hold the tokens of request {sequence.id}")
+        for request in self.running.values():
+            if self.slots[request.slot].tokens != request.tokens(0, request.computed):
+                raise RuntimeError(f"slot {request.slot} does not hold the tokens of request {request.id}")
 
     # ------------------------------------------------------------------------------- internals
 
     def _admit(self) -> tuple[int, ...]:
-        """Give waiting sequences free slots, first come first served; the slots among them that must be zeroed."""
+        """Give waiting requests free slots, first come first served; the slots among them that must be zeroed."""
         clears = []
         while self.waiting and self.free:
-            sequence = self.waiting.popleft()
-            index, length = self._place(sequence)
+            request = self.waiting.popleft()
+            index, length = self._place(request)
             if self.slots[index].ill:
                 clears.append(index)
-            self._occupy(sequence, index, length)
-            sequence.started = time.monotonic()
-            self.running[sequence.id] = sequence
+            self._occupy(request, index, length)
+            request.started = time.monotonic()
+            self.running[request.id] = request
         return tuple(clears)
 
-    def _place(self, sequence: Sequence) -> tuple[int, int]:
-        """The free slot a sequence gets, and how many of its tokens are there already.
+    def _place(self, request: Request) -> tuple[int, int]:
+        """The free slot a request gets, and how many of its tokens are there already.
 
         That is the slot that shares most with it, unless more cached tokens would be lost there than in the slot
         unused for longest: then the latter, and `_copy` brings the shared beginning (a chat must not take over
         another chat's slot for the system prompt they share).
         """
-        shared = {index: self._shared(sequence, self.slots[index]) for index in self.free}
+        shared = {index: self._shared(request, self.slots[index]) for index in self.free}
         loss = {index: len(self.slots[index].tokens) - shared[index] for index in self.free}
         best = max(self.free, key=lambda index: (shared[index], -loss[index], -index))
         oldest = min(self.free, key=lambda index: (self.slots[index].used, index))
@@ -156,77 +156,77 @@ class Scheduler:
         """
         copies, chunks = [], []
         self.steps += 1
-        pending = [s for s in self.running.values() if not s.output]
+        pending = [r for r in self.running.values() if not r.output]
         if self.steps % 2:
-            pending.sort(key=lambda s: len(s.prompt) - s.computed)
-        for sequence in pending:
+            pending.sort(key=lambda r: len(r.prompt) - r.computed)
+        for request in pending:
             if budget <= 0:
                 break
-            if copy := self._copy(sequence):
+            if copy := self._copy(request):
                 copies.append(copy)
-            left = len(sequence.prompt) - sequence.computed
+            left = len(request.prompt) - request.computed
             count = min(left, budget)
-            chunks.append(Chunk(sequence, count, last=count == left))
+            chunks.append(Chunk(request, count, last=count == left))
             budget -= count
         return tuple(copies), tuple(chunks)
 
-    def _copy(self, sequence: Sequence) -> PrefixCopy | None:
-        """The copy from another slot that would spare the sequence at least MIN_SHARED tokens, if any."""
-        start, stop = sequence.computed, sequence.computed + MIN_SHARED
-        wanted = sequence.prompt[start:stop]
+    def _copy(self, request: Request) -> PrefixCopy | None:
+        """The copy from another slot that would spare the request at least MIN_SHARED tokens, if any."""
+        start, stop = request.computed, request.computed + MIN_SHARED
+        wanted = request.prompt[start:stop]
         likely = [index for index, slot in enumerate(self.slots) if slot.tokens[start:stop] == wanted]
-        shared = {index: self._shared(sequence, self.slots[index]) for index in likely}
-        source = max(shared, key=shared.__getitem__, default=sequence.slot)
+        shared = {index: self._shared(request, self.slots[index]) for index in likely}
+        source = max(shared, key=shared.__getitem__, default=request.slot)
         if shared.get(source, 0) < stop:
             return None
-        self._occupy(sequence, sequence.slot, shared[source])
-        return PrefixCopy(source, sequence.slot, shared[source])
+        self._occupy(request, request.slot, shared[source])
+        return PrefixCopy(source, request.slot, shared[source])
 
-    def _occupy(self, sequence: Sequence, index: int, length: int) -> None:
+    def _occupy(self, request: Request, index: int, length: int) -> None:
         self.free.discard(index)
         self.clock += 1
-        self.slots[index] = Slot(sequence.prompt[:length], sequence.owner, self.clock)
-        sequence.reused += length - sequence.computed
-        sequence.slot, sequence.computed = index, length
+        self.slots[index] = Slot(request.prompt[:length], request.owner, self.clock)
+        request.reused += length - request.computed
+        request.slot, request.computed = index, length
 
-    def _shared(self, sequence: Sequence, slot: Slot) -> int:
-        if not self.reuse_prefix or slot.owner != sequence.owner:
+    def _shared(self, request: Request, slot: Slot) -> int:
+        if not self.reuse_prefix or slot.owner != request.owner:
             return 0
-        limit = min(len(slot.tokens), len(sequence.prompt) - 1)  # the last token must run, to be sampled from
-        if slot.tokens[:limit] == sequence.prompt[:limit]:
+        limit = min(len(slot.tokens), len(request.prompt) - 1)  # the last token must run, to be sampled from
+        if slot.tokens[:limit] == request.prompt[:limit]:
             return limit
-        return next(i for i in range(limit) if slot.tokens[i] != sequence.prompt[i])
+        return next(i for i in range(limit) if slot.tokens[i] != request.prompt[i])
 
-    def _fed(self, sequence: Sequence, count: int) -> None:
-        slot = self.slots[sequence.slot]
-        slot.tokens += sequence.tokens(sequence.computed, sequence.computed + count)
-        sequence.computed += count
+    def _fed(self, request: Request, count: int) -> None:
+        slot = self.slots[request.slot]
+        slot.tokens += request.tokens(request.computed, request.computed + count)
+        request.computed += count
 
-    def _append(self, sequence: Sequence, tokens: Iterable[SampledToken]) -> list[TokenEvent]:
+    def _append(self, request: Request, tokens: Iterable[SampledToken]) -> list[TokenEvent]:
         events = []
         for sampled in tokens:
             if sampled.token == NO_TOKEN:
-                self._release(sequence)
-                self.slots[sequence.slot] = Slot(used=self.clock, ill=True)
-                events.append(TokenEvent(sequence.id, NO_TOKEN, "error"))
+                self._release(request)
+                self.slots[request.slot] = Slot(used=self.clock, ill=True)
+                events.append(TokenEvent(request.id, NO_TOKEN, "error"))
                 break
-            sequence.output.append(sampled.token)
-            reason = self._finish_reason(sequence, sampled.token)
-            events.append(TokenEvent(sequence.id, sampled.token, reason, sampled.logprobs))
+            request.output.append(sampled.token)
+            reason = self._finish_reason(request, sampled.token)
+            events.append(TokenEvent(request.id, sampled.token, reason, sampled.logprobs))
             if reason is not None:
-                self._release(sequence)
+                self._release(request)
                 break
         return events
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        params = sequence.params
+    def _finish_reason(self, request: Request, token: int) -> str | None:
+        params = request.params
         if (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
             return "stop"
-        full = sequence.length >= self.max_seq_len or len(sequence.output) >= params.max_new_tokens
+        full = request.length >= self.max_seq_len or len(request.output) >= params.max_new_tokens
         return "length" if full else None
 
-    def _release(self, sequence: Sequence) -> None:
-        del self.running[sequence.id]
-        self.free.add(sequence.slot)
+    def _release(self, request: Request) -> None:
+        del self.running[request.id]
+        self.free.add(request.slot)
         self.clock += 1
-        self.slots[sequence.slot].used = self.clock
+        self.slots[request.slot].used = self.clock

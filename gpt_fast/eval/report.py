@@ -13,7 +13,6 @@ import torch
 from gpt_fast.checkpoint.quality_gate import weights_sha256
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine.ranks import Group
-from gpt_fast.engine.runner import Forward
 from gpt_fast.eval.quality import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
 from gpt_fast.load.checkpoint import Loaded
@@ -22,6 +21,7 @@ from gpt_fast.load.path import ModelPath, fused_path
 from gpt_fast.load.sizes import cache_dtype, choose_device, cores_of
 from gpt_fast.measure.picture import picture
 from gpt_fast.measure.texts import Text, windows
+from gpt_fast.model.forward import Forward
 from gpt_fast.text.tokenizer import load_tokenizer
 
 ROWS = 8  # prompts continued together

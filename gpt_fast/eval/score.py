@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.engine.runner import Forward, bucket_of, buckets
+from gpt_fast.engine.runner import bucket_of, buckets
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch, Forward
 
 TOKENS_PER_FORWARD = 1024  # bounds the logits held at once: rows * chunk * vocabulary
 
@@ -61,7 +62,7 @@ class Scorer:
             stop = min(start + chunk, longest)
             length = bucket_of(self.lengths, stop)
             part = slice(start, stop)
-            yield start, self.forward(tokens_BS[:, part], positions_BS[:, part], self.cache, length=length)
+            yield start, self.forward(Batch(tokens_BS[:, part], positions_BS[:, part], self.cache, length))
 
     def score(
         self, rows: list[tuple[list[int], int]], *, done: Callable[[int], object] = lambda count: None
@@ -103,7 +104,7 @@ class Scorer:
             positions_B1 = torch.full_like(made[0], position)
             length = bucket_of(self.lengths, position + 1)
             with torch.inference_mode():
-                logits_B1V = self.forward(made[-1], positions_B1, self.cache, length=length)
+                logits_B1V = self.forward(Batch(made[-1], positions_B1, self.cache, length))
             made.append(logits_B1V[:, -1].argmax(-1, keepdim=True))
         return torch.cat(made, dim=1).tolist()
 

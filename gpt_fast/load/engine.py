@@ -126,7 +126,7 @@ def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, th
     proposers: dict[str, Proposer] = {}
     if "draft" in config.proposers:
         draft = load_draft(config, cache, target, threads)
-        proposers["draft"] = DraftProposer(draft, start=draft.decode.start if isinstance(draft, AheadRunner) else None)
+        proposers["draft"] = DraftProposer(draft, startable=draft.decode if isinstance(draft, AheadRunner) else None)
     if "ngram" in config.proposers:
         proposers["ngram"] = NGramProposer(device)
     controller = Controller(buckets(config.speculate_k, 1))

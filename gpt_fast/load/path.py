@@ -13,9 +13,10 @@ import torch
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.engine.ranks import LockstepRunner
-from gpt_fast.engine.runner import Forward, Runner
+from gpt_fast.engine.runner import Runner
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.sizes import cache_dtype, torch_dtype
+from gpt_fast.model.forward import Forward
 from gpt_fast.model.parallel import is_sharded
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.linear_compiled import for_one_token

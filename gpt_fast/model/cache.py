@@ -1,4 +1,4 @@
-"""The KV cache: one contiguous slot a sequence, allocated once.
+"""The KV cache: one contiguous slot a request, allocated once.
 
 Shapes: L layers, N slots, H KV heads, T positions of a slot, D head_dim, B rows, S tokens of a row.
 A slot has one position more than it can use: padding rows and padding tokens write there (`scratch`), so every
@@ -72,7 +72,7 @@ class KVCache(nn.Module):
         return k_BHTD * k_scale_BHT[..., None], v_BHTD * v_scale_BHT[..., None]
 
     def clear(self, slot: int) -> None:
-        """Zero a slot; what ended in NaN must not reach its next sequence."""
+        """Zero a slot; what ended in NaN must not reach its next request."""
         for buffer in self.buffers():
             buffer[:, slot] = 0
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.attention import attend, causal_mask
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.model.rope import apply_rope, rope_table
 
 
@@ -44,36 +45,17 @@ class Transformer(nn.Module):
         """Tabulate rotations for positions 0..max_positions (one more than usable: the cache's scratch)."""
         self.rope_cos_sin_PE = rope_table(self.config, max_positions + 1).to(device)
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        *,
-        length: int,
-        slots_B: Tensor | None = None,
-        select_B: Tensor | None = None,
-    ) -> Tensor:
-        """Run S tokens of each of B rows against their slots' caches, which gain the tokens' keys and values.
-
-        Args:
-            tokens_BS, positions_BS: int64. A padding token has position `cache.scratch`.
-            length: cached positions to read; every real position must be below it (a bucket, so that shapes
-                repeat).
-            slots_B: each row's slot; None means rows are slots 0..B-1 (no copy of the cache on the plain path).
-            select_B: index along S of the one token of each row whose logits are wanted; None wants all.
-        Returns:
-            float32 logits, [B, S, V] or, with select_B, [B, V].
-        """
-        x_BSD = self.tok_embeddings(tokens_BS)
-        rope_BS2E = self.rope_cos_sin_PE[positions_BS]  # type: ignore[index]
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 logits of the batch's tokens: [B, S, V] or, with select_B, [B, V]."""
+        x_BSD = self.tok_embeddings(batch.tokens_BS)
+        rope_BS2E = self.rope_cos_sin_PE[batch.positions_BS]  # type: ignore[index]
         group = self.config.n_head // self.config.n_kv_head
-        masks = {w: causal_mask(positions_BS, length, group=group, window=w) for w in self.windows}
-        step = StepInput(positions_BS, slots_B, length, rope_BS2E, masks)
+        masks = {w: causal_mask(batch.positions_BS, batch.length, group=group, window=w) for w in self.windows}
+        step = StepInput(batch.positions_BS, batch.slots_B, batch.length, rope_BS2E, masks)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, step, cache)
-        if select_B is not None:
-            x_BSD = x_BSD[torch.arange(len(select_B), device=x_BSD.device), select_B]
+            x_BSD = layer(x_BSD, step, batch.cache)
+        if batch.select_B is not None:
+            x_BSD = x_BSD[torch.arange(len(batch.select_B), device=x_BSD.device), batch.select_B]
         return self.output(self.norm(x_BSD)).float()
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
-from gpt_fast.serve.request import REASONS, Request, RequestError, parse_request
+from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
 from gpt_fast.serve.response import JSON, ChatAnswer, CompletionAnswer, PlainAnswer, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tool_calls import call_parser
@@ -95,7 +95,7 @@ class Admit:
 
     # ---------------------------------------------------------------------------------------- prompts
 
-    def prompts(self, request: Request) -> list[Prompt]:
+    def prompts(self, request: ApiRequest) -> list[Prompt]:
         """Every sequence the request needs, n of each prompt, checked against the model."""
         if request.kind == "chat":
             rows = [self.chat_tokens(request)]
@@ -103,7 +103,7 @@ class Admit:
             rows = [self.text_tokens(prompt) for prompt in request.prompts]
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
-    def chat_tokens(self, request: Request) -> list[int]:
+    def chat_tokens(self, request: ApiRequest) -> list[int]:
         try:
             return self.engine.encode_chat(request.messages, request.tools or None)
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
@@ -121,7 +121,7 @@ class Admit:
             raise RequestError(message, param="prompt")
         return list(prompt)
 
-    def guide(self, request: Request) -> Guide | None:
+    def guide(self, request: ApiRequest) -> Guide | None:
         """A guide of its own for each sequence. What it costs to compile one is bounded; see guide_check."""
         try:
             if request.must_call and self.tool_format:
@@ -131,7 +131,7 @@ class Admit:
             where = "tools" if request.must_call else "response_format"
             raise RequestError(f"{where}: {error}", param=where) from None
 
-    def prompt(self, tokens: list[int], request: Request, choice: int) -> Prompt:
+    def prompt(self, tokens: list[int], request: ApiRequest, choice: int) -> Prompt:
         params, room = request.params, self.engine.core.max_seq_len - len(tokens)
         if not tokens:
             raise RequestError("prompt: nothing is left of it as tokens (allowed 1 or more)", param="prompt")
@@ -164,7 +164,7 @@ class Admit:
 
     # ---------------------------------------------------------------------------------------- answers
 
-    def answer(self, request: Request, prompts: list[Prompt]) -> Answer:
+    def answer(self, request: ApiRequest, prompts: list[Prompt]) -> Answer:
         if request.kind == "native":
             return PlainAnswer(stream=request.stream)
         options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a client may send: bytes in, a checked Request out, or a RequestError that names field, value and limit.
+"""What a client may send: bytes in, a checked ApiRequest out, or a RequestError that names field, value and limit.
 
 Three bodies: the native one ({"prompt", "max_new_tokens", ...}), OpenAI's completions and chat completions. A field
 that is unknown, or known but not supported with the value it has, is refused by name. No torch here.
@@ -14,7 +14,7 @@ from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
 from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
 from gpt_fast.serve.chat_request import Object, parse_messages, parse_response_format, parse_tools, short_text
 
-__all__ = ["REASONS", "Request", "RequestError", "parse_request"]
+__all__ = ["REASONS", "ApiRequest", "RequestError", "parse_request"]
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
@@ -22,7 +22,7 @@ MAX_TIMEOUT = 3600.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ApiRequest:
     """One checked request. `prompts` are text or token ids; a chat has `messages` instead.
 
     limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
@@ -110,10 +110,10 @@ def parse_request(
     max_new_tokens: int,
     stream: bool = True,
     offers: frozenset[str] = frozenset(),
-) -> Request:
+) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say.
 
-    offers: of OFFERS, what this server can do beyond plain text; it must then look at the Request's fields for it.
+    offers: of OFFERS, what this server can do beyond plain text; it must then look at the ApiRequest's fields for it.
     OpenAI's defaults hold for its endpoints: temperature 1, 16 new tokens for a completion, the rest of the context
     (here: SamplingParams' own limit, which the caller shortens to the slot) for a chat. null is the default.
     """
@@ -145,14 +145,14 @@ def check_known(given: Fields, kind: str, offers: frozenset[str]) -> None:
             raise RequestError(f"{name}: not supported (got {short(value)})", param=name)
 
 
-def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]) -> Request:
+def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]) -> ApiRequest:
     limit_name, limit = token_limit(kind, fields, max_new_tokens)
     tools, must_call = chat_tools(fields, offers) if kind == "chat" else ((), False)
     streamed = fields.get("stream", stream if kind == "native" else False)
     n, params = choices(fields), sampling_params(kind, fields, limit, limit_name)
     if params.seed is not None:
         check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
-    request = Request(
+    request = ApiRequest(
         kind=kind,
         params=params,
         stream=streamed,
@@ -172,7 +172,7 @@ def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offer
     return request
 
 
-def check_together(request: Request) -> None:
+def check_together(request: ApiRequest) -> None:
     """Refuse fields that do not go together."""
     if request.echo and request.params.logprobs is not None:
         raise RequestError("echo: not supported together with logprobs (got true)", param="echo")

@@ -17,7 +17,7 @@ import torch
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import Engine, TextEvent
-from gpt_fast.request import Sequence
+from gpt_fast.request import Request
 from gpt_fast.serve.metrics import RequestRecord, speculation_totals
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Mailbox:
     done: bool = False
     taken: bool = False  # the first token has left
     arrival: float = field(default_factory=time.monotonic)
-    sequence: Sequence | None = None
+    request: Request | None = None
     first_token: float | None = None
     generated: int = 0
 
@@ -47,14 +47,14 @@ class Mailbox:
             request_id=request_id,
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.sequence.reused if self.sequence else 0,
+            reused_tokens=self.request.reused if self.request else 0,
             generation_tokens=self.generated,
             arrival=self.arrival,
-            started=self.sequence.started if self.sequence else None,
+            started=self.request.started if self.request else None,
             first_token=self.first_token,
             ended=time.monotonic(),
-            drafted_tokens=self.sequence.drafted if self.sequence else 0,
-            accepted_tokens=self.sequence.accepted if self.sequence else 0,
+            drafted_tokens=self.request.drafted if self.request else 0,
+            accepted_tokens=self.request.accepted if self.request else 0,
         )
 
 
@@ -260,7 +260,7 @@ class Service:
 
     def _add(self, box: Mailbox, request_id: str, prompt: list[int], params: SamplingParams, owner: str) -> None:
         try:
-            box.sequence = self.engine.add(request_id, prompt, params, owner=owner)
+            box.request = self.engine.add(request_id, prompt, params, owner=owner)
         except ValueError as error:  # the engine's own checks: this request's failure, nobody else's
             logger.error("request %s: refused by the engine: %s", request_id, error)
             self._deliver([TextEvent(request_id, "", None, "error")])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt_fast.speculative.costs import LATE, PLAIN, Batch, CatchUp, Choice, Costs
+from gpt_fast.speculative.costs import LATE, PLAIN, BatchShape, CatchUp, Choice, Costs
 
 
 def expected_tokens(rate: float, count: int) -> float:
@@ -51,10 +51,10 @@ class Fixed:
     def __init__(self, choice: Choice | None, counts: list[int]) -> None:
         self.choice, self.counts, self.costs, self.probing = choice, counts, Costs(), False
 
-    def choose(self, batch: Batch, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+    def choose(self, batch: BatchShape, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
         return self.choice
 
-    def learn(self, choice: Choice | None, batch: Batch, tokens: int, seconds: float, **details: Any) -> None:
+    def learn(self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, **details: Any) -> None:
         pass
 
     def rest(self, idle: int) -> int:
@@ -99,7 +99,7 @@ class Controller:
     COMPARED = 3  # plain steps a comparison, after one that could not begin ahead
     COMPARE_EVERY = 64  # steps at most between two
 
-    def choose(self, batch: Batch, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
+    def choose(self, batch: BatchShape, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
         """The best choice, a probe that the account can pay, or None for plain decode."""
         plain = self.costs.plain(batch)
         if plain is None or not self.costs.knows_plain(batch) or self.comparing:
@@ -123,7 +123,7 @@ class Controller:
         return best or (probe if self.wanted < self.balance else None)
 
     def _outlooks(
-        self, arm: str, batch: Batch, candidates: Sequence[Candidate], plain: float
+        self, arm: str, batch: BatchShape, candidates: Sequence[Candidate], plain: float
     ) -> Iterator[tuple[Choice, float, float, float]]:
         """Of every k: tokens a row, the cost of the step and of catching up first, in plain steps. Where no row may
         have proposals after all, the step is a late one."""
@@ -150,8 +150,8 @@ class Controller:
         return min(int(idle * self.REST_SHARE), self.REST)
 
     def learn(
-        self, choice: Choice | None, batch: Batch, tokens: int, seconds: float, *, caught_up: int = 0, lagging: int = 0,
-        late: bool = False,
+        self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, *, caught_up: int = 0,
+        lagging: int = 0, late: bool = False,
     ) -> None:  # fmt: skip
         """What a step brought and cost, `caught_up` tokens of `lagging` rows fed to a draft included. late: a plain
         step that would have begun ahead without a speculator."""
@@ -175,7 +175,7 @@ class Controller:
         self.since_plain = 0 if kind == PLAIN else self.since_plain + 1
         self.comparing = max(0, self.comparing - (kind == PLAIN))
 
-    def _learn_catching_up(self, choice: Choice, batch: Batch, seconds: float, caught_up: int) -> float:
+    def _learn_catching_up(self, choice: Choice, batch: BatchShape, seconds: float, caught_up: int) -> float:
         """What feeding a draft costs a token; the step's believable seconds."""
         plain = self.costs.plain(batch) or seconds
         ready = min(self.costs.relative(choice.arm, batch).get(choice.k, 1.0) * plain, seconds)

@@ -18,14 +18,14 @@ PLAIN = Choice("plain", 0)
 LATE = Choice("late", 0)  # a plain step that could not begin ahead, for proposals had been hoped for
 
 
-class Batch(NamedTuple):
+class BatchShape(NamedTuple):
     """What a step's cost depends on beside the choice. sampled: some row is, which takes the host's time, lets no step
     begin before the last one's tokens are known, and a draft's neither."""
 
     rows: int
     sampled: bool = False
 
-    def nearest(self, known: Iterable[Batch]) -> Batch:
+    def nearest(self, known: Iterable[BatchShape]) -> BatchShape:
         return min(known, key=lambda other: (abs(other.rows - self.rows), other.sampled != self.sampled))
 
 
@@ -47,31 +47,31 @@ class Costs:
     """Measured seconds of a whole step, by choice and batch; a batch never met is inferred from the nearest one."""
 
     def __init__(self) -> None:
-        self.seconds: dict[Choice, dict[Batch, Mean]] = {}
+        self.seconds: dict[Choice, dict[BatchShape, Mean]] = {}
 
-    def learn(self, choice: Choice, batch: Batch, seconds: float) -> None:
+    def learn(self, choice: Choice, batch: BatchShape, seconds: float) -> None:
         self.seconds.setdefault(choice, {}).setdefault(batch, Mean()).learn(seconds)
 
-    def believable(self, choice: Choice, batch: Batch, seconds: float) -> float:
+    def believable(self, choice: Choice, batch: BatchShape, seconds: float) -> float:
         """At most twice what was measured before: one hiccup of the machine must not decide."""
         known = self.seconds.get(choice, {}).get(batch)
         return min(seconds, 2 * known.value) if known else seconds
 
-    def knows_plain(self, batch: Batch) -> bool:
+    def knows_plain(self, batch: BatchShape) -> bool:
         return batch in self.seconds.get(PLAIN, ())
 
-    def plain(self, batch: Batch) -> float | None:
+    def plain(self, batch: BatchShape) -> float | None:
         known = self.seconds.get(PLAIN)
         return known[batch.nearest(known)].value if known else None
 
-    def relative(self, arm: str, batch: Batch) -> dict[int, float]:
+    def relative(self, arm: str, batch: BatchShape) -> dict[int, float]:
         """k c + v + o by k: the arm's steps in plain steps. None is below 1 or above that of a larger k, which do
         more: what chance measured otherwise is averaged."""
         arms = sorted(choice for choice in self.seconds if choice.arm == arm)
         found = [self._measured(choice, batch) for choice in arms]
         return {choice.k: max(1.0, cost) for choice, cost in zip(arms, rising(found), strict=True)}
 
-    def _measured(self, choice: Choice, batch: Batch) -> tuple[float, int]:
+    def _measured(self, choice: Choice, batch: BatchShape) -> tuple[float, int]:
         """In plain steps of the same batch, and how often it was measured."""
         known = self.seconds[choice]
         base = batch.nearest(known)

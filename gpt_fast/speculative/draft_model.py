@@ -5,29 +5,29 @@ Shapes: B rows, K proposals of a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gpt_fast.request import PrefixCopy, Sequence
+from gpt_fast.model.forward import Startable
+from gpt_fast.request import PrefixCopy, Request
 from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
-from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
 
 
 @dataclass
 class Held:
-    """What a draft slot holds: the first `count` tokens of `sequence`, whether or not it still runs.
+    """What a draft slot holds: the first `count` tokens of `request`, whether or not it still runs.
 
     Positions below `written` were written since the slot was last finite throughout.
     """
 
-    sequence: Sequence
+    request: Request
     count: int
     written: int = 0
 
@@ -55,51 +55,53 @@ class DraftRunner(Protocol):
 class DraftProposer:
     """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
-    start: begins a step of the draft (overlap_runner.Startable), where it can; greedy proposals are then a Chain, and a
+    startable: the draft itself, where its steps can be begun; greedy proposals are then a GreedyChain, and a
     step takes rows of any lengths at no cost for their padding, so that the first one also catches up with a few
     tokens.
     """
 
     FEW = 16
 
-    def __init__(self, runner: DraftRunner, *, start: Callable | None = None) -> None:
-        self.runner, self.start = runner, start
-        self.first = self.FEW if start else 2  # tokens of a row that the first step of its proposals may feed
+    def __init__(self, runner: DraftRunner, *, startable: Startable | None = None) -> None:
+        self.runner, self.startable = runner, startable
+        self.first = self.FEW if startable else 2  # tokens of a row that the first step of its proposals may feed
         self.device = runner.cache.k_LNHTD.device
         self.held: dict[int, Held] = {}
         self.counts: list[int] = []
 
-    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+    def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
         # The k-th proposal is never fed, so k proposals need k - 1 positions past the last token's.
         room = self.runner.cache.max_seq_len + 1
-        limits = [max(0, min(limit, room - s.length)) for s, limit in zip(sequences, limits, strict=True)]
+        limits = [max(0, min(limit, room - r.length)) for r, limit in zip(requests, limits, strict=True)]
         return [
-            Offer(limit, lag=self._lag(s)) if limit else Offer(0) for s, limit in zip(sequences, limits, strict=True)
+            Offer(limit, lag=self._lag(r)) if limit else Offer(0) for r, limit in zip(requests, limits, strict=True)
         ]
 
-    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
-        self.counts, caught_up = self._catch_up(sequences, counts)
-        if self.start and any(self.counts) and all(s.params.temperature == 0 for s in sequences):
-            return Proposal(self._chain(self.start, sequences).tokens().clamp(min=0), self.counts, caught_up=caught_up)
-        return self._decode(sequences, self.counts, caught_up)
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
+        self.counts, caught_up = self._catch_up(requests, counts)
+        if self.startable and any(self.counts) and all(r.params.temperature == 0 for r in requests):
+            return Proposal(
+                self._chain(self.startable, requests).tokens().clamp(min=0), self.counts, caught_up=caught_up
+            )
+        return self._decode(requests, self.counts, caught_up)
 
-    def _chain(self, start: Callable, sequences: Seq[Sequence]) -> Chain:
+    def _chain(self, model: Startable, requests: Sequence[Request]) -> GreedyChain:
         """The rows' proposals under way, after the few tokens that the draft has not seen."""
-        known = [self._fed_from(s) for s in sequences]
-        tokens = [s.tokens(at, s.length) for s, at in zip(sequences, known, strict=True)]
-        return Chain(
-            start,
+        known = [self._fed_from(r) for r in requests]
+        tokens = [r.tokens(at, r.length) for r, at in zip(requests, known, strict=True)]
+        return GreedyChain(
+            model,
             self.runner.cache,
             tokens=tokens,
             starts=known,
-            slots=[s.slot for s in sequences],
+            slots=[r.slot for r in requests],
             counts=self.counts,
         )
 
-    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
-        for sequence, count, stood in zip(sequences, self.counts, accepted, strict=True):
-            if count:  # called before the accepted tokens join the sequence
-                self._hold(sequence, sequence.length + min(stood, count - 1), sequence.length + count - 1)
+    def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None:
+        for request, count, stood in zip(requests, self.counts, accepted, strict=True):
+            if count:  # called before the accepted tokens join the request
+                self._hold(request, request.length + min(stood, count - 1), request.length + count - 1)
 
     def copied(self, copy: PrefixCopy) -> None:
         held = self.held.get(copy.source)
@@ -107,70 +109,70 @@ class DraftProposer:
             self.runner.cache.copy_prefix(source=copy.source, target=copy.target, length=copy.length)
             before = self.held.get(copy.target)
             written = max(copy.length, before.written if before else 0)
-            self.held[copy.target] = Held(held.sequence, min(held.count, copy.length), written)
+            self.held[copy.target] = Held(held.request, min(held.count, copy.length), written)
 
-    def _known(self, sequence: Sequence) -> int:
-        """How many of the sequence's first tokens the draft's slot already holds."""
-        held = self.held.get(sequence.slot)
+    def _known(self, request: Request) -> int:
+        """How many of the request's first tokens the draft's slot already holds."""
+        held = self.held.get(request.slot)
         if held is None:
             return 0
-        if held.sequence is not sequence:
-            self._mend(sequence.slot, held.written)
-            self.held[sequence.slot] = held = Held(sequence, shared(sequence, held))
+        if held.request is not request:
+            self._mend(request.slot, held.written)
+            self.held[request.slot] = held = Held(request, shared(request, held))
         return held.count
 
-    def _lag(self, sequence: Sequence) -> int:
+    def _lag(self, request: Request) -> int:
         """Tokens that it must be fed before it can propose; the last two are never among them."""
-        lacking = sequence.length - self._known(sequence)
+        lacking = request.length - self._known(request)
         return lacking - 2 if lacking > self.first else 0
 
-    def _fed_from(self, sequence: Sequence) -> int:
+    def _fed_from(self, request: Request) -> int:
         """Where the first step of a row's proposals begins: padded to two tokens where padding costs."""
-        return min(self._known(sequence), sequence.length - 1) if self.start else sequence.length - 2
+        return min(self._known(request), request.length - 1) if self.startable else request.length - 2
 
-    def _hold(self, sequence: Sequence, count: int, written: int) -> None:
-        before = self.held.get(sequence.slot)
-        self.held[sequence.slot] = Held(sequence, count, max(written, before.written if before else 0))
+    def _hold(self, request: Request, count: int, written: int) -> None:
+        before = self.held.get(request.slot)
+        self.held[request.slot] = Held(request, count, max(written, before.written if before else 0))
 
     def _mend(self, slot: int, written: int) -> None:
-        """Whether target or draft overflowed here: NaN would spread to the next sequence even from positions that a
+        """Whether target or draft overflowed here: NaN would spread to the next request even from positions that a
         mask hides (0 * NaN)."""
         for buffer in self.runner.cache.buffers():
             if buffer.is_floating_point():
                 buffer[:, slot, :, :written].nan_to_num_(0.0, 0.0, 0.0)
 
-    def _catch_up(self, sequences: Seq[Sequence], counts: Seq[int]) -> tuple[list[int], int]:
+    def _catch_up(self, requests: Sequence[Request], counts: Sequence[int]) -> tuple[list[int], int]:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
         budget, ready = self.runner.chunks[-1], []
-        for sequence, count in zip(sequences, counts, strict=True):
-            known, lag = self._known(sequence), self._lag(sequence)
+        for request, count in zip(requests, counts, strict=True):
+            known, lag = self._known(request), self._lag(request)
             fed = min(lag, budget) if count else 0
             if fed > 0:
                 budget -= fed
                 size = next(size for size in self.runner.chunks if size >= fed)
-                tokens = sequence.tokens(known, known + fed)
-                self.runner.forward(self.runner.prefill, [tokens], [known], [sequence.slot], size=size)
+                tokens = request.tokens(known, known + fed)
+                self.runner.forward(self.runner.prefill, [tokens], [known], [request.slot], size=size)
                 known += fed
-                self._hold(sequence, known, known)
+                self._hold(request, known, known)
             ready.append(count if fed == lag else 0)
         return ready, self.runner.chunks[-1] - budget
 
-    def _decode(self, sequences: Seq[Sequence], counts: list[int], caught_up: int) -> Proposal:
+    def _decode(self, requests: Sequence[Request], counts: list[int], caught_up: int) -> Proposal:
         """max(counts) steps on the device; the first feeds what the draft lacks."""
-        slots = [s.slot for s in sequences]
-        params = sampling_tensors([s.params for s in sequences], self.device)
-        matched = [is_matched(s) for s in sequences]
+        slots = [r.slot for r in requests]
+        params = sampling_tensors([r.params for r in requests], self.device)
+        matched = [is_matched(r) for r in requests]
         matched_B = on_device(matched, self.device).bool()
-        draws = draws_of(sequences, self.device)
-        K, known = max(counts), [self._fed_from(s) for s in sequences]
-        first = [s.tokens(at, s.length) if count else [] for s, at, count in zip(sequences, known, counts, strict=True)]
-        size = max(map(len, first), default=2) if self.start else 2
+        draws = draws_of(requests, self.device)
+        K, known = max(counts), [self._fed_from(r) for r in requests]
+        first = [r.tokens(at, r.length) if count else [] for r, at, count in zip(requests, known, counts, strict=True)]
+        size = max(map(len, first), default=2) if self.startable else 2
         uniform_BK = torch.where(matched_B[:, None], draws.uniform(SAMPLE, K), draws.uniform(PROPOSE, K))
         drafts: list[Tensor] = []
         dists: list[Tensor] = []
         for step in range(K):
             rows = [[0] if count > step else [] for count in counts] if step else first
-            starts = [s.length + step - 1 for s in sequences] if step else known
+            starts = [r.length + step - 1 for r in requests] if step else known
             logits_BV = self.runner.forward(
                 self.runner.decode,
                 rows,
@@ -188,10 +190,10 @@ class DraftProposer:
         return Proposal(draft_BK, counts, torch.stack(dists, 1) if dists else None, matched_B, caught_up)
 
 
-def shared(sequence: Sequence, held: Held) -> int:
-    """How many of what the slot holds are the first tokens of a sequence that may read them."""
-    if held.sequence.owner != sequence.owner:
+def shared(request: Request, held: Held) -> int:
+    """How many of what the slot holds are the first tokens of a request that may read them."""
+    if held.request.owner != request.owner:
         return 0
-    mine, theirs = sequence.tokens(0, held.count), held.sequence.tokens(0, held.count)
+    mine, theirs = request.tokens(0, held.count), held.request.tokens(0, held.count)
     pairs = enumerate(zip(mine, theirs, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))

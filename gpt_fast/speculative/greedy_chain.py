@@ -1,35 +1,26 @@
-"""Chain: greedy steps one after another, each fed the last one's best tokens without the host looking at them.
+"""GreedyChain: greedy steps one after another, each fed the last one's best tokens without the host looking at them.
 
 Shapes: B rows, S tokens of a row's first step, K steps.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor
 
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch, PendingStep, Startable
 
 
-class Started(Protocol):
-    """A forward under way. `best` is each row's argmax, NO_TOKEN where no logit is finite."""
+class GreedyChain:
+    """Decodes counts[i] greedy tokens for row i, back to back, without a word to the host.
 
-    def result(self) -> Tensor: ...
-
-    def best(self) -> Tensor: ...
-
-
-class Chain:
-    """counts[i] greedy tokens for row i, after feeding it tokens[i] from position starts[i] on; 0: it is left alone.
-
-    start: begins a step, as overlap_runner.Startable. Two steps are under way at a time: one runs, one waits for its
-    tokens.
+    Row i first prefills tokens[i] at positions starts[i] and on; counts[i] == 0 skips the row. Two steps are under way
+    at a time: one runs, and one waits for its tokens.
     """
 
     def __init__(
-        self, start: Any, cache: KVCache, *, tokens: list[list[int]], starts: list[int], slots: list[int],
+        self, model: Startable, cache: KVCache, *, tokens: list[list[int]], starts: list[int], slots: list[int],
         counts: list[int],
     ) -> None:  # fmt: skip
         rows = [row if count else [] for row, count in zip(tokens, counts, strict=True)]
@@ -42,7 +33,7 @@ class Chain:
             [[end + i] if i + 1 < count else [scratch] for end, count in zip(ends, counts, strict=True)]
             for i in range(max(counts) - 1)
         ]
-        self.start, self.cache, self.slots_B = start, cache, torch.tensor(slots)
+        self.model, self.cache, self.slots_B = model, cache, torch.tensor(slots)
         self.first_B = torch.zeros(len(rows), dtype=torch.int64)
         self.rest_KB1 = torch.tensor(later) if later else ()
         tokens_BS = torch.tensor([[*row, *[0] * (size - len(row))] for row in rows])
@@ -64,8 +55,6 @@ class Chain:
             tokens_B1 = self.first_B[:, None]  # of the right shape, and not looked at
             self.steps.append(self._begin(tokens_B1, self.rest_KB1[done], self.first_B, self.steps[-1]))
 
-    def _begin(self, tokens_BS: Tensor, positions_BS: Tensor, last_B: Tensor, after: Started | None) -> Started:
-        return self.start(
-            tokens_BS, positions_BS, self.cache, length=self.cache.max_seq_len, slots_B=self.slots_B, select_B=last_B,
-            after=after, best_only=True,
-        )  # fmt: skip
+    def _begin(self, tokens_BS: Tensor, positions_BS: Tensor, last_B: Tensor, after: PendingStep | None) -> PendingStep:
+        batch = Batch(tokens_BS, positions_BS, self.cache, self.cache.max_seq_len, self.slots_B, last_B)
+        return self.model.start(batch, after=after, best_only=True)

@@ -1,22 +1,21 @@
-"""Prompt lookup: n-grams of the sequence itself propose what followed them last time.
+"""Prompt lookup: n-grams of the request's own tokens propose what followed them last time.
 
 Shapes: B rows, K proposals of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from gpt_fast.request import PrefixCopy, Sequence
+from gpt_fast.request import PrefixCopy, Request
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.verify import Proposal, on_device
 
 
 class NGramIndex:
-    """A sequence's tokens and where each token and each pair of neighbours ended; grows in O(1) a token.
+    """A request's tokens and where each token and each pair of neighbours ended; grows in O(1) a token.
 
     pairs[pair] is the newest end of a pair and before[end] the one before it (0: none): plain integers, which give
     the garbage collector nothing to look through.
@@ -44,7 +43,7 @@ class NGramIndex:
                 self.pairs[pair] = end
 
     def propose(self, count: int) -> tuple[list[int], int]:
-        """What followed the most recent of the longest matches of the end of the sequence, and the match's length.
+        """What followed the most recent of the longest matches of the last tokens, and the match's length.
 
         A match that reaches the end itself (a loop) goes on periodically. ([], 0) when the last token is new.
         """
@@ -71,27 +70,27 @@ class NGramProposer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.indices: dict[Sequence, NGramIndex] = {}
+        self.indices: dict[Request, NGramIndex] = {}
         self.found: list[list[int]] = []
 
-    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
-        # Every decoding sequence is in every step, so one that is missing has ended.
-        self.indices = {s: self.indices.get(s) or NGramIndex() for s in sequences}
+    def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
+        # Every decoding request is in every step, so one that is missing has ended.
+        self.indices = {r: self.indices.get(r) or NGramIndex() for r in requests}
         offers, self.found = [], []
-        for sequence, limit in zip(sequences, limits, strict=True):
-            index = self.indices[sequence]
-            index.extend(sequence.tokens(len(index.tokens), sequence.length))
+        for request, limit in zip(requests, limits, strict=True):
+            index = self.indices[request]
+            index.extend(request.tokens(len(index.tokens), request.length))
             tokens, length = index.propose(limit)
             self.found.append(tokens)
             # Lengths 1, 2-3, 4-7, 8-15, ...
             offers.append(Offer(len(tokens), kind=length.bit_length(), then=(length + 1).bit_length()))
         return offers
 
-    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
         K = max(counts)
         rows = [tokens[:count] + [0] * (K - count) for tokens, count in zip(self.found, counts, strict=True)]
         return Proposal(on_device(rows, self.device), list(counts))
 
-    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None: ...
+    def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None: ...
 
     def copied(self, copy: PrefixCopy) -> None: ...

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from gpt_fast.request import PrefixCopy, Sequence
+from gpt_fast.request import PrefixCopy, Request
 from gpt_fast.speculative.verify import Proposal
 
 
@@ -21,13 +21,13 @@ class Offer(NamedTuple):
 
 
 class Proposer(Protocol):
-    def offers(self, sequences: Seq[Sequence], limits: Seq[int]) -> list[Offer]:
+    def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
         """One a row; limits are how many proposals the row could use."""
 
-    def propose(self, sequences: Seq[Sequence], counts: Seq[int]) -> Proposal:
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
         """At most counts[i] tokens for row i, within its offer."""
 
-    def learn(self, sequences: Seq[Sequence], accepted: Seq[int]) -> None:
+    def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None:
         """How many of the last proposals stood."""
 
     def copied(self, copy: PrefixCopy) -> None:

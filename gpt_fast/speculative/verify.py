@@ -9,14 +9,14 @@ Shapes: B rows, K proposals of a row, S = K + 1 positions verified, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt_fast.request import Sequence
+from gpt_fast.request import Request
 from gpt_fast.sampling import invert_cdf, on_device, uniform
 
 # Streams of `uniform`: what a position's draws are for. Plain decode, a matched token and the bonus token all use
@@ -44,9 +44,9 @@ class Draws(NamedTuple):
         return uniform(self.seed_B[:, None], self.position_B[:, None] + offset, stream)
 
 
-def draws_of(sequences: Seq[Sequence], device: torch.device) -> Draws:
-    """The keys of what comes next in each sequence."""
-    return Draws(on_device([s.seed for s in sequences], device), on_device([s.length for s in sequences], device))
+def draws_of(requests: Sequence[Request], device: torch.device) -> Draws:
+    """The keys of what comes next in each request."""
+    return Draws(on_device([r.seed for r in requests], device), on_device([r.length for r in requests], device))
 
 
 def verify(p_BSV: Tensor, q_BKV: Tensor, draft_BK: Tensor, count_B: Tensor, draws: Draws) -> Verdict:
@@ -109,6 +109,6 @@ class Proposal:
     caught_up: int = 0
 
 
-def is_matched(sequence: Sequence) -> bool:
+def is_matched(request: Request) -> bool:
     """Greedy rows, and seeded ones: the same seed means the same text, whatever is proposed and how much of it."""
-    return sequence.params.temperature == 0 or sequence.params.seed is not None
+    return request.params.temperature == 0 or request.params.seed is not None

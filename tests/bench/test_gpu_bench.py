@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gpt_fast.bench.gpu import cli, models, report, rows
+from gpt_fast.model.forward import Batch
 from support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -175,7 +176,7 @@ def test_random_weights_keep_the_signal(form, tied):
     config = models.shape(300, 2, 4, 2, 256, 512, tied=tied)
     model = models.random_model(config, form, torch.device("cpu"), torch.float32)
     subject = rows.Subject(model)
-    logits = subject.decoder(torch.tensor([[3]]), torch.tensor([[5]]), subject.cache(1, 64), length=64)
+    logits = subject.decoder(Batch(torch.tensor([[3]]), torch.tensor([[5]]), subject.cache(1, 64), length=64))
     assert logits.isfinite().all() and 0.1 < logits.std() < 10
 
 

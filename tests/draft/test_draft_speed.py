@@ -21,7 +21,7 @@ from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.load.checkpoint import load_checkpoint
 from gpt_fast.speculative.controller import Controller
-from gpt_fast.speculative.costs import PLAIN, Batch, Choice
+from gpt_fast.speculative.costs import PLAIN, BatchShape, Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
@@ -72,7 +72,7 @@ def core(make_core):
     controller = Controller([1, 2])
     for choice in (PLAIN, *(Choice(arm, k) for arm in proposers for k in (1, 2))):
         # Worth a try, whatever the machine does.
-        controller.costs.learn(choice, Batch(2), 1.0 if choice == PLAIN else 0.5)
+        controller.costs.learn(choice, BatchShape(2), 1.0 if choice == PLAIN else 0.5)
     engine.core.runner.speculator = Speculator(proposers, controller, max_seq_len=128)
     return engine.core
 

@@ -101,9 +101,9 @@ def test_a_tie_is_not_a_fault(make_core, tiny_model):
     )
     forward = core.runner.decode
 
-    def other_twin(tokens_BS, *args, **options):
-        logits = forward(tokens_BS, *args, **options)
-        return logits + 1e-6 * (torch.arange(32) >= 16) if tokens_BS.shape[1] > 1 else logits
+    def other_twin(batch):
+        logits = forward(batch)
+        return logits + 1e-6 * (torch.arange(32) >= 16) if batch.tokens_BS.shape[1] > 1 else logits
 
     core.runner.decode = other_twin
     check = check_greedy(core, Choice("draft", K), [[5, 9, 13], [4, 4, 4]], max_new_tokens=12)

@@ -12,6 +12,7 @@ from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder
 from gpt_fast.request import NO_TOKEN, SampledToken, StepPlan
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
@@ -197,7 +198,7 @@ def test_logprobs_are_those_of_a_plain_forward(model, make_core, temperature):
     events = run(core)
     tokens = prompt + tokens_of(events["a"])
     cache = KVCache(model.config, slots=1, max_seq_len=128, dtype=torch.float32, device=torch.device("cpu"))
-    logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], cache, length=128)[0]
+    logits = model(Batch(torch.tensor([tokens]), torch.arange(len(tokens))[None], cache, length=128))[0]
     expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
     for event, row in zip(events["a"], expected, strict=True):
         (token, logprob), *best = event.logprobs

@@ -38,12 +38,12 @@ class Counting:
     def __init__(self, fused):
         self.fused, self.begun = fused, 0
 
-    def start(self, *inputs, **options):
+    def start(self, batch, **options):
         self.begun += 1
-        return self.fused.start(*inputs, **options)
+        return self.fused.start(batch, **options)
 
-    def __call__(self, *inputs, **options):
-        return self.start(*inputs, **options).result()
+    def __call__(self, batch):
+        return self.start(batch).result()
 
 
 class Watching(AheadRunner):
@@ -178,7 +178,7 @@ def test_who_looks_at_the_logits_changes_no_greedy_token(fused):
     prompt, asked = prompt_of(rng, 12), []
     start = decoder.start
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "start", lambda *a, **o: asked.append(o["best_only"]) or start(*a, **o))
+        patch.setattr(decoder, "start", lambda batch, **o: asked.append(o["best_only"]) or start(batch, **o))
         plain = answer(core_of(decoder), prompt, GREEDY)
         assert all(asked)
         asked.clear()
@@ -236,7 +236,7 @@ def test_a_step_that_has_begun_brings_its_tokens_before_a_prompt_joins(fused):
 
 
 def test_an_abort_between_steps_frees_the_slot_for_a_prompt_that_joins_the_rest(fused):
-    """What had begun for the aborted sequence writes to a slot that is another's by then."""
+    """What had begun for the aborted request writes to a slot that is another's by then."""
     decoder, rng = fused("int8"), random.Random(4)
     prompts = {name: prompt_of(rng, 10) for name in ("stays", "goes")}
     late = prompts["goes"] + prompt_of(rng, 40)

@@ -1,7 +1,7 @@
 """The scheduler under random traffic, beside a model of the KV memory it steers.
 
 `Machine` stands in for model and cache: each slot is a list of tokens, chunks and decodes write to it, prefix copies
-move them, and before any of them runs, the slot must hold exactly the tokens the sequence says were computed. A
+move them, and before any of them runs, the slot must hold exactly the tokens the request says were computed. A
 request's next token is a hash of all tokens before it and its seed, so every answer is known in advance.
 """
 
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.scheduler import MIN_SHARED, Scheduler
-from gpt_fast.request import SampledToken, Sequence
+from gpt_fast.request import Request, SampledToken
 
 EOS = 0
 VOCAB = 50
@@ -51,9 +51,9 @@ class Machine:
     def add(self, prompt, owner="", **params):
         self.count += 1
         name = f"r{self.count}"
-        sequence = Sequence(name, list(prompt), SamplingParams(**params), seed=self.count, owner=owner)
-        self.scheduler.add(sequence)
-        self.requests[name], self.answers[name] = sequence, []
+        request = Request(name, list(prompt), SamplingParams(**params), seed=self.count, owner=owner)
+        self.scheduler.add(request)
+        self.requests[name], self.answers[name] = request, []
         return name
 
     def abort(self, name):
@@ -69,7 +69,7 @@ class Machine:
         budget = self.chunk_beside_decode if decoding else self.chunk
         assert sum(c.count for c in plan.chunks) <= budget and all(c.count > 0 for c in plan.chunks)
         assert bool(plan) == bool(self.scheduler.running) and bool(plan.chunks) == prefilling
-        ids = [c.sequence.id for c in plan.chunks] + [s.id for s in plan.decodes]
+        ids = [c.request.id for c in plan.chunks] + [s.id for s in plan.decodes]
         assert len(set(ids)) == len(ids)
         sampled = self.execute(plan)
         events = self.scheduler.commit(plan, sampled)
@@ -91,39 +91,39 @@ class Machine:
                 rows[copy.target][: copy.length] = rows[copy.source][: copy.length]
         sampled = {}
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self.write(sequence, sequence.computed, chunk.count)
-            assert chunk.last == (sequence.computed + chunk.count == len(sequence.prompt))
+            request = chunk.request
+            self.write(request, request.computed, chunk.count)
+            assert chunk.last == (request.computed + chunk.count == len(request.prompt))
             if chunk.last:
-                sampled[sequence.id] = [SampledToken(next_token(sequence.prompt, sequence.seed))]
-        for sequence in plan.decodes:
-            assert sequence.computed == sequence.length - 1
-            self.write(sequence, sequence.computed, 1)
-            sampled[sequence.id] = self.verify(sequence)
+                sampled[request.id] = [SampledToken(next_token(request.prompt, request.seed))]
+        for request in plan.decodes:
+            assert request.computed == request.length - 1
+            self.write(request, request.computed, 1)
+            sampled[request.id] = self.verify(request)
         return sampled
 
-    def verify(self, sequence):
+    def verify(self, request):
         """One token, or as many as a verified draft brings: their keys are in the slot already."""
-        tokens = sequence.prompt + sequence.output
+        tokens = request.prompt + request.output
         for _ in range(random.Random(str(tokens)).randint(1, self.verified)):
-            tokens.append(next_token(tokens, sequence.seed))
-        new = tokens[sequence.length :]
+            tokens.append(next_token(tokens, request.seed))
+        new = tokens[request.length :]
         for i, token in enumerate(new[:-1]):
-            if sequence.length + i < self.scheduler.max_seq_len:
-                self.memory[sequence.slot][sequence.length + i] = token
-                self.owner_of[sequence.slot][sequence.length + i] = sequence.owner
+            if request.length + i < self.scheduler.max_seq_len:
+                self.memory[request.slot][request.length + i] = token
+                self.owner_of[request.slot][request.length + i] = request.owner
         return [SampledToken(t) for t in new]
 
-    def write(self, sequence, start, count):
-        """The tokens go in; what attention would read before them must be this sequence's own beginning."""
+    def write(self, request, start, count):
+        """The tokens go in; what attention would read before them must be this request's own beginning."""
         stop = start + count
-        tokens = sequence.tokens(0, stop)
-        assert tokens == (sequence.prompt + sequence.output)[:stop]
-        memory, owners = self.memory[sequence.slot], self.owner_of[sequence.slot]
+        tokens = request.tokens(0, stop)
+        assert tokens == (request.prompt + request.output)[:stop]
+        memory, owners = self.memory[request.slot], self.owner_of[request.slot]
         assert memory[:start] == tokens[:start]
-        assert set(owners[:start]) <= {sequence.owner}
+        assert set(owners[:start]) <= {request.owner}
         memory[start:stop] = tokens[start:]
-        owners[start:stop] = [sequence.owner] * count
+        owners[start:stop] = [request.owner] * count
         self.computed_tokens += count
 
     def check_answer(self, name):
@@ -287,10 +287,10 @@ def test_what_add_refuses():
         with pytest.raises(ValueError, match=r"prompt.*allowed 1\.\.7"):
             machine.add(prompt)
     scheduler = machine.scheduler
-    scheduler.add(Sequence("a", [1], SamplingParams(), seed=0))
+    scheduler.add(Request("a", [1], SamplingParams(), seed=0))
     for _ in range(2):  # waiting, then running
         with pytest.raises(ValueError, match="request id"):
-            scheduler.add(Sequence("a", [1], SamplingParams(), seed=0))
+            scheduler.add(Request("a", [1], SamplingParams(), seed=0))
         scheduler.schedule(chunk=1, chunk_beside_decode=1)
     assert not scheduler.schedule(chunk=1, chunk_beside_decode=1).decodes
 
@@ -371,7 +371,7 @@ def lines_of_200_steps(length):
     scheduler = Scheduler(slots=16, max_seq_len=8192, eos_ids=[])
     params = SamplingParams(max_new_tokens=4000)
     for i in range(64):
-        scheduler.add(Sequence(str(i), [i] + [1] * length, params, seed=0))
+        scheduler.add(Request(str(i), [i] + [1] * length, params, seed=0))
     while not all(s.output for s in scheduler.running.values()) or len(scheduler.running) < 16:
         commit(scheduler)
     lines, before = 0, sys.gettrace()
@@ -392,5 +392,5 @@ def lines_of_200_steps(length):
 
 def commit(scheduler):
     plan = scheduler.schedule(chunk=4096, chunk_beside_decode=4096)
-    ids = [c.sequence.id for c in plan.chunks if c.last] + [s.id for s in plan.decodes]
+    ids = [c.request.id for c in plan.chunks if c.last] + [s.id for s in plan.decodes]
     scheduler.commit(plan, {i: [SampledToken(5)] for i in ids})

@@ -17,6 +17,7 @@ from gpt_fast.load.checkpoint import load_checkpoint
 from gpt_fast.load.sizes import build_cache
 from gpt_fast.measure.texts import default_text, held_out_part, windows
 from gpt_fast.model.cache import KVCache, quantize_heads
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder, build, reference
 from gpt_fast.speculative.controller import Fixed
 from gpt_fast.speculative.costs import Choice
@@ -161,9 +162,9 @@ def test_fused_rows_out_of_order_equal_plain_ones():
     caches = [new_cache(model, dtype=torch.int8) for _ in range(2)]
 
     def run(forward, cache):
-        before = forward(tokens[:, :150], torch.arange(150).expand(2, 150), cache, length=150, slots_B=slots_B)
+        before = forward(Batch(tokens[:, :150], torch.arange(150).expand(2, 150), cache, length=150, slots_B=slots_B))
         at = torch.full((2, 1), 150)
-        return torch.cat((before, forward(tokens[:, 150:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B)), 1)
+        return torch.cat((before, forward(Batch(tokens[:, 150:], at, cache, length=MAX_SEQ_LEN, slots_B=slots_B))), 1)
 
     with torch.inference_mode():
         got, expected = (run(*each) for each in zip((fused, plain), caches, strict=True))
@@ -234,7 +235,7 @@ def test_compiled_code_equals_plain(tiny_model):
     caches = [cache_of(model) for _ in range(2)]
     with torch.inference_mode():
         got, expected = (
-            forward(tokens, positions, cache, length=128, slots_B=torch.tensor([2, 0, 1]))
+            forward(Batch(tokens, positions, cache, length=128, slots_B=torch.tensor([2, 0, 1])))
             for forward, cache in zip((torch.compile(model, fullgraph=True), model), caches, strict=True)
         )
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=0)

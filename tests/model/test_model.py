@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt_fast.config import ModelConfig, RopeScaling
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.model.rope import rope_table
 from gpt_fast.ops.linear_compiled import for_one_token
 from support.reference import reference_logits
@@ -75,7 +76,7 @@ def whole(model, tokens, **cache_options):
     """Logits [S, V] of one prompt in a single prefill in slot 0."""
     cache = stale_cache(model.config, slots=1, **cache_options)
     tokens_BS, positions_BS = padded([tokens], [0], len(tokens), cache.scratch)
-    return model(tokens_BS, positions_BS, cache, length=cache.max_seq_len)[0]
+    return model(Batch(tokens_BS, positions_BS, cache, length=cache.max_seq_len))[0]
 
 
 def in_random_company(model, prompts, rng, *, slots=6):
@@ -96,11 +97,13 @@ def in_random_company(model, prompts, rng, *, slots=6):
         in_order = slots_B == list(range(len(chosen))) and len(chosen) + pad <= slots
         needed = max(done[i] + len(row) for i, row in zip(chosen, rows, strict=True))
         out = model(
-            tokens_BS,
-            positions_BS,
-            cache,
-            length=rng.choice([needed, (needed + MAX_SEQ_LEN) // 2, MAX_SEQ_LEN]),
-            slots_B=None if in_order else torch.tensor(slots_B + [slots_B[0]] * pad),
+            Batch(
+                tokens_BS,
+                positions_BS,
+                cache,
+                length=rng.choice([needed, (needed + MAX_SEQ_LEN) // 2, MAX_SEQ_LEN]),
+                slots_B=None if in_order else torch.tensor(slots_B + [slots_B[0]] * pad),
+            ),
         )
         for i, row, row_SV in zip(chosen, rows, out[: len(chosen)], strict=True):
             logits[i].append(row_SV[: len(row)])
@@ -144,7 +147,7 @@ def test_step_by_step_and_chunked_prefill_at_every_length(tiny_model, chunk):
     for start in range(0, len(tokens), chunk):
         row = tokens[start : start + chunk]
         tokens_BS, positions_BS = padded([row], [start], len(row), cache.scratch)
-        parts.append(model(tokens_BS, positions_BS, cache, length=start + len(row))[0])
+        parts.append(model(Batch(tokens_BS, positions_BS, cache, length=start + len(row)))[0])
     torch.testing.assert_close(torch.cat(parts), whole(model, tokens), atol=TOLERANCE, rtol=0)
 
 
@@ -152,9 +155,9 @@ def test_select_returns_the_asked_tokens_logits(tiny_model):
     model = tiny_model(max_seq_len=MAX_SEQ_LEN)
     rows = [[5, 6, 7, 8], [9, 10], [11]]
     tokens_BS, positions_BS = padded(rows, [0, 0, 0], 4, MAX_SEQ_LEN)
-    everything = model(tokens_BS, positions_BS, stale_cache(model.config, slots=3), length=16)
+    everything = model(Batch(tokens_BS, positions_BS, stale_cache(model.config, slots=3), length=16))
     select_B = torch.tensor([3, 1, 0])
-    selected = model(tokens_BS, positions_BS, stale_cache(model.config, slots=3), length=16, select_B=select_B)
+    selected = model(Batch(tokens_BS, positions_BS, stale_cache(model.config, slots=3), length=16, select_B=select_B))
     assert selected.shape == (3, 97) and selected.dtype == torch.float32
     torch.testing.assert_close(selected, everything[torch.arange(3), select_B], atol=1e-5, rtol=0)
 
@@ -170,7 +173,7 @@ def test_stale_positions_and_other_slots_change_nothing(tiny_model):
     for fill in (0.0, 1.0, 1e4):
         cache = stale_cache(model.config, slots=6, fill=fill)
         tokens_BS, positions_BS = padded(prompts, [0] * 3, 40, cache.scratch)
-        out = model(tokens_BS, positions_BS, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([4, 0, 2]))
+        out = model(Batch(tokens_BS, positions_BS, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([4, 0, 2])))
         outs.append([row[: len(p)] for row, p in zip(out, prompts, strict=True)])
     for other in outs[1:]:
         for expected, actual in zip(outs[0], other, strict=True):
@@ -191,7 +194,7 @@ def test_not_a_number_outside_what_is_read_does_not_leak(tiny_model, where):
     cache.k_LNHTD[poisoned] = float("nan")
     cache.v_LNHTD[poisoned] = float("nan")
     tokens_BS, positions_BS = padded([tokens, []], [0, 0], len(tokens), cache.scratch)
-    out = model(tokens_BS, positions_BS, cache, length=16, slots_B=torch.tensor([1, 1]))
+    out = model(Batch(tokens_BS, positions_BS, cache, length=16, slots_B=torch.tensor([1, 1])))
     torch.testing.assert_close(out[0], whole(model, tokens), atol=TOLERANCE, rtol=0)
 
 
@@ -202,7 +205,7 @@ def test_a_row_of_not_a_number_leaves_its_neighbours_alone(tiny_model):
     model.tok_embeddings.weight[96] = float("nan")
     cache = stale_cache(model.config, slots=2)
     tokens_BS, positions_BS = padded([tokens, [96, 96, 96]], [0, 0], 3, cache.scratch)
-    out = model(tokens_BS, positions_BS, cache, length=16)
+    out = model(Batch(tokens_BS, positions_BS, cache, length=16))
     assert out[1].isnan().all()
     torch.testing.assert_close(out[0], alone, atol=TOLERANCE, rtol=0)
 
@@ -216,10 +219,10 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one(tiny_model, seed):
     shared = rng.randint(1, len(tokens) - 1)
     cache = stale_cache(model.config, slots=3)
     first = padded([tokens[:shared]], [0], shared, cache.scratch)
-    model(*first, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([2]))
+    model(Batch(*first, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([2])))
     cache.copy_prefix(source=2, target=1, length=shared)
     rest = padded([tokens[shared:]], [shared], len(tokens) - shared, cache.scratch)
-    out = model(*rest, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([1]))[0]
+    out = model(Batch(*rest, cache, length=MAX_SEQ_LEN, slots_B=torch.tensor([1])))[0]
     torch.testing.assert_close(out, whole(model, tokens)[shared:], atol=TOLERANCE, rtol=0)
 
 
@@ -241,7 +244,9 @@ def test_compiled_equals_eager(tiny_model, fresh_compiler):
             prompts = [[rng.randrange(97) for _ in range(8)] for _ in range(2)]
             tokens_BS, positions_BS = padded(prompts, [0, 0], 8, MAX_SEQ_LEN)
             caches = [stale_cache(model.config, slots=2) for _ in range(2)]
-            outs = [f(tokens_BS, positions_BS, c, length=16) for f, c in zip((model, compiled), caches, strict=True)]
+            outs = [
+                f(Batch(tokens_BS, positions_BS, c, length=16)) for f, c in zip((model, compiled), caches, strict=True)
+            ]
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
             keys = [c.k_LNHTD[..., :16, :] for c in caches]
             torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
@@ -255,7 +260,7 @@ def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
     with torch.inference_mode():
         for position, token in enumerate((5, 96, 0, 41)):
             inputs = torch.tensor([[token]]), torch.tensor([[position]])
-            outs = [f(*inputs, c, length=16) for f, c in zip((model, compiled), caches, strict=True)]
+            outs = [f(Batch(*inputs, c, length=16)) for f, c in zip((model, compiled), caches, strict=True)]
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
 
 
@@ -264,9 +269,9 @@ def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model
     """Attention costs what is used: a write must not copy the slots."""
     model = tiny_model(max_seq_len=5000)
     cache = KVCache(model.config, slots=2, max_seq_len=5000, dtype=dtype, device=torch.device("cpu"))
-    inputs = torch.tensor([[5]]), torch.tensor([[3]]), cache
+    batch = Batch(torch.tensor([[5]]), torch.tensor([[3]]), cache, length=16)
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
-        _, codes = run_and_get_code(torch.compile(model, fullgraph=True), *inputs, length=16)
+        _, codes = run_and_get_code(torch.compile(model, fullgraph=True), batch)
     shapes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", "".join(codes))
     assert shapes
     assert max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes) < cache.k_LNHTD[0, 0].numel()

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.model import huge_pages
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.tuning import DEFAULT
@@ -193,7 +194,9 @@ def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
     # Of short texts a tenth at most has a number that near to a tie, and the others differ in float32's last bits
     # only: that a third of 60 has one is less likely than 1 in 10^6.
     texts, positions = random_tokens(model, 60, 4), torch.arange(4).expand(60, 4)
-    got, expected = (f(texts, positions, new_cache(model, slots=60), length=4)[:, -1] for f in (fused.forward, plain))
+    got, expected = (
+        f(Batch(texts, positions, new_cache(model, slots=60), length=4))[:, -1] for f in (fused.forward, plain)
+    )
     off_B = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert (off_B < 1e-5).sum() > 40
 
@@ -229,7 +232,9 @@ def test_a_rows_logits_are_the_same_bits_however_it_is_run(weights: str, window:
         other = CpuDecoder(model, weights=weights, threads=threads)
         chunked = run_chunks(other.forward, tokens[2], new_cache(model, dtype=torch.bfloat16), sizes, slot=1)
         assert torch.equal(chunked, alone[2])
-    batch = fused.forward(tokens, torch.arange(150).expand(4, 150), new_cache(model, dtype=torch.bfloat16), length=150)
+    batch = fused.forward(
+        Batch(tokens, torch.arange(150).expand(4, 150), new_cache(model, dtype=torch.bfloat16), length=150)
+    )
     assert torch.equal(batch, alone)
 
 
@@ -243,7 +248,7 @@ def test_ragged_rows_in_permuted_slots_with_padding() -> None:
         run_chunks(fused.forward, row[:length], cache, [length], slot=slot)
     step_tokens = torch.stack([row[n] for row, n in zip(tokens, lengths, strict=True)] + [torch.tensor(7)])[:, None]
     positions = torch.tensor([*lengths, cache.scratch])[:, None]
-    got = fused.forward(step_tokens, positions, cache, length=128, slots_B=torch.tensor([*slots, 1]))
+    got = fused.forward(Batch(step_tokens, positions, cache, length=128, slots_B=torch.tensor([*slots, 1])))
     for i, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
         alone = run_chunks(fused.forward, row[: length + 1], new_cache(model), [length + 1])
         assert torch.equal(got[i, 0], alone[-1])
@@ -255,9 +260,9 @@ def test_select_returns_one_token_of_each_row() -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="int4", threads=2)
     tokens, positions = random_tokens(model, 2, 30), torch.arange(30).expand(2, 30).clone()
-    every = fused.forward(tokens, positions, new_cache(model), length=30)
+    every = fused.forward(Batch(tokens, positions, new_cache(model), length=30))
     positions[1, 11:] = MAX_SEQ_LEN  # a shorter row, padded
-    chosen = fused.forward(tokens, positions, new_cache(model), length=30, select_B=torch.tensor([29, 10]))
+    chosen = fused.forward(Batch(tokens, positions, new_cache(model), length=30, select_B=torch.tensor([29, 10])))
     assert torch.equal(chosen, torch.stack((every[0, 29], every[1, 10])))
 
 
@@ -265,7 +270,7 @@ def test_all_padding_runs_nothing() -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="int8", threads=2)
     scratch = torch.full((2, 1), MAX_SEQ_LEN)
-    assert not fused.forward(torch.zeros_like(scratch), scratch, new_cache(model), length=8).any()
+    assert not fused.forward(Batch(torch.zeros_like(scratch), scratch, new_cache(model), length=8)).any()
 
 
 def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +279,7 @@ def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     poison = {torch.float32: torch.nan, torch.int64: -9}
     cache = new_cache(model)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, poison[dtype], dtype=dtype))
-    got = fused.forward(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), cache, length=7)
+    got = fused.forward(Batch(random_tokens(model, 3, 7), torch.arange(7).expand(3, 7), cache, length=7))
     assert got.isfinite().all()
 
 
@@ -283,7 +288,9 @@ def test_best_is_the_argmax(isa: str) -> None:
     model = small_model(vocab_size=2010)
     model.output.weight[700] = model.output.weight[1999] = model.output.weight[5] * 30  # equal logits
     fused = CpuDecoder(model, weights="int8", threads=3, isa=isa)
-    step = fused.start(random_tokens(model, 40, 1), torch.zeros(40, 1).long(), new_cache(model, slots=40), length=8)
+    step = fused.start(
+        Batch(random_tokens(model, 40, 1), torch.zeros(40, 1).long(), new_cache(model, slots=40), length=8)
+    )
     assert torch.equal(step.best(), step.result().argmax(-1))
     assert (step.best() == 700).any()
 
@@ -294,8 +301,8 @@ def test_a_row_without_a_finite_best_logit_has_no_token(value: float) -> None:
     model.tok_embeddings.weight[50] = value
     fused = CpuDecoder(model, weights="int8", threads=2)
     cache = new_cache(model)
-    step = fused.start(torch.tensor([[3], [50], [4]]), torch.zeros(3, 1).long(), cache, length=8)
-    follower = fused.start(torch.zeros(3, 1).long(), torch.ones(3, 1).long(), cache, length=8, after=step)
+    step = fused.start(Batch(torch.tensor([[3], [50], [4]]), torch.zeros(3, 1).long(), cache, length=8))
+    follower = fused.start(Batch(torch.zeros(3, 1).long(), torch.ones(3, 1).long(), cache, length=8), after=step)
     assert step.best()[1] == -1 and step.best()[0] >= 0 and step.best()[2] >= 0
     assert follower.result()[[0, 2]].isfinite().all()
 
@@ -308,13 +315,13 @@ def test_steps_follow_each_other_on_their_own(threads: int) -> None:
     cache, expected = new_cache(model), []
     tokens = first
     for at in range(60):
-        expected.append(fused.forward(tokens, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN))
+        expected.append(fused.forward(Batch(tokens, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN)))
         tokens = expected[-1].argmax(-1)
     cache, step = new_cache(model), None
     rng = random.Random(threads)
     steps = []
     for at in range(60):
-        step = fused.start(first, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN, after=step)
+        step = fused.start(Batch(first, torch.full((3, 1), at), cache, length=MAX_SEQ_LEN), after=step)
         if rng.random() < 0.5:
             time.sleep(rng.random() * 1e-3)
         if steps:  # one runs, one waits
@@ -327,10 +334,10 @@ def test_a_step_follows_only_the_one_that_runs() -> None:
     model = small_model()
     fused = CpuDecoder(model, weights="int8", threads=2)
     inputs = (torch.tensor([[3]]), torch.tensor([[0]]), new_cache(model))
-    first = fused.start(*inputs, length=8)
-    fused.start(*inputs, length=8)
+    first = fused.start(Batch(*inputs, length=8))
+    fused.start(Batch(*inputs, length=8))
     with pytest.raises(ValueError, match="after: is not the step that runs"):
-        fused.start(*inputs, length=8, after=first)
+        fused.start(Batch(*inputs, length=8), after=first)
 
 
 def test_a_following_step_with_a_bad_position_is_refused() -> None:
@@ -338,9 +345,9 @@ def test_a_following_step_with_a_bad_position_is_refused() -> None:
     fused = CpuDecoder(model, weights="int8", threads=2)
     cache = new_cache(model)
     for _ in range(3):
-        first = fused.start(torch.tensor([[3]]), torch.tensor([[0]]), cache, length=8)
+        first = fused.start(Batch(torch.tensor([[3]]), torch.tensor([[0]]), cache, length=8))
         with pytest.raises(ValueError, match="positions_BS"):
-            fused.start(torch.tensor([[3]]), torch.tensor([[9]]), cache, length=8, after=first).result()
+            fused.start(Batch(torch.tensor([[3]]), torch.tensor([[9]]), cache, length=8), after=first).result()
         assert first.result().isfinite().all()
 
 
@@ -398,12 +405,14 @@ def test_bad_indices_are_refused(token: int, position: int, slot: int, select: i
     fused = CpuDecoder(model, weights="int8", threads=1)
     with pytest.raises(ValueError, match=message):
         fused.forward(
-            torch.tensor([[token]]),
-            torch.tensor([[position]]),
-            new_cache(model),
-            length=8,
-            slots_B=torch.tensor([slot]),
-            select_B=torch.tensor([select]),
+            Batch(
+                torch.tensor([[token]]),
+                torch.tensor([[position]]),
+                new_cache(model),
+                length=8,
+                slots_B=torch.tensor([slot]),
+                select_B=torch.tensor([select]),
+            ),
         )
 
 

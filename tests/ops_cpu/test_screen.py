@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder, build, pack, reference
 from gpt_fast.ops.cpu.pack import Arena
 from gpt_fast.ops.cpu.screen import build_screen, is_worth_it
@@ -156,7 +157,7 @@ def best_tokens(fused: CpuDecoder, tokens_BS: torch.Tensor, *, best_only: bool) 
     found = []
     for at in range(S):
         positions = torch.full((B, 1), at)
-        step = fused.start(tokens_BS[:, at : at + 1], positions, model_cache, length=S, best_only=best_only)
+        step = fused.start(Batch(tokens_BS[:, at : at + 1], positions, model_cache, length=S), best_only=best_only)
         assert step.result().shape[-1] == (0 if best_only else fused.config.vocab_size)
         found.append(step.best())
     return torch.cat(found, 1)
@@ -218,11 +219,10 @@ def test_padding_rows_and_chosen_tokens() -> None:
     fused, cache = decoder(model, "int8"), new_cache(model)
     tokens, positions = random_tokens(model, 2, 30), torch.arange(30).expand(2, 30).clone()
     positions[1, 11:] = cache.scratch
-    select = torch.tensor([29, 10])
-    inputs = dict(length=30, select_B=select)
-    whole, screened = (fused.start(tokens, positions, cache, **inputs, best_only=b).best() for b in (False, True))
+    batch = Batch(tokens, positions, cache, length=30, select_B=torch.tensor([29, 10]))
+    whole, screened = (fused.start(batch, best_only=b).best() for b in (False, True))
     assert torch.equal(whole, screened)
-    step = fused.start(tokens[:, :1], torch.full((2, 1), cache.scratch), cache, length=8, best_only=True)
+    step = fused.start(Batch(tokens[:, :1], torch.full((2, 1), cache.scratch), cache, length=8), best_only=True)
     assert step.best().tolist() == [[0], [0]]
 
 

@@ -15,6 +15,7 @@ from gpt_fast.engine.graph_runner import BurstRunner
 from gpt_fast.engine.runner import Runner
 from gpt_fast.load import path as load_path
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.gpu import decoder as gpu_decoder
 from gpt_fast.ops.gpu.decoder import GpuDecoder, splits_for, unavailable, unsupported, weight_bytes
 from gpt_fast.ops.gpu.graph import DecodeLoop
@@ -105,7 +106,7 @@ def test_forward_equals_plain_path(model, decoder, rows, size, slots, every):
     slots_B = None if slots is None else torch.tensor(slots)
     caches = [new_cache(model) for _ in range(2)]
     got, want = (
-        forward(tokens_BS, positions_BS, cache, length=128, slots_B=slots_B, select_B=select_B)
+        forward(Batch(tokens_BS, positions_BS, cache, length=128, slots_B=slots_B, select_B=select_B))
         for forward, cache in zip((decoder, model), caches, strict=True)
     )
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
@@ -123,7 +124,7 @@ def test_int8_cache_equals_plain_path(model, decoder, rows, size, slots):
     slots_B = None if slots is None else torch.tensor(slots)
     caches = [new_cache(model, dtype=torch.int8) for _ in range(2)]
     got, want = (
-        forward(tokens_BS, positions_BS, cache, length=128, slots_B=slots_B)
+        forward(Batch(tokens_BS, positions_BS, cache, length=128, slots_B=slots_B))
         for forward, cache in zip((decoder, model), caches, strict=True)
     )
     torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
@@ -137,8 +138,8 @@ def test_int8_cache_equals_plain_path(model, decoder, rows, size, slots):
 def test_padding_tokens_disturb_nobody(model, decoder):
     cache, alone = new_cache(model), new_cache(model)
     tokens_BS, positions_BS = torch.tensor([[3, 4, 0]]), torch.tensor([[50, 51, cache.scratch]])
-    got = decoder(tokens_BS, positions_BS, cache, length=64)
-    want = model(tokens_BS[:, :2], positions_BS[:, :2], alone, length=64)
+    got = decoder(Batch(tokens_BS, positions_BS, cache, length=64))
+    want = model(Batch(tokens_BS[:, :2], positions_BS[:, :2], alone, length=64))
     torch.testing.assert_close(got[:, :2], want, atol=2e-4, rtol=1e-4)
 
 
@@ -146,24 +147,24 @@ def test_padding_tokens_disturb_nobody(model, decoder):
 def test_part_of_each_head_may_rotate():
     model = small_model(rope_dim=32).requires_grad_(False)
     inputs = torch.tensor([[3, 4]]), torch.tensor([[50, 51]])
-    got, want = (forward(*inputs, new_cache(model), length=64) for forward in (GpuDecoder(model), model))
+    got, want = (forward(Batch(*inputs, new_cache(model), length=64)) for forward in (GpuDecoder(model), model))
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_logits_outlive_the_next_step(model, decoder):
     cache, at = new_cache(model), torch.tensor([[20]])
-    first = decoder(torch.tensor([[3]]), at, cache, length=64)
+    first = decoder(Batch(torch.tensor([[3]]), at, cache, length=64))
     kept = first.clone()
-    decoder(torch.tensor([[90]]), at + 1, cache, length=64)
+    decoder(Batch(torch.tensor([[90]]), at + 1, cache, length=64))
     assert torch.equal(first, kept)
 
 
 @torch.inference_mode()
 def test_each_cache_has_its_own_graphs(model):
     decoder, inputs = GpuDecoder(model), (torch.tensor([[3]]), torch.tensor([[20]]))
-    want = [model(*inputs, new_cache(model, max_seq_len=n), length=30) for n in (40, 60)]
-    got = [decoder(*inputs, new_cache(model, max_seq_len=n), length=30) for n in (40, 60)]
+    want = [model(Batch(*inputs, new_cache(model, max_seq_len=n), length=30)) for n in (40, 60)]
+    got = [decoder(Batch(*inputs, new_cache(model, max_seq_len=n), length=30)) for n in (40, 60)]
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
     assert len({key[0] for key in decoder.graphs}) == 2
 
@@ -172,16 +173,16 @@ def test_each_cache_has_its_own_graphs(model):
 def test_many_tokens_take_the_other_path(model):
     calls = []
 
-    def prefill(tokens_BS, *args, **kwargs):
-        calls.append(tokens_BS.shape)
-        return model(tokens_BS, *args, **kwargs)
+    def prefill(batch):
+        calls.append(batch.tokens_BS.shape)
+        return model(batch)
 
     decoder, cache = GpuDecoder(model, prefill=prefill), new_cache(model)
-    decoder(torch.zeros(1, 17, dtype=torch.long), torch.arange(17)[None], cache, length=128)
-    decoder(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None], cache, length=128)
-    decoder(torch.zeros(4, 16, dtype=torch.long), torch.arange(16).repeat(4, 1), cache, length=128)
+    decoder(Batch(torch.zeros(1, 17, dtype=torch.long), torch.arange(17)[None], cache, length=128))
+    decoder(Batch(torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None], cache, length=128))
+    decoder(Batch(torch.zeros(4, 16, dtype=torch.long), torch.arange(16).repeat(4, 1), cache, length=128))
     assert calls == [(1, 17)]
-    decoder(torch.zeros(5, 16, dtype=torch.long), torch.arange(16).repeat(5, 1), new_cache(model, 5), length=128)
+    decoder(Batch(torch.zeros(5, 16, dtype=torch.long), torch.arange(16).repeat(5, 1), new_cache(model, 5), length=128))
     assert calls == [(1, 17), (5, 16)]
 
 
@@ -192,20 +193,20 @@ def test_quantized_modules_keep_their_codes(mode, tied):
     model = quantized_model(small_model(dim=128, intermediate_size=160, tie_embeddings=tied), mode=mode, groupsize=32)
     model.setup_rope(MAX_SEQ_LEN, CPU)
     inputs = torch.randint(0, 301, (1, 5)), 30 + torch.arange(5)[None]
-    want = model(*inputs, new_cache(model), length=64)
+    want = model(Batch(*inputs, new_cache(model), length=64))
     decoder = GpuDecoder(model)
     assert decoder.head.kind == ("int8g" if tied and mode == "int4" else mode)
-    torch.testing.assert_close(decoder(*inputs, new_cache(model), length=64), want, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(decoder(Batch(*inputs, new_cache(model), length=64)), want, atol=2e-3, rtol=1e-3)
     pack(model)  # the path for many tokens goes on
-    torch.testing.assert_close(model(*inputs, new_cache(model), length=64), want, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(model(Batch(*inputs, new_cache(model), length=64)), want, atol=2e-2, rtol=1e-2)
 
 
 @torch.inference_mode()
 def test_fp8_is_near():
     model = small_model(dim=128, intermediate_size=160).requires_grad_(False)
     inputs = torch.randint(0, 301, (1, 5)), 30 + torch.arange(5)[None]
-    want = model(*inputs, new_cache(model), length=64)
-    got = GpuDecoder(model, fp8=True)(*inputs, new_cache(model), length=64)
+    want = model(Batch(*inputs, new_cache(model), length=64))
+    got = GpuDecoder(model, fp8=True)(Batch(*inputs, new_cache(model), length=64))
     assert 0 < (got - want).norm() / want.norm() < 0.1
 
 
@@ -486,7 +487,7 @@ def test_cuda_loop_never_synchronizes(on_cuda):
 def test_cuda_verify_of_five(on_cuda):
     model, decoder = on_cuda
     inputs = torch.arange(5, device="cuda")[None], 30 + torch.arange(5, device="cuda")[None]
-    got, want = (forward(*inputs, new_cache(model), length=64) for forward in (decoder, model))
+    got, want = (forward(Batch(*inputs, new_cache(model), length=64)) for forward in (decoder, model))
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
     assert torch.equal(got.argmax(-1), want.argmax(-1))
 

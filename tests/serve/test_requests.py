@@ -1,4 +1,4 @@
-"""What a client may send: every JSON value is a Request or a RequestError that names the field, and quickly."""
+"""What a client may send: every JSON value is an ApiRequest or a RequestError that names the field, and quickly."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.serve.body import MAX_BODY, MAX_DEPTH, decode_json, parse_json, short
-from gpt_fast.serve.request import KNOWN, NEUTRAL, Request, RequestError, parse_request
+from gpt_fast.serve.request import KNOWN, NEUTRAL, ApiRequest, RequestError, parse_request
 
 KINDS = ("native", "completion", "chat")
 EVERYTHING = frozenset({"tools", "schema"})
@@ -551,7 +551,7 @@ def test_short_is_short(value):
 
 def test_requests_cannot_be_changed():
     request = parse_fields("chat")
-    assert isinstance(request, Request)
+    assert isinstance(request, ApiRequest)
     with pytest.raises(AttributeError):
         request.n = 2
 

@@ -435,8 +435,8 @@ def test_an_overflowing_row_fails_alone(frontend, shared, monkeypatch):
     neighbour, poisoned = frontend.send(native(60)), frontend.send(native(60, prompt="poison", stream=False))
     decode = shared.service.engine.core.runner.decode
 
-    def overflow(*args, **options):
-        logits = decode(*args, **options).clone()
+    def overflow(batch):
+        logits = decode(batch).clone()
         running = list(scheduler(shared).running.values())
         for row, sequence in enumerate([s for s in running if s.output][: len(logits)]):
             if bytes(sequence.prompt) == b"poison":

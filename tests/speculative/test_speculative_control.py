@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.request import Sequence
+from gpt_fast.request import Request
 from gpt_fast.speculative.controller import Acceptance, Candidate, Controller, expected_tokens
-from gpt_fast.speculative.costs import PLAIN, Batch, Choice, rising
+from gpt_fast.speculative.costs import PLAIN, BatchShape, Choice, rising
 from gpt_fast.speculative.ngram import NGramIndex, NGramProposer
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.speculator import Speculator, Totals
@@ -53,20 +53,20 @@ def simulate(
     controller = Controller(list(counts))
     rng = random.Random(seed)
     for choice in (PLAIN, *(Choice("draft", k) for k in counts)) if known else ():
-        controller.costs.learn(choice, Batch(rows), machine.seconds(None if choice == PLAIN else choice))
+        controller.costs.learn(choice, BatchShape(rows), machine.seconds(None if choice == PLAIN else choice))
     speculator = Speculator({}, controller, max_seq_len=1 << 20)
     spent, plain, chosen = 0.0, 0.0, []
     for request in range(requests):
-        sequence = Sequence("r", [1], SamplingParams(), 0)
-        speculator.requests = {sequence: {}}
+        row = Request("r", [1], SamplingParams(), 0)
+        speculator.acceptances = {row: {}}
         sampled = mixed and request % 2 == 1
-        batch = Batch(rows, sampled)
+        batch = BatchShape(rows, sampled)
         done, seen = 0, -(lag or 0)
         plain += tokens * machine.mean(None, sampled)
         while done < tokens:
             limit = min(8, tokens - done - 1)
             behind = done - seen if lag is not None and done - seen > 16 else 0
-            candidates = [Candidate(limit, speculator._rate(sequence, ("draft", 0)), behind)] * rows
+            candidates = [Candidate(limit, speculator._rate(row, ("draft", 0)), behind)] * rows
             choice = controller.choose(batch, {"draft": candidates})
             count = 0 if choice is None else min(choice.k, limit)
             stood = 0
@@ -79,7 +79,7 @@ def simulate(
             done += stood + 1
             if choice:
                 seen = done
-                speculator._learn_row(sequence, ("draft", 0), count, stood)
+                speculator._learn_row(row, ("draft", 0), count, stood)
             chosen.append(count)
     return spent, plain, controller, chosen
 
@@ -168,7 +168,7 @@ def test_plain_decode_is_looked_at_again_and_again():
 
 
 def test_nothing_is_chosen_before_plain_decode_is_known():
-    assert Controller([4]).choose(Batch(1), {"draft": [Candidate(4, 0.99)]}) is None
+    assert Controller([4]).choose(BatchShape(1), {"draft": [Candidate(4, 0.99)]}) is None
 
 
 @pytest.mark.parametrize(("c", "speculates"), [(0.1, True), (2.0, False)])
@@ -185,12 +185,12 @@ def test_a_stall_of_the_machine_changes_nothing(choice, caught_up):
     """A step that took a minute, whichever it was: a good draft is still used, a bad one still not."""
     for rate, expected in ((0.9, Choice("draft", 4)), (0.0, None)):
         controller = Controller([4])
-        controller.costs.learn(PLAIN, Batch(1), 1.0)
-        controller.costs.learn(Choice("draft", 4), Batch(1), 1.3)
-        controller.learn(choice, Batch(1), 1, 60.0, caught_up=caught_up)
+        controller.costs.learn(PLAIN, BatchShape(1), 1.0)
+        controller.costs.learn(Choice("draft", 4), BatchShape(1), 1.3)
+        controller.learn(choice, BatchShape(1), 1, 60.0, caught_up=caught_up)
         for _ in range(10):
-            controller.learn(None, Batch(1), 1, 1.0)
-        assert controller.choose(Batch(1), {"draft": [Candidate(4, rate)]}) == expected
+            controller.learn(None, BatchShape(1), 1, 1.0)
+        assert controller.choose(BatchShape(1), {"draft": [Candidate(4, rate)]}) == expected
 
 
 def test_a_step_is_chosen_for_all_its_rows_together():
@@ -198,30 +198,30 @@ def test_a_step_is_chosen_for_all_its_rows_together():
     rows = [Candidate(4, 0.95)] + [Candidate(4, 0.05)] * 7
     for cost, expected in ((1.05, True), (2.0, False)):
         controller = Controller([4])
-        controller.costs.learn(PLAIN, Batch(8), 1.0)
-        controller.costs.learn(Choice("draft", 4), Batch(8), cost)
-        assert (controller.choose(Batch(8), {"draft": rows}) is not None) == expected
+        controller.costs.learn(PLAIN, BatchShape(8), 1.0)
+        controller.costs.learn(Choice("draft", 4), BatchShape(8), cost)
+        assert (controller.choose(BatchShape(8), {"draft": rows}) is not None) == expected
 
 
 def test_the_better_arm_is_chosen():
     controller = Controller([2, 4])
-    controller.costs.learn(PLAIN, Batch(1), 1.0)
+    controller.costs.learn(PLAIN, BatchShape(1), 1.0)
     for k in (2, 4):
-        controller.costs.learn(Choice("draft", k), Batch(1), 1 + 0.2 * k)
-        controller.costs.learn(Choice("ngram", k), Batch(1), 1 + 0.05 * k)
+        controller.costs.learn(Choice("draft", k), BatchShape(1), 1 + 0.2 * k)
+        controller.costs.learn(Choice("ngram", k), BatchShape(1), 1 + 0.05 * k)
     good, poor = [Candidate(4, 0.9)], [Candidate(4, 0.3)]
-    assert controller.choose(Batch(1), {"draft": good, "ngram": poor}) == Choice("draft", 4)
-    assert controller.choose(Batch(1), {"draft": good, "ngram": good}) == Choice("ngram", 4)
-    assert controller.choose(Batch(1), {"draft": good, "ngram": [Candidate(0, 0.9)]}) == Choice("draft", 4)
+    assert controller.choose(BatchShape(1), {"draft": good, "ngram": poor}) == Choice("draft", 4)
+    assert controller.choose(BatchShape(1), {"draft": good, "ngram": good}) == Choice("ngram", 4)
+    assert controller.choose(BatchShape(1), {"draft": good, "ngram": [Candidate(0, 0.9)]}) == Choice("draft", 4)
 
 
 def test_costs_of_unmeasured_rows_follow_the_nearest():
     controller = Controller([4])
-    controller.costs.learn(PLAIN, Batch(8), 2.0)
-    controller.costs.learn(Choice("draft", 4), Batch(8), 3.0)
-    controller.costs.learn(PLAIN, Batch(5), 1.0)
-    assert controller.costs.relative("draft", Batch(5)) == {4: 1.5}
-    assert controller.costs.plain(Batch(6)) == 1.0
+    controller.costs.learn(PLAIN, BatchShape(8), 2.0)
+    controller.costs.learn(Choice("draft", 4), BatchShape(8), 3.0)
+    controller.costs.learn(PLAIN, BatchShape(5), 1.0)
+    assert controller.costs.relative("draft", BatchShape(5)) == {4: 1.5}
+    assert controller.costs.plain(BatchShape(6)) == 1.0
 
 
 def test_fewer_proposals_never_cost_more():
@@ -235,8 +235,8 @@ def test_fewer_proposals_never_cost_more():
         (Choice("draft", 8), 1.2, 1),
     ):
         for _ in range(times):
-            costs.learn(choice, Batch(1), seconds)
-    assert costs.relative("ngram", Batch(1)) == {1: 1.0, 4: 2.5, 8: 2.5}
+            costs.learn(choice, BatchShape(1), seconds)
+    assert costs.relative("ngram", BatchShape(1)) == {1: 1.0, 4: 2.5, 8: 2.5}
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 20)), max_size=8))
@@ -273,27 +273,27 @@ class Guesses:
     def __init__(self):
         self.asked, self.right = 0, False
 
-    def offers(self, sequences, limits):
+    def offers(self, requests, limits):
         self.asked += 1
         return [Offer(limit) for limit in limits]
 
-    def propose(self, sequences, counts):
-        return Proposal(torch.zeros(len(sequences), max(counts), dtype=torch.int64), list(counts))
+    def propose(self, requests, counts):
+        return Proposal(torch.zeros(len(requests), max(counts), dtype=torch.int64), list(counts))
 
-    def learn(self, sequences, accepted): ...
+    def learn(self, requests, accepted): ...
 
 
-def decode(speculator, sequences, steps):
+def decode(speculator, requests, steps):
     """Steps at known costs; how many of them were plain."""
     plain = 0
     for _ in range(steps):
-        proposal = speculator.propose(sequences)
+        proposal = speculator.propose(requests)
         right = speculator.proposers["draft"].right
-        accepted = [0] * len(sequences) if proposal is None or not right else proposal.counts
+        accepted = [0] * len(requests) if proposal is None or not right else proposal.counts
         seconds = 1.0 if proposal is None else 1 + 0.1 * max(proposal.counts)
-        speculator.learn(sequences, proposal, accepted, seconds)
+        speculator.learn(requests, proposal, accepted, seconds)
         plain += proposal is None
-        for s, count in zip(sequences, accepted, strict=True):
+        for s, count in zip(requests, accepted, strict=True):
             s.output += [0] * (count + 1)
     return plain
 
@@ -302,16 +302,16 @@ def decode(speculator, sequences, steps):
 def guessing():
     controller = Controller([1, 4])
     for choice, cost in ((PLAIN, 1.0), (Choice("draft", 1), 1.1), (Choice("draft", 4), 1.4)):
-        controller.costs.learn(choice, Batch(1), cost)
+        controller.costs.learn(choice, BatchShape(1), cost)
     return Speculator({"draft": Guesses()}, controller, max_seq_len=1 << 20)
 
 
-def sequence():
-    return Sequence("r", [1], SamplingParams(max_new_tokens=1 << 20), 0, output=[0])
+def new_request():
+    return Request("r", [1], SamplingParams(max_new_tokens=1 << 20), 0, output=[0])
 
 
 def test_a_useless_proposer_is_asked_less_and_less(guessing):
-    row, asked = sequence(), []
+    row, asked = new_request(), []
     for _ in range(4):
         before = guessing.proposers["draft"].asked
         assert decode(guessing, [row], 250) > 200
@@ -321,7 +321,7 @@ def test_a_useless_proposer_is_asked_less_and_less(guessing):
 
 
 def test_a_rest_ends_with_a_new_sequence(guessing):
-    row = sequence()
+    row = new_request()
     decode(guessing, [row], 400)
     while not guessing.resting:
         decode(guessing, [row], 1)
@@ -332,13 +332,13 @@ def test_a_rest_ends_with_a_new_sequence(guessing):
     while not guessing.resting:
         decode(guessing, [row], 1)
     asked = guessing.proposers["draft"].asked
-    guessing.propose([row, sequence()])
+    guessing.propose([row, new_request()])
     assert guessing.proposers["draft"].asked == asked + 1
 
 
 def test_a_step_that_is_foreseen_to_be_plain_is_plain(guessing):
     """Half of the looks come one step before, as a runner asks that begins ahead."""
-    row, plain = sequence(), 0
+    row, plain = new_request(), 0
     for i in range(400):
         promised = i % 2 and guessing.plain_next([row], unknown=0)
         plain += promised
@@ -353,7 +353,7 @@ def test_a_step_that_is_foreseen_to_be_plain_is_plain(guessing):
 
 def test_a_promise_to_other_sequences_binds_nobody(guessing):
     """Some have ended or were aborted since: what is left is looked at anew."""
-    first, second = sequence(), sequence()
+    first, second = new_request(), new_request()
     decode(guessing, [first, second], 400)
     while not guessing.plain_next([first, second], unknown=0):
         decode(guessing, [first, second], 1)
@@ -367,9 +367,9 @@ def test_a_lookup_is_waited_for_where_its_next_token_is_likely(accepted, waits):
     """Match of one token: whether the next step begins ahead depends on how often such matches go on."""
     controller = Controller([4])
     for choice, cost in ((PLAIN, 1.0), (Choice("ngram", 4), 1.3)):
-        controller.costs.learn(choice, Batch(1), cost)
+        controller.costs.learn(choice, BatchShape(1), cost)
     speculator = Speculator({"ngram": NGramProposer(torch.device("cpu"))}, controller, max_seq_len=1 << 20)
-    row = Sequence("r", [5, 6, 7, 8, 9, 2, 3], SamplingParams(max_new_tokens=1 << 20), 0, output=[5])
+    row = Request("r", [5, 6, 7, 8, 9, 2, 3], SamplingParams(max_new_tokens=1 << 20), 0, output=[5])
     speculator.pool = {("ngram", kind): Acceptance(accepted * 1000, 1000) for kind in range(1, 6)}
     assert speculator.plain_next([row], unknown=1) != waits
     row.output += [6]
@@ -378,16 +378,16 @@ def test_a_lookup_is_waited_for_where_its_next_token_is_likely(accepted, waits):
 
 def test_plain_steps_that_could_not_begin_ahead_are_paid_from_the_account():
     controller = Controller([4])
-    controller.costs.learn(PLAIN, Batch(1), 1.0)
+    controller.costs.learn(PLAIN, BatchShape(1), 1.0)
     for _ in range(50):
-        controller.learn(None, Batch(1), 1, 1.04, late=True)
-    assert controller.costs.plain(Batch(1)) == 1.0
-    assert controller.costs.relative("late", Batch(1)) == {0: pytest.approx(1.04)}
+        controller.learn(None, BatchShape(1), 1, 1.04, late=True)
+    assert controller.costs.plain(BatchShape(1)) == 1.0
+    assert controller.costs.relative("late", BatchShape(1)) == {0: pytest.approx(1.04)}
     assert controller.balance == pytest.approx(50 * (controller.allowance - 0.04))
 
 
 def test_a_proposer_that_turns_good_is_noticed_despite_rests(guessing):
-    row = sequence()
+    row = new_request()
     decode(guessing, [row], 400)
     guessing.proposers["draft"].right = True
     decode(guessing, [row], 100)

@@ -193,11 +193,11 @@ def test_logprobs_of_accepted_tokens_are_plain_decodes(target, drafts):
 
 def test_rows_whose_logits_are_edited_do_not_speculate(target):
     core = speculating(target, target, 4)
-    sequence = core.add("r", [5, 6, 7], SamplingParams(max_new_tokens=20, min_tokens=10, ignore_eos=True))
+    request = core.add("r", [5, 6, 7], SamplingParams(max_new_tokens=20, min_tokens=10, ignore_eos=True))
     while not core.idle:
         core.step()
-        assert sequence.drafted == 0 or len(sequence.output) > 10
-    assert sequence.accepted == sequence.drafted > 0
+        assert request.drafted == 0 or len(request.output) > 10
+    assert request.accepted == request.drafted > 0
 
 
 def test_a_request_id_used_again_starts_with_a_new_index(target):
@@ -212,15 +212,15 @@ def test_the_draft_cache_holds_what_its_model_computes(target, tiny_model):
     """After ragged rounds the draft's keys are those of feeding it the text at once."""
     draft = tiny_model(seed=2)
     core = speculating(target, draft, 4)
-    sequence = core.add("r", prompts(1, seed=3)[0], SamplingParams(max_new_tokens=60, ignore_eos=True))
-    while len(sequence.output) < 50:
+    request = core.add("r", prompts(1, seed=3)[0], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    while len(request.output) < 50:
         core.step()
     proposer = core.runner.speculator.proposers["draft"]
-    count = min(proposer.held[sequence.slot].count, sequence.length - 1)
-    assert count >= sequence.length - 2
+    count = min(proposer.held[request.slot].count, request.length - 1)
+    assert count >= request.length - 2
     fresh = runner_of(draft)
-    fresh.forward(draft, [sequence.tokens(0, count)], [0], [0], size=128)
-    ours = proposer.runner.cache.k_LNHTD[:, sequence.slot, :, :count]
+    fresh.forward(draft, [request.tokens(0, count)], [0], [0], size=128)
+    ours = proposer.runner.cache.k_LNHTD[:, request.slot, :, :count]
     assert torch.allclose(ours, fresh.cache.k_LNHTD[:, 0, :, :count], atol=1e-5)
 
 
@@ -260,7 +260,7 @@ def test_the_controller_in_the_engine_keeps_texts_and_learns_costs(target, draft
 
 @pytest.mark.parametrize("owner", ["", "another"])
 def test_a_slot_that_overflowed_serves_the_next_sequence(target, owner):
-    """Target and draft end in NaN in one slot: the next sequence there has its text, and a draft that is right."""
+    """Target and draft end in NaN in one slot: the next request there has its text, and a draft that is right."""
     core = speculating(target, target, 4, slots=1)
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
     prompt = prompts(1, seed=3)[0]

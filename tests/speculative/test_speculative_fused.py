@@ -17,7 +17,7 @@ from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.controller import Controller, Fixed
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
-from gpt_fast.speculative.greedy_chain import Chain
+from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.speculative.verify import Draws, Proposal
@@ -41,7 +41,7 @@ def speculating(target, draft, k, *, max_seq_len=96, controller=None, slots=4):
     proposers = {"ngram": NGramProposer(CPU)}
     if draft is not None:
         own = fused_runner(draft, core.runner.decode.pool, weights="int4", max_seq_len=max_seq_len, slots=slots)
-        proposers = {"draft": DraftProposer(own, start=own.decode.start)}
+        proposers = {"draft": DraftProposer(own, startable=own.decode)}
     choice = Choice(next(iter(proposers)), k)
     core.runner.speculator = Speculator(proposers, controller or Fixed(choice, [k]), max_seq_len=max_seq_len)
     return core
@@ -102,7 +102,7 @@ def test_a_chain_says_what_step_after_step_says(target, counts):
             fed, at = said[-1:], at + len(fed)
         expected.append(said)
     tokens = [text[start:] for text, start in zip(texts, starts, strict=True)]
-    chain = Chain(runner.decode.start, runner.cache, tokens=tokens, starts=starts, slots=slots, counts=counts)
+    chain = GreedyChain(runner.decode, runner.cache, tokens=tokens, starts=starts, slots=slots, counts=counts)
     assert [row[:n] for row, n in zip(chain.tokens().tolist(), counts, strict=True)] == expected
 
 
@@ -110,16 +110,16 @@ class Doubting(DraftProposer):
     """Asks step by step for what it has got from a chain, and its cache for what a fresh one would hold."""
 
     def __init__(self, runner, fresh):
-        super().__init__(runner, start=runner.decode.start)
+        super().__init__(runner, startable=runner.decode)
         self.fresh, self.blocks = fresh, 0
 
-    def propose(self, sequences, counts):
-        chained = super().propose(sequences, counts)
-        for s in (s for s, count in zip(sequences, self.counts, strict=True) if count):
+    def propose(self, requests, counts):
+        chained = super().propose(requests, counts)
+        for s in (s for s, count in zip(requests, self.counts, strict=True) if count):
             self.fresh.forward(self.fresh.prefill, [s.tokens(0, s.length)], [0], [0], size=s.length)
             ours, fresh = (r.cache.k_LNHTD[:, at, :, : s.length] for r, at in ((self.runner, s.slot), (self.fresh, 0)))
             assert torch.equal(ours, fresh)
-        slow = self._decode(sequences, self.counts, chained.caught_up)
+        slow = self._decode(requests, self.counts, chained.caught_up)
         for fast_K, slow_K, count in zip(chained.draft_BK, slow.draft_BK, self.counts, strict=True):
             assert fast_K[:count].tolist() == slow_K[:count].tolist()
             self.blocks += count > 0

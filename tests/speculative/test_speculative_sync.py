@@ -13,7 +13,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner
 from gpt_fast.model.cache import KVCache
-from gpt_fast.request import Sequence
+from gpt_fast.request import Request
 from gpt_fast.sampling import best_token, probabilities, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.controller import Fixed
@@ -38,7 +38,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 
 def rows(params):
-    return [Sequence(str(i), [1, 2, 3], p, 7, output=[4], slot=i, computed=3) for i, p in enumerate(params)]
+    return [Request(str(i), [1, 2, 3], p, 7, output=[4], slot=i, computed=3) for i, p in enumerate(params)]
 
 
 class Drafter:
@@ -53,13 +53,13 @@ class Drafter:
 
 def whole_step(params, device):
     """Everything between a draft's logits and the tokens' read: propose, verify, judge."""
-    sequences, B = rows(params), len(params)
+    requests, B = rows(params), len(params)
     device = torch.device(device)
     cache = type("Cache", (), {"k_LNHTD": torch.zeros(1, device=device), "max_seq_len": 64})
     proposer = DraftProposer(Drafter(torch.zeros(B, V, device=device), cache))
-    proposal = proposer._decode(sequences, [K] * B, 0)
+    proposal = proposer._decode(requests, [K] * B, 0)
     tensors = sampling_tensors(params, device)
-    draws = draws_of(sequences, device)
+    draws = draws_of(requests, device)
     looked_up = Proposal(proposal.draft_BK, [K] * B)
     return [judge(torch.zeros(B, K + 1, V, device=device), tensors, each, draws) for each in (proposal, looked_up)]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import reference
 
@@ -60,7 +61,9 @@ def run_chunks(
     for size in sizes:
         positions = torch.arange(at, at + size)[None]
         out.append(
-            forward(tokens_T[None, at : at + size], positions, cache, length=at + size, slots_B=torch.tensor([slot]))[0]
+            forward(
+                Batch(tokens_T[None, at : at + size], positions, cache, length=at + size, slots_B=torch.tensor([slot]))
+            )[0]
         )
         at += size
     return torch.cat(out)

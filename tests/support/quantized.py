@@ -13,6 +13,7 @@ from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
@@ -104,7 +105,7 @@ def logits_of(model: Transformer, tokens_BS: Tensor) -> Tensor:
     dtype = model.norm.weight.dtype
     cache = KVCache(model.config, slots=rows, max_seq_len=length, dtype=dtype, device=CPU)
     with torch.inference_mode():
-        return model(tokens_BS, torch.arange(length).repeat(rows, 1), cache, length=length)
+        return model(Batch(tokens_BS, torch.arange(length).repeat(rows, 1), cache, length=length))
 
 
 # ------------------------------------------------------------------------------- checkpoints on disk

@@ -126,6 +126,7 @@ def logits_figures(whole: Any, share: Any, exact: Any, cache_dtype: str) -> dict
     import torch
 
     from gpt_fast.model.cache import KVCache
+    from gpt_fast.model.forward import Batch
     from support.quantized import CPU
 
     tokens_BS = torch.randint(0, 96, (2, 61), generator=torch.Generator().manual_seed(3))
@@ -134,8 +135,8 @@ def logits_figures(whole: Any, share: Any, exact: Any, cache_dtype: str) -> dict
     for model, dtype in ((exact, "float32"), (whole, cache_dtype), (share, cache_dtype)):
         cache = KVCache(model.config, slots=2, max_seq_len=128, dtype=getattr(torch, dtype), device=CPU)
         with torch.inference_mode():
-            first_BSV = model(tokens_BS[:, :60], positions_BS[:, :60], cache, length=64)
-            last_B1V = model(tokens_BS[:, 60:], positions_BS[:, 60:], cache, length=64)
+            first_BSV = model(Batch(tokens_BS[:, :60], positions_BS[:, :60], cache, length=64))
+            last_B1V = model(Batch(tokens_BS[:, 60:], positions_BS[:, 60:], cache, length=64))
         found.append(torch.cat((first_BSV, last_B1V), dim=1))
     digest = hashlib.sha256(found[2].numpy().tobytes()).hexdigest()
     return {

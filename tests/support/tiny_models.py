@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()
@@ -131,5 +132,9 @@ def logits(loaded: Loaded, tokens_BS: Tensor, *, steps: int = 0, max_positions: 
     positions_BS = torch.arange(length).expand(batch, length)
     spans = [(0, length - steps), *((i, i + 1) for i in range(length - steps, length))]
     with torch.no_grad():
-        parts = [loaded.model(tokens_BS[:, a:b], positions_BS[:, a:b], cache, length=served) for a, b in spans if a < b]
+        parts = [
+            loaded.model(Batch(tokens_BS[:, a:b], positions_BS[:, a:b], cache, length=served))
+            for a, b in spans
+            if a < b
+        ]
     return torch.cat(parts, dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt_fast import sampling
 from gpt_fast.bench.gpu.timing import Timing, synchronize, timed, timed_graph
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.gpu.decoder import GpuDecoder, ops_for, weight_bytes
 from gpt_fast.ops.gpu.graph import DecodeLoop
@@ -139,7 +140,7 @@ def forward(subject: Subject, cache: KVCache, context: int, width: int, effort: 
     positions_BS = context + torch.arange(width, device=subject.device)[None]
 
     def run() -> Tensor:
-        return subject.decoder(tokens_BS, positions_BS, cache, length=context + width)
+        return subject.decoder(Batch(tokens_BS, positions_BS, cache, context + width))
 
     return timed(run, subject.device, repeat=effort.repeat, inner=effort.new_tokens)
 
@@ -155,7 +156,7 @@ def prefill(subject: Subject, prompt: int, chunk: int, effort: Effort) -> Figure
             positions_S = torch.arange(start, min(start + chunk, prompt), device=subject.device)
             last = torch.tensor([len(positions_S) - 1], device=subject.device)
             tokens_BS = (positions_S % subject.config.vocab_size)[None]
-            subject.decoder(tokens_BS, positions_S[None], cache, length=int(start + len(positions_S)), select_B=last)
+            subject.decoder(Batch(tokens_BS, positions_S[None], cache, int(start + len(positions_S)), select_B=last))
 
     timing = timed(run, subject.device, repeat=effort.repeat)
     return {"ms": timing.median * 1e3, "tokens_per_s": prompt / timing.median, "chunk": chunk}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.pack import Arena, Packed
 from gpt_fast.ops.cpu.screen import build_screen, code_bytes, is_worth_it
@@ -25,7 +26,6 @@ from gpt_fast.ops.cpu.tuning import Choice, Tuned, tune
 from gpt_fast.ops.cpu.weights import Packer
 
 if TYPE_CHECKING:
-    from gpt_fast.model.cache import KVCache
     from gpt_fast.model.transformer import Transformer
 
 WEIGHTS = ("bfloat16", "int8", "int8_groups", "int4")
@@ -52,7 +52,7 @@ class Pool:
 
     def __init__(self, library: ctypes.CDLL, threads: int, spin_microseconds: int = SPIN_MICROSECONDS) -> None:
         self.library, self.threads = library, threads
-        self.step: Step | None = None
+        self.step: PendingCpuStep | None = None
         self.handle = library.gf_pool_create(threads, spin_microseconds)
 
     def settle(self) -> None:
@@ -65,11 +65,11 @@ class Pool:
         self.library.gf_pool_destroy(self.handle)
 
 
-class Step:
+class PendingCpuStep:
     """A forward under way on the pool's other threads. One waits for its turn behind the step whose tokens it takes."""
 
     def __init__(
-        self, decoder: CpuDecoder, description: StepInput, logits: Tensor, best: Tensor, after: Step | None
+        self, decoder: CpuDecoder, description: StepInput, logits: Tensor, best: Tensor, after: PendingCpuStep | None
     ) -> None:
         self.decoder, self.description = decoder, description  # which holds all that is read and written
         self.after = after  # held while it runs
@@ -164,35 +164,23 @@ class CpuDecoder:
             self.pool.settle()
             self.library.gf_decoder_destroy(self.handle)
 
-    def start(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        *,
-        length: int,
-        slots_B: Tensor | None = None,
-        select_B: Tensor | None = None,
-        after: Step | None = None,
-        best_only: bool = False,
-    ) -> Step:
+    def start(self, batch: Batch, *, after: PendingCpuStep | None = None, best_only: bool = False) -> PendingCpuStep:
         """Begin a forward, as Transformer.forward, on the pool's other threads; `result` brings its logits.
 
         A padding token costs nothing, writes nothing and gets logits of zero.
-        after: the step begun last, of one token a row, whose best tokens are fed instead of tokens_BS.
+        after: the step begun last, of one token a row, whose best tokens are fed instead of the batch's.
         best_only: nobody looks at the logits, which are empty ([..., 0]); the best tokens are the same, and for a few
         rows come sooner (src/screen.h).
         """
-        B, S = tokens_BS.shape
-        shape = (B, S) if select_B is None else (B,)
+        B, S = batch.tokens_BS.shape
+        shape = (B, S) if batch.select_B is None else (B,)
         logits = torch.empty((*shape, 0 if best_only else self.config.vocab_size), dtype=torch.float32)
         best = torch.empty(shape, dtype=torch.int64)
-        inputs = StepInput.of(tokens_BS, positions_BS, cache, length, slots_B, select_B, logits, best)
-        return Step(self, inputs, logits, best, after)
+        return PendingCpuStep(self, StepInput.of(batch, logits, best), logits, best, after)
 
-    def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The logits at once; arguments as of `start`."""
-        return self.start(*inputs, **options).result()
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits at once."""
+        return self.start(batch).result()
 
     __call__ = forward
 
@@ -207,11 +195,10 @@ class CpuDecoder:
         """The squares of the head's inputs [D], summed over a forward of tokens from all over the vocabulary."""
         c, tokens = self.config, min(16, self.positions)
         k, v = torch.zeros(2, c.n_layer, 1, c.n_kv_head, tokens + 1, c.head_dim)
-        cache = SimpleNamespace(k_LNHTD=k, v_LNHTD=v, slots=1, max_seq_len=tokens)
+        cache: Any = SimpleNamespace(k_LNHTD=k, v_LNHTD=v, slots=1, max_seq_len=tokens)
         energy_D = torch.empty(c.dim)
-        self.forward(
-            torch.linspace(0, c.vocab_size - 1, tokens).long()[None], torch.arange(tokens)[None], cache, length=tokens
-        )
+        tokens_1S = torch.linspace(0, c.vocab_size - 1, tokens).long()[None]
+        self.forward(Batch(tokens_1S, torch.arange(tokens)[None], cache, length=tokens))
         self.library.gf_decoder_head_energy(self.handle, energy_D.data_ptr())
         return energy_D
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_fast.ops.cpu import build
 
 if TYPE_CHECKING:
-    from gpt_fast.model.cache import KVCache
+    from gpt_fast.model.forward import Batch
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 STEP_ERRORS = {
@@ -96,24 +96,17 @@ class StepInput(Structure):
     )
 
     @classmethod
-    def of(
-        cls,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        length: int,
-        slots_B: Tensor | None,
-        select_B: Tensor | None,
-        logits: Tensor,
-        best: Tensor,
-    ) -> StepInput:
+    def of(cls, batch: Batch, logits: Tensor, best: Tensor) -> StepInput:
         """The structure for one forward; it holds the tensors it points to. Empty logits are not written."""
-        B, S = tokens_BS.shape
-        index = [None if t is None else index_tensor(t) for t in (tokens_BS, positions_BS, slots_B, select_B)]
+        (B, S), cache = batch.tokens_BS.shape, batch.cache
+        index = [
+            None if t is None else index_tensor(t)
+            for t in (batch.tokens_BS, batch.positions_BS, batch.slots_B, batch.select_B)
+        ]
         step = cls(
             B,
             S,
-            length,
+            batch.length,
             cache.max_seq_len + 1,
             cache.slots,
             CACHE_TYPES[cache.k_LNHTD.dtype],

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt_fast.model.forward import Batch, Forward
 from gpt_fast.ops.gpu.attention import attention_workspace
 from gpt_fast.ops.gpu.capture import Captured
 from gpt_fast.ops.gpu.layer_cache import LayerCache, head_workspace
@@ -135,7 +136,7 @@ class GpuDecoder:
     Raises ValueError for a model that `unsupported`, a device that `unavailable` or a weight that no kernel reads.
     """
 
-    def __init__(self, model: Transformer, *, prefill: Callable[..., Tensor] | None = None, fp8: bool = False) -> None:
+    def __init__(self, model: Transformer, *, prefill: Forward | None = None, fp8: bool = False) -> None:
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         if reason := unavailable(self.device) or unsupported(model):
             raise ValueError(reason)
@@ -146,7 +147,7 @@ class GpuDecoder:
         self.embedding, self.norm = model.tok_embeddings, model.norm.weight.detach()
         self.layers = [pack_layer(layer, fp8) for layer in model.layers]
         self.head = pack(model.output, fp8)
-        self.prefill = prefill or model
+        self.prefill: Forward = prefill or model
         self.inputs = Inputs.empty(MAX_TOKENS, self.device)
         self.select_B = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=self.device)
         on_cuda = self.device.type == "cuda"
@@ -159,48 +160,35 @@ class GpuDecoder:
         self.heads = head_workspace(MAX_TOKENS, model.config.n_kv_head, model.config.head_dim, self.device)
         self.graphs: dict[tuple[Any, ...], Captured] = {}
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        cache: KVCache,
-        *,
-        length: int,
-        slots_B: Tensor | None = None,
-        select_B: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """As Transformer.forward; a padding token reads one position and its logits mean nothing."""
-        B, S = tokens_BS.shape
+        B, S = batch.tokens_BS.shape
         if S > MAX_TOKENS or B * S > MAX_TURNS * MAX_TOKENS:
-            return self.prefill(tokens_BS, positions_BS, cache, length=length, slots_B=slots_B, select_B=select_B)
+            return self.prefill(batch)
         if B * S > MAX_TOKENS:
-            slots_B = torch.arange(B, device=self.device) if slots_B is None else slots_B
             turns = [slice(first, first + MAX_TOKENS // S) for first in range(0, B, MAX_TOKENS // S)]
-            return torch.cat([
-                self.forward(tokens_BS[rows], positions_BS[rows], cache, length=length, slots_B=slots_B[rows],
-                             select_B=None if select_B is None else select_B[rows])
-                for rows in turns
-            ])  # fmt: skip
-        self.fill(tokens_BS, positions_BS, slots_B, cache.scratch)
+            return torch.cat([self.forward(batch.rows(part)) for part in turns])
+        self.fill(batch)
+        select_B = batch.select_B
         selects = select_B is not None and S > 1  # of one token a row there is nothing to select
         if select_B is not None:
             self.select_B[:B] = select_B
-        self.graph(B, S, selects, self.reach(B, S, length), cache).replay()
+        self.graph(B, S, selects, self.reach(B, S, batch.length), batch.cache).replay()
         logits = self.scratch.logits_MV[: B if selects else B * S].clone()  # the next step writes there
         return logits if select_B is not None else logits.view(B, S, -1)
 
     __call__ = forward
 
-    def fill(self, tokens_BS: Tensor, positions_BS: Tensor, slots_B: Tensor | None, scratch: int) -> None:
+    def fill(self, batch: Batch) -> None:
         """Put a step where its graph reads it."""
-        B, S = tokens_BS.shape
+        (B, S), slots_B = batch.tokens_BS.shape, batch.slots_B
         into = self.inputs.first(B * S)
         if slots_B is None:
             slots_B = torch.arange(B, device=self.device)
-        into.tokens_M.copy_(tokens_BS.reshape(-1))
-        into.positions_M.copy_(positions_BS.reshape(-1))
+        into.tokens_M.copy_(batch.tokens_BS.reshape(-1))
+        into.positions_M.copy_(batch.positions_BS.reshape(-1))
         into.slots_M.view(B, S).copy_(slots_B[:, None])
-        into.lengths_M.copy_(torch.where(into.positions_M == scratch, 1, into.positions_M + 1))
+        into.lengths_M.copy_(torch.where(into.positions_M == batch.cache.scratch, 1, into.positions_M + 1))
 
     def graph(self, rows: int, size: int, selects: bool, reach: int, cache: KVCache) -> Captured:
         """The step's graph. The first of a shape brings those of every length, so that a warm-up meets them all."""
@@ -224,8 +212,8 @@ class GpuDecoder:
         """
         eps, M = self.config.norm_eps, len(inputs.tokens_M)
         if M > MAX_TOKENS:
-            tokens_BS, positions_BS = inputs.tokens_M[:, None], inputs.positions_M[:, None]
-            return self.prefill(tokens_BS, positions_BS, cache, length=min(reach, cache.max_seq_len))[:, 0]
+            length = min(reach, cache.max_seq_len)
+            return self.prefill(Batch(inputs.tokens_M[:, None], inputs.positions_M[:, None], cache, length))[:, 0]
         s = self.scratch.first(M)
         self.embed(inputs.tokens_M, s.x_MD)
         for index, layer in enumerate(self.layers):
