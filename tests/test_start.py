@@ -124,3 +124,15 @@ def test_generate_ends_on_a_mistake_with_one_line(
     with pytest.raises(SystemExit) as caught:
         generate(["--checkpoint_path", str(byte_checkpoint), "--max_new_tokens", "4", *flags])
     assert caught.value.code == 2 and message in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-gptq"])
+def test_quantizing_needs_no_compiler(mode: str, byte_checkpoint: Path) -> None:
+    code = f"""
+from pathlib import Path
+import torch
+from gpt_fast.convert.quantized import Calibration, quantize_checkpoint
+text = Calibration(torch.zeros(1, 8, dtype=torch.int64), "zeros", "")
+quantize_checkpoint(Path({str(byte_checkpoint)!r}), mode={mode!r}, groupsize=32, calibration=text, label="_start_")
+{among(COMPILERS | EXTRAS)}"""
+    assert fresh(code) == ""

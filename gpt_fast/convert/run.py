@@ -20,7 +20,7 @@ from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, wr
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
 from gpt_fast.convert.source import Source, check_float
-from gpt_fast.load.checkpoint import empty_model
+from gpt_fast.model.empty import empty_model
 from gpt_fast.text.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -142,7 +142,7 @@ def verify(args: argparse.Namespace) -> bool:
         show(check_sampled(core, choice, prompt, params, answers=args.answers // 2))
     passed = all(check.passed for check in checks)
     print("lossless: every check passed" if passed else "NOT lossless: see the checks that failed")
-    print(json.dumps({"passed": passed, "target": engine.description["checkpoint"], "draft": draft or "ngram",
+    print(json.dumps({"passed": passed, "target": engine.description.checkpoint, "draft": draft or "ngram",
                       "k": args.speculate_k, "checks": [check.json() for check in checks]}))  # fmt: skip
     return passed
 
@@ -191,7 +191,7 @@ def speed(args: argparse.Namespace) -> bool:
         raise ConfigError("foreign_limit", "other programs were busy in every pair of turns", got=args.foreign_limit)
     print_ratios(ratios)
     told = machine.description("python -m gpt_fast.draft", args.arguments)
-    result = told | {"engine": engine.description, "draft": draft, "ratios": json_of(ratios)}
+    result = told | {"engine": engine.description.as_dict(), "draft": draft, "ratios": json_of(ratios)}
     if args.out:
         write_json(result, args.out)
     print(json.dumps(result))

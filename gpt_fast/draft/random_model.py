@@ -14,7 +14,7 @@ from gpt_fast.checkpoint.hf_config import load_model_config
 from gpt_fast.checkpoint.manifest import install, read_values, staging
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
 from gpt_fast.convert.run import read_side_files
-from gpt_fast.load.checkpoint import empty_model
+from gpt_fast.model.empty import empty_model
 
 CONFIG = "config.json"
 

@@ -142,7 +142,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     figures = {task: numbers(values) for task, values in results.get("results", {}).items()}
     for task, values in figures.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    path = engine.description["path"]
+    path = engine.description.path
     return {"checkpoint": args.checkpoint_path, "path": path, "limit": args.limit, "results": figures}
 
 

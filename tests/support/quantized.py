@@ -13,6 +13,7 @@ from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.empty import empty_model
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
@@ -72,8 +73,7 @@ def quantized_model(model: Transformer, *, mode: str, groupsize: int, embedding:
 
 
 def model_of_state(config: ModelConfig, schemes: dict[str, Scheme], state: dict[str, Tensor]) -> Transformer:
-    with torch.device("meta"):
-        twin = Transformer(config)
+    twin = empty_model(config)
     apply_schemes(twin, schemes)
     missing = twin.load_state_dict(state, strict=False, assign=True).missing_keys
     assert missing in ([], ["output.weight"])
