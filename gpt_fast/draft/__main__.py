@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt_fast.bench.report import write_json
 from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ConfigError, SamplingParams, check_int
 from gpt_fast.draft.judge import DraftReport, judge_draft
@@ -30,6 +29,7 @@ from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.draft.verify import Check, check_greedy, check_sampled
+from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path

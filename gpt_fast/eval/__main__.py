@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.checkpoint.directory import WEIGHTS
-from gpt_fast.checkpoint.quality_gate import report_path, write_report
+from gpt_fast.checkpoint.quality_gate import report_path
 from gpt_fast.cli.errors import MISTAKES, one_line_errors, refuse_useless, text
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.engine import ranks
 from gpt_fast.engine.ranks import Group
 from gpt_fast.eval.report import Passage, make_report, plot, table
+from gpt_fast.files import write_json
 from gpt_fast.measure.picture import picture_path
 from gpt_fast.measure.texts import default_text, file_text, held_out_part
 
@@ -106,7 +107,7 @@ def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]
     if args.plot is not None:
         plot(report, tokens, args.plot)
     path = report_path(weights, kv_cache=args.kv_cache)
-    write_report(path, report)
+    write_json(report, path)
     print(f"recorded in {path}")
     return report
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpt_fast.checkpoint.directory import FORMAT
-from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
@@ -19,6 +18,7 @@ from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import apply_schemes, plan
 from gpt_fast.text.tokenizer import byte_alphabet
+from support.manifest import list_files
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def write_checkpoint(directory: Path, model: Transformer, *, tokenizer: bool = F
     write_weights(directory, "model", specs, lambda spec: state[spec.name], metadata=FORMAT)
     if tokenizer:
         write_byte_tokenizer(directory)
-    write_manifest(directory)
+    list_files(directory)
     return directory
 
 
