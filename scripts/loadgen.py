@@ -17,9 +17,10 @@ from typing import Any
 
 from gpt_fast.bench.client import Api, NativeApi, OpenAIApi
 from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
-from gpt_fast.bench.report import show, write_json
+from gpt_fast.bench.report import show
 from gpt_fast.bench.sample import Case
 from gpt_fast.cli.errors import at_least, http_url, one_line_errors
+from gpt_fast.files import write_json
 from gpt_fast.measure import machine
 from gpt_fast.measure.stats import percentile
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pydoc_data.topics
 from pathlib import Path
 
@@ -46,9 +45,7 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32).eval()
     rows = {key: golden(model, tokenizer, text) for key, text in prompts().items()}
     made_by = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, float32, greedy"
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"made_by": made_by, "prompts": rows}, ensure_ascii=False, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    args.out.write_text(json.dumps({"made_by": made_by, "prompts": rows}, ensure_ascii=False, indent=1) + "\n")
 
 
 @torch.inference_mode()

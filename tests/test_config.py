@@ -166,4 +166,4 @@ def test_ignore_eos(value):
 def test_chunks_of_a_stream_leave_the_engine_its_cores(wanted, device, spare, interval):
     from gpt_fast.serve.startup import available_cores, chunk_interval
 
-    assert chunk_interval(wanted, {"device": device, "threads": available_cores() - spare}) == interval
+    assert chunk_interval(wanted, device=device, threads=available_cores() - spare) == interval

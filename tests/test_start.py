@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.cli.quiet_gc import at_rest
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.generate import main as generate
 from gpt_fast.llm import Engine
+from support.manifest import list_files
 from support.paths import ROOT
 from support.quantized import random_model, small_config, write_checkpoint
 
@@ -66,7 +66,7 @@ def test_damaged_weights_are_named_before_a_broken_tokenizer(
     """They are read at the same time."""
     directory = Path(shutil.copytree(byte_checkpoint, tmp_path / "copy"))
     (directory / "tokenizer.json").write_text("{}")
-    write_manifest(directory)
+    list_files(directory)
     if damaged:
         content = bytearray((directory / "model.safetensors").read_bytes())
         content[-1] ^= 1
@@ -124,3 +124,15 @@ def test_generate_ends_on_a_mistake_with_one_line(
     with pytest.raises(SystemExit) as caught:
         generate(["--checkpoint_path", str(byte_checkpoint), "--max_new_tokens", "4", *flags])
     assert caught.value.code == 2 and message in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-gptq"])
+def test_quantizing_needs_no_compiler(mode: str, byte_checkpoint: Path) -> None:
+    code = f"""
+from pathlib import Path
+import torch
+from gpt_fast.convert.quantized import Calibration, quantize_checkpoint
+text = Calibration(torch.zeros(1, 8, dtype=torch.int64), "zeros", "")
+quantize_checkpoint(Path({str(byte_checkpoint)!r}), mode={mode!r}, groupsize=32, calibration=text, label="_start_")
+{among(COMPILERS | EXTRAS)}"""
+    assert fresh(code) == ""

@@ -32,6 +32,7 @@ from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Case, Unavailable
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
 from gpt_fast.cli.errors import at_least, http_url, one_line_errors
+from gpt_fast.files import write_json
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path
 from gpt_fast.measure.stats import FOREIGN_LIMIT
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = measure(args)
         print(report.table(result))
         if args.out:
-            report.write_json(result, args.out)
+            write_json(result, args.out)
         if args.plot:
             report.plot(result, args.plot)
         print(json.dumps(result))

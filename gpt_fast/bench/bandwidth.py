@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Protocol
 
 from gpt_fast.bench.sample import Unavailable
+from gpt_fast.files import replacing
 from gpt_fast.ops.cpu import build
 
 SOURCE = Path(__file__).with_name("read_sum.cpp")
@@ -87,14 +86,8 @@ def load_library() -> ctypes.CDLL:
     key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     path = build.cache_dir() / f"read_sum-{isa}-{key}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so.tmp")
-        os.close(handle)
-        try:
-            build.compile_sources(Path(temporary), isa, [str(SOURCE)], ["-shared"])
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            build.compile_sources(temporary, isa, [str(SOURCE)], ["-shared"])
     library = ctypes.CDLL(str(path))
     library.gf_touch.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.gf_touch.restype = None

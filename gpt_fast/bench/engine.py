@@ -40,17 +40,17 @@ class EngineTarget:
 
     def describe(self) -> Description:
         told = self.engine.description
-        weights = Path(told["checkpoint"])
+        weights = Path(told.checkpoint)
         cache = self.engine.core.runner.cache
-        dtype = told["dtype"] if told["quantization"] == "none" else None
-        quality = quality_of(weights, kv_cache=told["kv_cache"], dtype=dtype)
+        dtype = told.dtype if told.quantization == "none" else None
+        quality = quality_of(weights, kv_cache=told.kv_cache, dtype=dtype)
         return Description(
-            weight_bytes=told["weight_bytes_per_step"],
-            greedy_bytes=told["greedy_bytes_per_step"],
+            weight_bytes=told.weight_bytes_per_step,
+            greedy_bytes=told.greedy_bytes_per_step,
             greedy_rows=MOST_ROWS,
             kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),
-            load_seconds=told["load_seconds"],
-            facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
+            load_seconds=told.load_seconds,
+            facts={**told.as_dict(), "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
         )
 
     def run(self, case: Case, busy: int = 0) -> Sample:

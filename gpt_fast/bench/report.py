@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,13 +153,6 @@ def quality_text(quality: Mapping[str, Any] | str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-def write_json(report: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

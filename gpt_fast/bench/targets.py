@@ -6,7 +6,6 @@ Only there are torch and the engine imported: this process stays small.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from gpt_fast.bench.peers import PeerOptions, load_peer
 from gpt_fast.bench.sample import Target
 from gpt_fast.cli.quiet_gc import at_rest
+from gpt_fast.files import read_json_object
 
 ENGINE_OPTIONS = ("dtype", "kv_cache", "kernels", "device", "compile", "compile_prefill")
 Factory = tuple[Callable[..., Any], dict[str, Any]]  # what makes a target, and its options
@@ -44,12 +44,12 @@ def model_facts(checkpoint: Path) -> tuple[int, int | None]:
         raise ValueError(f"checkpoint_path: no such file or directory (got {checkpoint})")
     path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json_object(path)
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         return min(1000, config["vocab_size"]), 2 * config["num_hidden_layers"] * kv_heads * head_dim
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"checkpoint_path: no usable {path}: {error!r}") from None
 
 

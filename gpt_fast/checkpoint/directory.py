@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_fast.checkpoint.manifest import is_plain_name, read_values
+from gpt_fast.checkpoint.manifest import is_plain_name
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
+from gpt_fast.files import read_json_object
 
 FORMAT = {"format": "gpt-fast", "format_version": "1"}
 WEIGHTS = "model.safetensors"
@@ -48,7 +49,7 @@ def shards_index(weights: Path) -> dict[str, str] | None:
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """An index.json's weight_map, every file in it a plain name."""
-    weight_map = read_values(index).get("weight_map")
+    weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index, "weight_map must be a non-empty object")
     for tensor, name in weight_map.items():

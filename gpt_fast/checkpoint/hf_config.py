@@ -7,13 +7,13 @@ directory's or a model's name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_fast.config import ConfigError, ModelConfig, RopeScaling, check_int
+from gpt_fast.files import read_json_object
 
 
 class Family(NamedTuple):
@@ -79,26 +79,8 @@ def load_model_config(checkpoint_dir: Path) -> ModelConfig:
     Raises:
         ConfigError: naming the file, or the key, got and allowed.
     """
-    generation_file = checkpoint_dir / "generation_config.json"
-    generation = read_json_object(generation_file) if generation_file.is_file() else {}
+    generation = read_json_object(checkpoint_dir / "generation_config.json", optional=True)
     return model_config_from_hf(read_json_object(checkpoint_dir / "config.json"), generation=generation)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold one object; NaN and Infinity are not JSON."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except FileNotFoundError:
-        raise ConfigError(str(path), "no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), f"is not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(str(path), "must hold one JSON object", got=type(values).__name__)
-    return values
 
 
 def model_config_from_hf(values: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None) -> ModelConfig:

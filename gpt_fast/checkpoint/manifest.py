@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, FileRecord, write_bytes
+from gpt_fast.files import read_json_object, replacing
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -31,23 +32,12 @@ def hash_file(path: Path) -> FileRecord:
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
     """The files' records. CheckpointError when the manifest is absent (an unfinished conversion) or malformed."""
     path = directory / MANIFEST
-    values = read_values(path)
+    missing = "no such file: the checkpoint was not converted, or not to the end"
+    values = read_json_object(path, missing=missing, error=CheckpointError)
     files = values.get("files")
     if values.get("version") != VERSION or not isinstance(files, dict):
         raise CheckpointError(path, f"must hold version {VERSION} and files")
     return {name: read_record(path, name, record) for name, record in files.items()}
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path, "no such file: the checkpoint was not converted, or not to the end") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(path, "must hold one JSON object")
-    return values
 
 
 def read_record(path: Path, name: str, record: object) -> FileRecord:
@@ -86,28 +76,19 @@ def verify_manifest(directory: Path, names: list[str] | None = None, *, content:
             raise CheckpointError(path, f"its sha256 differs from {MANIFEST}'s: the file is damaged or was changed")
 
 
-def manifest_bytes(files: Mapping[str, FileRecord], source: Mapping[str, Any]) -> bytes:
+def write_manifest(directory: Path, files: Mapping[str, FileRecord], source: Mapping[str, Any]) -> None:
+    """source: what the checkpoint was made from."""
     listed = {name: files[name]._asdict() for name in sorted(files)}
-    return (json.dumps({"version": VERSION, "source": dict(source), "files": listed}, indent=1) + "\n").encode()
-
-
-def write_manifest(directory: Path, *, source: Mapping[str, Any] | None = None) -> None:
-    """List every file now in the directory (its own and hidden names apart). For checkpoints made by other means."""
-    names = [p.name for p in directory.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith(".")]
-    data = manifest_bytes({name: hash_file(directory / name) for name in names}, source or {})
-    replace_file(directory, MANIFEST, data)
+    text = json.dumps({"version": VERSION, "source": dict(source), "files": listed}, indent=1) + "\n"
+    with replacing(directory / MANIFEST) as temporary:
+        write_bytes(temporary, text.encode())
 
 
 def add_to_manifest(directory: Path, files: Mapping[str, FileRecord]) -> None:
     """Record files added to a converted checkpoint (a quantized one, say)."""
-    source = read_values(directory / MANIFEST).get("source", {})
-    replace_file(directory, MANIFEST, manifest_bytes(read_manifest(directory) | dict(files), source))
-
-
-def replace_file(directory: Path, name: str, data: bytes) -> None:
-    temporary = directory / f".{name}.{os.getpid()}"
-    write_bytes(temporary, data)
-    os.replace(temporary, directory / name)
+    records = read_manifest(directory) | dict(files)
+    source = read_json_object(directory / MANIFEST, error=CheckpointError).get("source", {})
+    write_manifest(directory, records, source)
 
 
 @contextmanager
@@ -137,4 +118,4 @@ def install(stage: Path, directory: Path, files: Mapping[str, FileRecord], sourc
     for name in old:
         if name not in files:
             (directory / name).unlink(missing_ok=True)
-    replace_file(directory, MANIFEST, manifest_bytes(files, source))
+    write_manifest(directory, files, source)

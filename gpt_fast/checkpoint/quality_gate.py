@@ -6,14 +6,13 @@ with `--kv_cache int8` DIR/model_int4.g64.kv_int8.quality.json: an int8 cache is
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.checkpoint.manifest import read_manifest
 from gpt_fast.config import ConfigError, check_float
+from gpt_fast.files import read_json_object
 
 # Threshold -> the report's figure, and whether it may be at most or at least that.
 THRESHOLDS = {
@@ -39,12 +38,6 @@ def weights_sha256(weights: Path) -> str:
     return records[name].sha256
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def check_quality(weights: Path, thresholds: Mapping[str, float], *, kv_cache: str = "auto") -> None:
     """Hold the report recorded for `weights`, served with this cache, to the thresholds (keys of THRESHOLDS).
 
@@ -53,15 +46,11 @@ def check_quality(weights: Path, thresholds: Mapping[str, float], *, kv_cache: s
     """
     check_thresholds(thresholds)
     path = report_path(weights, kv_cache=kv_cache)
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         flags = f"--quality {weights}" + (" --kv_cache int8" if kv_cache == "int8" else "")
-        problem = f"no {path.name}: make it with `python -m gpt_fast.eval {flags}`"
-        raise ConfigError("quality", problem) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError("quality", f"{path} is not readable JSON: {error}") from None
-    if not isinstance(report, dict) or report.get("sha256") != weights_sha256(weights):
+        raise ConfigError("quality", f"no {path.name}: make it with `python -m gpt_fast.eval {flags}`")
+    report = read_json_object(path, error=lambda file, problem: ConfigError("quality", f"{file} {problem}"))
+    if report.get("sha256") != weights_sha256(weights):
         raise ConfigError("quality", f"{path.name} reports on other weights than {weights.name}: make it again")
     for name, limit in thresholds.items():
         check_figure(report, name, limit, where=path.name)

@@ -7,11 +7,12 @@ import binascii
 import dataclasses
 from pathlib import Path
 
-from gpt_fast.checkpoint.hf_config import load_model_config, model_config_from_hf, read_json_object
+from gpt_fast.checkpoint.hf_config import load_model_config, model_config_from_hf
 from gpt_fast.checkpoint.manifest import verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import Job, read_side_files
+from gpt_fast.files import read_json_object
 
 
 def draft_job(draft: Path, target: Path) -> Job:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.checkpoint.hf_config import model_config_from_hf, read_json_object
+from gpt_fast.checkpoint.hf_config import model_config_from_hf
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.meta import MetaSource, config_from_params, find_consolidated
 from gpt_fast.convert.names import HF_IGNORED, META_IGNORED, hf_candidates, meta_candidates
 from gpt_fast.convert.run import Job, read_side_files
 from gpt_fast.convert.source import Source, TorchSource, load_torch_file, open_hf
+from gpt_fast.files import read_json_object
 
 DOWNLOADED = "download.json"  # what scripts/download.py notes: repository and commit
 
@@ -60,8 +61,7 @@ def read_config(directory: Path, source: Source) -> dict[str, Any]:
 
 
 def read_origin(directory: Path) -> Mapping[str, Any]:
-    path = directory / DOWNLOADED
-    return read_json_object(path) if path.is_file() else {}
+    return read_json_object(directory / DOWNLOADED, optional=True)
 
 
 def is_gpt_fast_int8(source: Path) -> bool:

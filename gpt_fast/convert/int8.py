@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt_fast.checkpoint.directory import FLOATS, FORMAT, check_finite
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec
 from gpt_fast.convert.run import SHARD_BYTES, Job, write_checkpoint
-from gpt_fast.load.checkpoint import empty_model
+from gpt_fast.model.empty import empty_model
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import VERSION, stored_tensors
 

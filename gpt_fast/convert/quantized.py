@@ -22,6 +22,7 @@ from gpt_fast.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, wr
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.gguf import GgufSource
 from gpt_fast.convert.gguf_repack import GgufBlocks, check_same_weight
+from gpt_fast.model.empty import empty_model
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.gptq_model import GPTQOptions, gptq_model
 from gpt_fast.quantize.rtn import quantize_in_bands
@@ -107,7 +108,7 @@ def quantize_checkpoint(
     """
     name = describe(mode, groupsize)
     source = open_source(path, wanted=name)
-    model = meta_model(source.config)
+    model = empty_model(source.config)
     schemes = plan(model, mode=mode, groupsize=groupsize, embedding=embedding)
     make = rounding(source, torch.device(device))
     metadata = describe_file(source, schemes, mode=mode, groupsize=None if mode == "int8" else groupsize)
@@ -126,7 +127,7 @@ def repack_gguf(path: Path, gguf: Path, *, label: str = "_", progress: Progress 
     `path` is the checkpoint that was converted from that file: every repacked weight is compared with it, and equal.
     """
     source = open_source(path, wanted=f"what {gguf.name} holds")
-    model = meta_model(source.config)
+    model = empty_model(source.config)
     blocks = GgufBlocks(GgufSource(gguf), source.config)
     schemes = blocks.schemes(list(plan(model, mode="int8", groupsize=0, embedding="int8")))
     if not schemes:
@@ -167,11 +168,6 @@ def describe_calibration(calibration: Calibration, gptq: GPTQOptions) -> dict[st
     windows, length = calibration.tokens_CS.shape
     text = {"text": calibration.source, "text_sha256": calibration.sha256, "windows": windows, "length": length}
     return text | asdict(gptq)
-
-
-def meta_model(config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config)
 
 
 # ------------------------------------------------------------------------------------- making the parts

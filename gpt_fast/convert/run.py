@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpt_fast.checkpoint.directory import FORMAT, check_finite
-from gpt_fast.checkpoint.hf_config import model_config_from_hf, read_json_object
+from gpt_fast.checkpoint.hf_config import model_config_from_hf
 from gpt_fast.checkpoint.manifest import install, staging
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
 from gpt_fast.convert.source import Source, check_float
-from gpt_fast.load.checkpoint import empty_model
+from gpt_fast.files import read_json_object
+from gpt_fast.model.empty import empty_model
 from gpt_fast.text.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

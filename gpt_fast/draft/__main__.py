@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt_fast.bench.report import write_json
 from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ConfigError, SamplingParams, check_int
 from gpt_fast.draft.judge import DraftReport, judge_draft
@@ -30,6 +29,7 @@ from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.draft.verify import Check, check_greedy, check_sampled
+from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path
@@ -142,7 +142,7 @@ def verify(args: argparse.Namespace) -> bool:
         show(check_sampled(core, choice, prompt, params, answers=args.answers // 2))
     passed = all(check.passed for check in checks)
     print("lossless: every check passed" if passed else "NOT lossless: see the checks that failed")
-    print(json.dumps({"passed": passed, "target": engine.description["checkpoint"], "draft": draft or "ngram",
+    print(json.dumps({"passed": passed, "target": engine.description.checkpoint, "draft": draft or "ngram",
                       "k": args.speculate_k, "checks": [check.json() for check in checks]}))  # fmt: skip
     return passed
 
@@ -191,7 +191,7 @@ def speed(args: argparse.Namespace) -> bool:
         raise ConfigError("foreign_limit", "other programs were busy in every pair of turns", got=args.foreign_limit)
     print_ratios(ratios)
     told = machine.description("python -m gpt_fast.draft", args.arguments)
-    result = told | {"engine": engine.description, "draft": draft, "ratios": json_of(ratios)}
+    result = told | {"engine": engine.description.as_dict(), "draft": draft, "ratios": json_of(ratios)}
     if args.out:
         write_json(result, args.out)
     print(json.dumps(result))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gpt_fast.checkpoint.directory import FORMAT
 from gpt_fast.checkpoint.hf_config import load_model_config
-from gpt_fast.checkpoint.manifest import install, read_values, staging
+from gpt_fast.checkpoint.manifest import install, staging
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
 from gpt_fast.convert.run import read_side_files
-from gpt_fast.load.checkpoint import empty_model
+from gpt_fast.files import read_json_object
+from gpt_fast.model.empty import empty_model
 
 CONFIG = "config.json"
 
@@ -27,7 +28,7 @@ def write_random_model(like: Path, directory: Path, *, layers: int, seed: int = 
     """
     if directory.exists() and any(directory.iterdir()):
         raise CheckpointError(directory, "is not empty")
-    values = {**read_values(like / CONFIG), "num_hidden_layers": layers}
+    values = {**read_json_object(like / CONFIG), "num_hidden_layers": layers}
     with staging(directory) as stage:
         sides = {**read_side_files(like), CONFIG: (json.dumps(values, indent=2) + "\n").encode()}
         files = {name: write_bytes(stage / name, data) for name, data in sides.items()}

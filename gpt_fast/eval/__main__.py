@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.checkpoint.directory import WEIGHTS
-from gpt_fast.checkpoint.quality_gate import report_path, write_report
+from gpt_fast.checkpoint.quality_gate import report_path
 from gpt_fast.cli.errors import refuse_useless
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.engine import ranks
 from gpt_fast.engine.ranks import Group
 from gpt_fast.eval.report import Passage, make_report, plot, table
+from gpt_fast.files import write_json
 from gpt_fast.measure.picture import picture_path
 from gpt_fast.measure.texts import default_text, file_text, held_out_part
 
@@ -97,7 +98,7 @@ def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]
     if args.plot is not None:
         plot(report, tokens, args.plot)
     path = report_path(weights, kv_cache=args.kv_cache)
-    write_report(path, report)
+    write_json(report, path)
     print(f"recorded in {path}")
     return report
 
@@ -133,7 +134,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     figures = {task: numbers(values) for task, values in results.get("results", {}).items()}
     for task, values in figures.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    path = engine.description["path"]
+    path = engine.description.path
     return {"checkpoint": args.checkpoint_path, "path": path, "limit": args.limit, "results": figures}
 
 

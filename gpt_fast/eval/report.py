@@ -17,7 +17,7 @@ from gpt_fast.eval.quality import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.engine import load_model
-from gpt_fast.load.path import ModelPath, fused_path
+from gpt_fast.load.path import Refused, fused_path
 from gpt_fast.load.sizes import cache_dtype, choose_device, cores_of
 from gpt_fast.measure.picture import picture
 from gpt_fast.measure.texts import Text, windows
@@ -73,10 +73,11 @@ def load_run(config: EngineConfig, length: int, group: Group | None) -> Run:
         problem = "is beyond the model's positions"
         raise ConfigError("seq_length", problem, got=length, allowed=f"at most {loaded.config.max_position}")
     loaded.model.setup_rope(length, device)
-    fused = fused_path(config, loaded, torch.get_num_threads(), beside=None)
-    if isinstance(fused, ModelPath):
-        return Run(config, loaded, fused.prefill, fused.name)
-    return Run(config, loaded, loaded.model, f"plain ({fused})")
+    try:
+        fused = fused_path(config, loaded, torch.get_num_threads())
+    except Refused as why:
+        return Run(config, loaded, loaded.model, f"plain ({why})")
+    return Run(config, loaded, fused.prefill, fused.name)
 
 
 def side(run: Run, length: int) -> Side:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gpt_fast.checkpoint.directory import (
     FLOATS,
@@ -25,6 +24,7 @@ from gpt_fast.checkpoint.hf_config import load_model_config
 from gpt_fast.checkpoint.manifest import read_manifest, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
 from gpt_fast.config import ModelConfig
+from gpt_fast.model.empty import empty_model
 from gpt_fast.model.transformer import Transformer
 
 
@@ -66,23 +66,6 @@ def load_checkpoint(
         prepare_model(model, quantization, where)
     load_tensors(model, where, device=torch.device(device), dtype=dtype)
     return Loaded(config, model.eval(), directory, weights, quantization)
-
-
-class SkipInit(TorchFunctionMode):
-    """Leaves new parameters as they are: filling them, even on the meta device, imports a compiler (1.7 s, 70 MB)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def empty_model(config: ModelConfig) -> Transformer:
-    """The model on the meta device: names, shapes and dtypes, no memory."""
-    with torch.device("meta"), SkipInit():
-        return Transformer(config)
 
 
 def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.engine.ranks import Group
 from gpt_fast.engine.runner import Runner, buckets
 from gpt_fast.load.checkpoint import Loaded, load_checkpoint
+from gpt_fast.load.description import EngineDescription
 from gpt_fast.load.path import ModelPath, choose_path
 from gpt_fast.load.sizes import (
     build_cache,
@@ -46,7 +47,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer
     model_config: ModelConfig
     chat_template: ChatTemplate | None
-    description: dict[str, Any]  # what was chosen, for the log and the user
+    description: EngineDescription
 
 
 def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
@@ -83,30 +84,29 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
         runner.warm_up()
     torch.set_num_threads(path.torch_threads)
     huge_pages.populate(cache.buffers())
-    return Parts(
-        EngineCore(runner),
-        tokenizer,
-        loaded.config,
-        chat_template,
-        {
-            "checkpoint": str(loaded.weights_file),
-            "quantization": (loaded.quantization or {}).get("mode", "none"),
-            "path": path.name,
-            "tuning": path.tuning,
-            "device": str(device),
-            "threads": threads,
-            "torch_threads": path.torch_threads,
-            "dtype": str(compute_dtype).removeprefix("torch."),
-            "kv_cache": str(cache.k_LNHTD.dtype).removeprefix("torch."),
-            "kv_cache_gib": round(cache.nbytes / 2**30, 3),
-            "max_seq_len": max_seq_len,
-            "max_num_seqs": cache.slots,
-            "speculate": "+".join(config.proposers) or "none",
-            "weight_bytes_per_step": weight_bytes,
-            "greedy_bytes_per_step": weight_bytes - path.greedy_saves,
-            "load_seconds": round(time.perf_counter() - started, 2),
-        },
+    description = EngineDescription(
+        checkpoint=str(loaded.weights_file),
+        quantization=(loaded.quantization or {}).get("mode", "none"),
+        path=path.name,
+        tuning=path.tuning,
+        device=str(device),
+        threads=threads,
+        torch_threads=path.torch_threads,
+        dtype=name_of(compute_dtype),
+        kv_cache=name_of(cache.k_LNHTD.dtype),
+        kv_cache_gib=round(cache.nbytes / 2**30, 3),
+        max_seq_len=max_seq_len,
+        max_num_seqs=cache.slots,
+        speculate="+".join(config.proposers) or "none",
+        weight_bytes_per_step=weight_bytes,
+        greedy_bytes_per_step=weight_bytes - path.greedy_saves,
+        load_seconds=round(time.perf_counter() - started, 2),
     )
+    return Parts(EngineCore(runner), tokenizer, loaded.config, chat_template, description)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_checkpoint(

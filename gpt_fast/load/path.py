@@ -20,9 +20,13 @@ from gpt_fast.model.forward import Forward
 from gpt_fast.model.parallel import is_sharded
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.linear_compiled import for_one_token
-from gpt_fast.quantize.linear import Quantized
+from gpt_fast.quantize.linear import pack
 
 SHARDED = "tensor parallel: a fused kernel runs whole layers, inside which it cannot sum over ranks"
+
+
+class Refused(Exception):
+    """The fused kernels do not compute what was asked for; the message says why, for the path's name."""
 
 
 class ModelPath(NamedTuple):
@@ -60,54 +64,76 @@ def choose_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: M
         return sharded_path(config, model, threads)
     if asked and device.type == "cpu":
         return compiled_path(config, model, threads)
-    path = fused_path(config, loaded, threads, beside=beside)
-    if isinstance(path, ModelPath):
-        return path
-    if asked or (config.kernels == "auto" and compiles_unasked(model, device)):
-        path_config = config if asked else dataclasses.replace(config, compile=True)
-        compiled = compiled_path(path_config, model, threads)
-        return compiled._replace(name=f"{compiled.name} ({path})")
-    prepare_modules(model)
-    return ModelPath(f"plain ({path})", model, model, threads, warm_up=False)
+    try:
+        return fused_path(config, loaded, threads, beside=beside)
+    except Refused as why:
+        return path_without_kernels(config, model, threads, why=str(why))
+
+
+def path_without_kernels(config: EngineConfig, model: Transformer, threads: int, *, why: str) -> ModelPath:
+    """Compiled where that was asked for or stands in for the kernels, else PyTorch's operators as they are."""
+    if config.compile or config.compile_prefill:
+        compiled = compiled_path(config, model, threads)
+    elif config.kernels == "auto" and compiles_unasked(model):
+        compiled = compiled_path(dataclasses.replace(config, compile=True), model, threads)
+    else:
+        pack(model)
+        return ModelPath(f"plain ({why})", model, model, threads, warm_up=False)
+    return compiled._replace(name=f"{compiled.name} ({why})")
 
 
 def sharded_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
     if config.compile or config.compile_prefill:
         raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
-    prepare_modules(model)
+    pack(model)
     return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, runner=LockstepRunner)
 
 
-def compiles_unasked(model: Transformer, device: torch.device) -> bool:
+def compiles_unasked(model: Transformer) -> bool:
     """Whether torch.compile can stand in for the fused kernels: on CUDA and ROCm, where it needs Triton."""
-    return device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
+    return model.norm.weight.device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
 
 
-def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None) -> ModelPath | str:
-    """The model on its device's fused kernels, or why it stays on the plain path.
+def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None) -> ModelPath:
+    """The model on its device's fused kernels.
+
+    Raises:
+        Refused: why it cannot run there.
+    """
+    if reason := unfit(config, loaded):
+        raise Refused(reason)
+    if loaded.model.norm.weight.device.type == "cpu":
+        return cpu_path(loaded, threads, beside=beside)
+    return gpu_path(config, loaded.model, threads)
+
+
+def unfit(config: EngineConfig, loaded: Loaded) -> str:
+    """What keeps the model off any device's fused kernels; "" for nothing.
 
     float32 stays plain: it is the reference, and the fused kernels round activations.
     """
-    if is_sharded(loaded.model):
-        return SHARDED
-    if config.kernels == "plain":
-        return "kernels: plain"
-    if loaded.quantization is None and loaded.model.norm.weight.dtype != torch.bfloat16:
-        return "float32 and float16 have no fused path"
-    if cache_dtype(config, loaded) == torch.float16:
-        return "a float16 KV cache has no fused path"
-    if loaded.model.norm.weight.device.type != "cpu":
-        return gpu_path(config, loaded.model, threads)
+    dtype = loaded.model.norm.weight.dtype
+    reasons = {
+        SHARDED: is_sharded(loaded.model),
+        "kernels: plain": config.kernels == "plain",
+        "float32 and float16 have no fused path": loaded.quantization is None and dtype != torch.bfloat16,
+        "a float16 KV cache has no fused path": cache_dtype(config, loaded) == torch.float16,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> ModelPath:
+    """Decode and prompts on the fused CPU kernels; Refused where they do not fit or cannot be built."""
     from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
 
     if reason := unsupported(loaded.model):
-        return reason
+        raise Refused(reason)
     weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
     pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
     try:
         fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
     except BuildError as error:
-        return str(error)
+        raise Refused(str(error)) from None
     return ModelPath(
         "fused CPU decoder",
         fused,
@@ -119,23 +145,23 @@ def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: Mo
     )
 
 
-def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath | str:
-    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators, compiled if so asked; or why not."""
+def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
+    """Decode on the fused GPU kernels, longer prompts on PyTorch's operators, compiled if so asked; or Refused."""
     from gpt_fast.engine.graph_runner import BurstRunner
     from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
 
     if reason := unavailable(model.norm.weight.device) or unsupported(model):
-        return reason
+        raise Refused(reason)
     if torch_dtype(config.kv_cache) not in (None, model.norm.weight.dtype, torch.int8):
-        return f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type and int8"
+        raise Refused(f"kv_cache={config.kv_cache}: the fused GPU kernels read the model's own type and int8")
     try:
         fused = GpuDecoder(model)
     except ValueError as error:
-        return str(error)
+        raise Refused(str(error)) from None
     name = "fused GPU decoder"
     if config.compile_prefill:
         fused.prefill, name = compiled_path(config, model, threads).prefill, f"{name}, compiled prefill"
-    prepare_modules(model)
+    pack(model)
     runner = Runner if config.proposers else partial(BurstRunner, decoder=fused)
     return ModelPath(name, fused, fused, threads, runner=runner)
 
@@ -143,7 +169,7 @@ def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPat
 def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
     if model.config.n_expert:
         raise ConfigError("compile", "a mixture of experts is not compiled: which experts run depends on the token")
-    prepare_modules(model)
+    pack(model)
     if config.compile and model.norm.weight.device.type == "cpu":
         for_one_token(model)
     # Decode and prefill share one code object; each takes a few graphs for its kinds of shapes.
@@ -155,10 +181,3 @@ def compiled_path(config: EngineConfig, model: Transformer, threads: int) -> Mod
         compiled if config.compile_prefill else model,
         threads,
     )
-
-
-def prepare_modules(model: Transformer) -> None:
-    """Let quantized modules choose their op for this device."""
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.pack()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from gpt_fast.files import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -30,7 +31,5 @@ def picture(path: Path, *, inches: tuple[float, float]) -> Iterator[Any]:
 
     figure = Figure(figsize=inches, layout="constrained")
     yield figure
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.attention import causal_mask
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.empty import without_memory
 from gpt_fast.model.rope import rope_table
 from gpt_fast.model.transformer import Block, RMSNorm, StepInput, attention_window
 from gpt_fast.quantize.gptq import Factor, Hessian, InputSizes, damped_factor, gptq_int4
@@ -141,7 +142,7 @@ def stop_forward(*_: object) -> None:
 
 def load_block(config: ModelConfig, index: int, read: ReadTensor, device: torch.device) -> Block:
     """Block `index` in float32, which keeps its keys and values in the first layer of whatever cache it is given."""
-    with torch.device("meta"):
+    with without_memory():
         block = Block(config, index)
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     for name, linear in linears.items():
@@ -214,7 +215,7 @@ def quantize_head(
 ) -> Iterator[tuple[str, Parts]]:
     norm = RMSNorm(config.dim, config.norm_eps).to(device).requires_grad_(False)
     norm.weight.copy_(read("norm.weight"))
-    with torch.device("meta"):
+    with without_memory():
         shape = nn.Linear(config.dim, config.vocab_size, bias=False)
     head = StreamedLinear(shape, read, "output", device)
 

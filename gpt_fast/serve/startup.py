@@ -104,12 +104,13 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
     gc.freeze()  # what is imported stays: each full collection would go through it, for 0.1 s
     engine = Engine.load(**dataclasses.asdict(engine_config))
     gc.freeze()
-    logger.info("gpt-fast serves %s", json.dumps(engine.description))
+    told = engine.description
+    logger.info("gpt-fast serves %s", json.dumps(told.as_dict()))
     service = Service(
         engine,
-        threads=engine.description["torch_threads"],
+        threads=told.torch_threads,
         hung_after=serve_config.hung_seconds,
-        interval=chunk_interval(serve_config.stream_interval, engine.description),
+        interval=chunk_interval(serve_config.stream_interval, device=told.device, threads=told.threads),
     )
     service.start()
     drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
@@ -129,14 +130,14 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
     return Rounds(service, admit)
 
 
-def chunk_interval(wanted: float | None, description: Mapping[str, Any]) -> float:
+def chunk_interval(wanted: float | None, *, device: str, threads: int) -> float:
     """Seconds between two chunks of a stream: as wanted, else 0.02, or 0.1 where the engine computes on every core.
 
     There each of TorchServe's rounds stops the engine for some milliseconds.
     """
     if wanted is not None:
         return wanted
-    return 0.1 if description["device"] == "cpu" and description["threads"] >= available_cores() else 0.02
+    return 0.1 if device == "cpu" and threads >= available_cores() else 0.02
 
 
 def serving_threads() -> int:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpt_fast.text.tokenizer import Span, Tokenizer, control_pattern, read_json_object, read_special_tokens
+from gpt_fast.files import read_json_object
+from gpt_fast.text.tokenizer import Span, Tokenizer, control_pattern, read_special_tokens
 
 if TYPE_CHECKING:
     import jinja2
@@ -121,7 +122,7 @@ def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
         found: Any = path.read_text(encoding="utf-8")
     else:
         path = directory / "tokenizer_config.json"
-        found = read_json_object(path).get("chat_template")
+        found = read_json_object(path, optional=True).get("chat_template")
     if found is None:
         return None
     try:

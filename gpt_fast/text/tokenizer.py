@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.files import read_json_object
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
 
 __all__ = ["Detokenizer", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
@@ -169,8 +170,8 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     directory = Path(checkpoint_dir)
     facts = SideFacts(
         read_special_tokens(directory),
-        as_ids(read_json_object(directory / "generation_config.json").get("eos_token_id")),
-        read_json_object(directory / "tokenizer_config.json").get("add_bos_token") is not False,
+        as_ids(read_json_object(directory / "generation_config.json", optional=True).get("eos_token_id")),
+        read_json_object(directory / "tokenizer_config.json", optional=True).get("add_bos_token") is not False,
     )
     if (path := directory / "tokenizer.json").is_file():
         return load_hugging_face(path, facts)
@@ -186,22 +187,11 @@ def read_special_tokens(directory: Path) -> dict[str, str]:
     """The named special tokens ("bos_token": "<s>", ...) of tokenizer_config.json and special_tokens_map.json."""
     named = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_json_object(directory / file).items():
+        for key, value in read_json_object(directory / file, optional=True).items():
             value = value.get("content") if isinstance(value, Mapping) else value  # {"content": "<s>", "lstrip": ...}
             if re.fullmatch(r"(bos|eos|unk|sep|pad|cls|mask)_token", key) and isinstance(value, str):
                 named[key] = value
     return named
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: got a JSON {type(value).__name__}, allowed an object")
-    return value
 
 
 def as_ids(value: object) -> frozenset[int]:

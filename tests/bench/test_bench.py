@@ -28,7 +28,8 @@ from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.rounds import interleave
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
 from gpt_fast.bench.summary import ratio, summarize
-from gpt_fast.checkpoint.quality_gate import report_path, weights_sha256, write_report
+from gpt_fast.checkpoint.quality_gate import report_path, weights_sha256
+from gpt_fast.files import write_json
 from gpt_fast.measure import machine
 from gpt_fast.measure.machine import CpuMeter, Reading, foreign_share, foreign_shares
 from gpt_fast.measure.stats import percentile
@@ -451,13 +452,13 @@ def test_quality_comes_from_the_report_of_these_weights(tiny_checkpoint):
     assert quality_of(weights) == "no report"
     values = {"perplexity": 11.0, "perplexity_against": 10.0, "mean_kl": 0.05, "against": "m", "text": "t"}
     path = report_path(weights)
-    write_report(path, {"sha256": weights_sha256(weights), "dtype": "bfloat16", **values})
+    write_json({"sha256": weights_sha256(weights), "dtype": "bfloat16", **values}, path)
     try:
         assert quality_of(weights) == quality_of(weights, dtype="bfloat16") == values
         assert quality_of(weights, dtype="float32") == "no report"
         assert quality_of(weights, kv_cache="int8") == "no report"
         assert report.quality_text(values) == "perplexity 11.000 (source 10.000), KL 0.0500"
-        write_report(path, {"sha256": "another", **values})
+        write_json({"sha256": "another", **values}, path)
         assert quality_of(weights) == "outdated report"
         path.write_text("{")
         assert quality_of(weights) == "unreadable report"

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_fast.checkpoint.quality_gate import check_quality, report_path, write_report
+from gpt_fast.checkpoint.quality_gate import check_quality, report_path
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.eval.__main__ import main, parser
 from gpt_fast.eval.quality import Side, common_prefix, compare
 from gpt_fast.eval.report import plot, table
 from gpt_fast.eval.score import TOKENS_PER_FORWARD, Scorer
+from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
 from support.paths import ROOT
 from support.quantized import CPU, logits_of, quantized_model, random_model, small_config, write_checkpoint
@@ -252,13 +253,13 @@ def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
         check_quality(int4, {"max_mean_kl": 1.0})
     main(["--quality", str(int8), *FLAGS])
     report = json.loads(report_path(int8).read_text())
-    write_report(report_path(int4), report)
+    write_json(report, report_path(int4))
     with pytest.raises(
         ConfigError, match=r"model_int4\.g128\.quality\.json reports on other weights than model_int4\.g128"
     ):
         check_quality(int4, {"max_mean_kl": 1.0})
     del report["mean_kl"]
-    write_report(report_path(int8), report)
+    write_json(report, report_path(int8))
     with pytest.raises(ConfigError, match=r"has no mean_kl"):
         check_quality(int8, {"max_mean_kl": 1.0})
     report_path(int8).write_text("{")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gpt_fast.checkpoint.directory import FORMAT
-from gpt_fast.checkpoint.manifest import add_to_manifest, hash_file, install, staging, verify_manifest, write_manifest
+from gpt_fast.checkpoint.manifest import add_to_manifest, hash_file, install, staging, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, FileRecord, SafetensorsFile, TensorSpec, write_file
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
 from gpt_fast.load.checkpoint import load_checkpoint
+from support.manifest import list_files
 from support.tiny_models import logits, save
 
 WEIGHTS = "model.safetensors"
@@ -58,7 +59,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(directory / WEIGHTS)
     change(tensors)
     save_file(tensors, directory / WEIGHTS, metadata=FORMAT)
-    write_manifest(directory)
+    list_files(directory)
 
 
 # ------------------------------------------------------------------------------------------- what loads
@@ -171,7 +172,7 @@ def test_wrong_tensors(change: Callable[[dict[str, torch.Tensor]], object], name
 def test_wrong_vocabulary_in_the_config(one: Path) -> None:
     values = json.loads((one / "config.json").read_text())
     (one / "config.json").write_text(json.dumps({**values, "vocab_size": 150}))
-    write_manifest(one)
+    list_files(one)
     refuse(one, "tok_embeddings.weight", "[160, 48]", "[150, 48]")
 
 
@@ -202,7 +203,7 @@ def test_swapped_and_missing_shards(many: Path) -> None:
     second.rename(first)
     (many / "x").rename(second)
     refuse(many, "model-00001")
-    write_manifest(many)
+    list_files(many)
     refuse(many, "model-00001", "is not where the index says")
     second.unlink()
     refuse(many, "model-00002")
@@ -214,13 +215,13 @@ def test_an_index_names_plain_files_only(name: object, many: Path) -> None:
     values = json.loads(index.read_text())
     values["weight_map"]["norm.weight"] = name
     index.write_text(json.dumps(values))
-    write_manifest(many)
+    list_files(many)
     refuse(many, "index.json", "norm.weight")
 
 
 def test_hugging_face_files_are_not_served_unconverted(converted: Path, tmp_path: Path) -> None:
     shutil.copytree(converted / "hf", tmp_path / "hf")
-    write_manifest(tmp_path / "hf")
+    list_files(tmp_path / "hf")
     refuse(tmp_path / "hf", WEIGHTS, "was not written by gpt-fast")
 
 

@@ -275,8 +275,8 @@ def test_the_default_model_fused_says_the_same_with_proposals_and_nearly_the_sam
     for options in ({"kv_cache": "float32"}, {}, {"speculate": "ngram"}):
         options = {"kv_cache": "int8", "dtype": "bfloat16", "max_seq_len": 128, "max_num_seqs": 3, **options}
         engine = Engine.load(str(default_checkpoint), device="cpu", **options)
-        assert engine.description["path"] == "fused CPU decoder"
-        assert engine.description["kv_cache"] == options["kv_cache"]
+        assert engine.description.path == "fused CPU decoder"
+        assert engine.description.kv_cache == options["kv_cache"]
         answers.append([list(answer.tokens) for answer in engine.generate(prompts, params)])
     float32, int8, proposed = answers
     assert int8 == proposed

@@ -147,7 +147,10 @@ def test_a_damaged_file_is_written_anew(cache: Path, damage: str) -> None:
 
 
 def test_without_a_place_to_keep_it_a_choice_is_still_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
+    def refuse(values: object, path: Path) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(tuning, "write_json", refuse)
     assert CpuDecoder(large_model(), weights="int8", threads=2).tuned.how == "measured"
     assert not list(cache.glob("tuning-*"))
 

@@ -258,13 +258,18 @@ def test_path_choice_says_why_not(model):
     runner = path.runner(decode=path.decode, prefill=path.prefill, cache=KVCache(model.config, **bfloat16),
                          eos_ids=(EOS,), prefill_chunk=16, speculator=None)  # fmt: skip
     assert isinstance(runner, BurstRunner)
-    assert "n_expert" in load_path.gpu_path(config, small_model(n_expert=4, n_expert_per_token=2), 1)
     assert load_path.gpu_path(EngineConfig(checkpoint_path="x", kv_cache="int8"), model, 1).name == "fused GPU decoder"
     narrow = EngineConfig(checkpoint_path="x", kv_cache="bfloat16")
-    assert "kv_cache=bfloat16" in load_path.gpu_path(narrow, model, 1)
     odd = quantized_model(small_model(dim=80), mode="int4", groupsize=32)
     odd.setup_rope(MAX_SEQ_LEN, CPU)
-    assert "32 inputs" in load_path.gpu_path(config, odd, 1)
+    experts = small_model(n_expert=4, n_expert_per_token=2)
+    for options, unfit, why in (
+        (config, experts, "n_expert"),
+        (narrow, model, "kv_cache=bfloat16"),
+        (config, odd, "32 inputs"),
+    ):
+        with pytest.raises(load_path.Refused, match=why):
+            load_path.gpu_path(options, unfit, 1)
 
 
 @given(longest=st.integers(1, 40_000), rows=st.integers(1, 40), size=st.integers(1, 8), length=st.integers(1, 40_000))

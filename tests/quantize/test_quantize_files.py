@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import SafetensorsFile, TensorSpec, write_weights
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.gguf_repack import REPACK
@@ -25,6 +24,7 @@ from gpt_fast.quantize import QuantizationError, Quantized, pack
 from gpt_fast.quantize.__main__ import main
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_in_bands, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
+from support.manifest import list_files
 from support.quantize_memory import peaks, write_random
 from support.quantized import (
     CPU,
@@ -154,7 +154,7 @@ def rewritten(path: Path, *, tensors: dict, modules: dict[str, str | None]) -> P
     metadata = file.metadata | {"quantization": json.dumps(said)}
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
     write_weights(path.parent, path.stem, specs, lambda spec: state[spec.name], metadata=metadata)
-    write_manifest(path.parent)
+    list_files(path.parent)
     return path
 
 

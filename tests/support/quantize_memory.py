@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest has it
 import torch
 
 from gpt_fast.checkpoint.directory import FORMAT
-from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
-from gpt_fast.convert.quantized import Calibration, meta_model, quantize_checkpoint
+from gpt_fast.convert.quantized import Calibration, quantize_checkpoint
+from gpt_fast.model.empty import empty_model
+from support.manifest import list_files
 from support.quantized import hugging_face_config, small_config
 
 LLAMA_70B = {"dim": 8192, "n_head": 64, "n_kv_head": 8, "head_dim": 128, "intermediate_size": 28672}
@@ -34,7 +35,7 @@ LLAMA_70B = {"dim": 8192, "n_head": 64, "n_kv_head": 8, "head_dim": 128, "interm
 def write_random(directory: Path, config: ModelConfig) -> int:
     """A bfloat16 checkpoint, a tensor at a time; the bytes of a layer."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = meta_model(config).state_dict()
+    state = empty_model(config).state_dict()
     specs = [TensorSpec(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in state.items()]
 
     def produce(spec: TensorSpec) -> torch.Tensor:
@@ -43,7 +44,7 @@ def write_random(directory: Path, config: ModelConfig) -> int:
 
     (directory / "config.json").write_text(json.dumps(hugging_face_config(config)))
     write_weights(directory, "model", specs, produce, metadata=FORMAT)
-    write_manifest(directory)
+    list_files(directory)
     return sum(spec.nbytes for spec in specs if spec.name.startswith("layers.0."))
 
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from gpt_fast.checkpoint.directory import FORMAT
-from gpt_fast.checkpoint.manifest import write_manifest
 from gpt_fast.checkpoint.safetensors_file import TensorSpec, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.empty import empty_model
 from gpt_fast.model.forward import Batch
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import apply_schemes, plan
 from gpt_fast.text.tokenizer import byte_alphabet
+from support.manifest import list_files
 
 CPU = torch.device("cpu")
 
@@ -73,8 +74,7 @@ def quantized_model(model: Transformer, *, mode: str, groupsize: int, embedding:
 
 
 def model_of_state(config: ModelConfig, schemes: dict[str, Scheme], state: dict[str, Tensor]) -> Transformer:
-    with torch.device("meta"):
-        twin = Transformer(config)
+    twin = empty_model(config)
     apply_schemes(twin, schemes)
     missing = twin.load_state_dict(state, strict=False, assign=True).missing_keys
     assert missing in ([], ["output.weight"])
@@ -122,7 +122,7 @@ def write_checkpoint(directory: Path, model: Transformer, *, tokenizer: bool = F
     write_weights(directory, "model", specs, lambda spec: state[spec.name], metadata=FORMAT)
     if tokenizer:
         write_byte_tokenizer(directory)
-    write_manifest(directory)
+    list_files(directory)
     return directory
 
 

@@ -490,7 +490,7 @@ def test_broken_tokenizer_model(tmp_path: Path, content: bytes) -> None:
 def test_broken_side_file(tmp_path: Path) -> None:
     directory_with(tmp_path, "tokenizer.json", tokenizer_json_from_gguf(byte_fields()))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: is not readable JSON"):
         load_tokenizer(tmp_path)
 
 

@@ -18,9 +18,9 @@ from gpt_fast.bench.gpu import peers, report, rows
 from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
-from gpt_fast.bench.report import write_json
 from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ModelConfig
+from gpt_fast.files import write_json
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path
 

@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from gpt_fast.files import replacing
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = (
@@ -118,15 +119,9 @@ def source_key(isa: str) -> str:
 
 
 def build(path: Path, isa: str) -> None:
-    """Compile to a temporary name beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so.tmp")
-    os.close(handle)
-    try:
-        compile_sources(Path(temporary), isa, ["decoder.cpp"], ["-shared"])
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Compile the decoder to `path`: whole or not at all, for other processes may look for it meanwhile."""
+    with replacing(path) as temporary:
+        compile_sources(temporary, isa, ["decoder.cpp"], ["-shared"])
 
 
 def compile_sources(output: Path, isa: str, sources: Sequence[str], extra: Sequence[str]) -> None:

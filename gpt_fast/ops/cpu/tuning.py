@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import byref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpt_fast.files import write_json
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.structs import Fetch, LayerWeights, Linear, ModelWeights, StepInput, Tuning
 
@@ -224,14 +224,9 @@ class Place(NamedTuple):
 
     def write(self, choice: Choice) -> None:
         """Keep it; a cache that cannot be written only means that the next start measures again."""
-        text = json.dumps({"library": self.library, "choices": self.entries() | {self.entry: asdict(choice)}}, indent=1)
-        try:
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".json.tmp")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self.path)
-        except OSError:
-            return
+        choices = self.entries() | {self.entry: asdict(choice)}
+        with suppress(OSError):
+            write_json({"library": self.library, "choices": choices}, self.path)
 
 
 class Tuned(NamedTuple):
