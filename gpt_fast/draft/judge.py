@@ -12,7 +12,7 @@ import torch
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.cost import measure_cost
-from gpt_fast.draft.measure import Reader, Run, draft_runner, forget, run
+from gpt_fast.draft.measure import Reader, Run, draft_runner, run, speculator_of
 from gpt_fast.draft.predict import Cost, Speed, best_k, compare, pool
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine.core import EngineCore
@@ -66,10 +66,10 @@ def judge_draft(
 ) -> DraftReport:  # fmt: skip
     """Measure everything about the proposer that `core` was loaded with; costs and speeds at the first temperature,
     speeds over `repeat` turns of plain decode and speculation."""
-    speculator = core.runner.speculator
+    speculator = speculator_of(core)
     if speculator is None:
         raise ConfigError("speculate", "the engine has no proposer to judge")
-    arm, counts = next(iter(speculator.proposers)), speculator.controller.counts
+    arm, counts = next(iter(speculator.proposers)), speculator.counts
     report, runs = DraftReport(name), []
     for temperature in temperatures:
         for category in categories(prompts):
@@ -109,7 +109,7 @@ def answer(
 ) -> Run:
     """The slots empty at first, as if no such prompt had come before."""
     random.seed(0)  # unseeded requests draw their seeds here
-    forget(core)
+    core.forget_slots()
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     return run(core, choice, tokens, params, together=together)
 
@@ -137,7 +137,7 @@ def read_overlap(
     core: EngineCore, category: str, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[Overlap]:
     """Empty for a proposer without a model."""
-    runner = draft_runner(core.runner.speculator)
+    runner = draft_runner(core)
     if runner is None:
         return []
     target, draft, found = Reader(core.runner), Reader(runner), []

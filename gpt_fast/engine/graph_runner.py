@@ -1,9 +1,9 @@
-"""BurstRunner: several decode steps at a time on a GPU, each begun before the last one's tokens are read.
+"""GraphRunner: several decode steps at a time on a GPU, each begun before the last one's tokens are read.
 
 Where only plain decodes are planned, the rows live on the device (ops/gpu/graph.py) and the host reads one replay late;
 anything else (prompts, penalties, logprobs, a guide) is an ordinary step. The device knows when a row ends just as the
-scheduler does; what a stop the device does not know leaves behind is dropped by the scheduler, and in the cache lies
-behind what its slot is said to hold.
+scheduler does, but for stop strings: it may decode past one, and the scheduler drops those tokens; their cache entries
+lie beyond the slot's valid length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt_fast.sampling import needs_edit
 STEPS = 4  # a replay: more spare the host's gaps between replays, fewer let a new request in sooner
 
 
-class BurstRunner(Runner):
+class GraphRunner(Runner):
     """A Runner whose decodes, where all rows are plain, bring up to `steps` tokens each."""
 
     def __init__(self, *, decoder: GpuDecoder, steps: int = STEPS, **options: Any) -> None:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent
 
@@ -29,6 +30,15 @@ class Slot:
     owner: str = ""
     used: int = 0
     ill: bool = False
+
+
+class Load(NamedTuple):
+    """What a scheduler has to do: requests in slots, requests that wait for one, and the share of the cache's positions
+    that the running ones occupy."""
+
+    running: int
+    waiting: int
+    cache_usage: float
 
 
 class Scheduler:
@@ -67,6 +77,14 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
+
+    def load(self) -> Load:
+        positions = sum(r.computed for r in list(self.running.values()))
+        return Load(len(self.running), len(self.waiting), positions / (len(self.slots) * self.max_seq_len))
+
+    def forget_slots(self) -> None:
+        """Let no request begin with what another's slot holds."""
+        self.slots = [Slot(ill=slot.ill) for slot in self.slots]
 
     @property
     def decoding(self) -> list[Request]:

@@ -43,9 +43,7 @@ class Admit:
         self.page = page_text()
         self.tool_format = tool_format(engine)
         self.offers = frozenset({"schema", "tools"} if self.tool_format else {"schema"})
-        self.guides = Maker(
-            engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.core.runner.eos_ids
-        )
+        self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
     def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
         path = path.strip("/")
@@ -154,7 +152,7 @@ class Admit:
 
     def check_room(self, sequences: int) -> None:
         """429 when the waiting line is full; 400 for a request that would not fit an empty server."""
-        slots = len(self.engine.core.scheduler.slots)
+        slots = self.engine.slots
         most = slots + self.limits.max_waiting
         if sequences > most:
             raise RequestError(f"n: {sequences} sequences in all (allowed {most})", param="n")

@@ -1,4 +1,4 @@
-"""A draft model as a proposer: it decodes ahead of the target, in a cache that mirrors the target's slots.
+"""A draft model as a proposer: it decodes the next tokens first, in a cache that mirrors the target's slots.
 
 Shapes: B rows, K proposals of a row, V vocabulary.
 """
@@ -74,7 +74,8 @@ class DraftProposer:
         room = self.runner.cache.max_seq_len + 1
         limits = [max(0, min(limit, room - r.length)) for r, limit in zip(requests, limits, strict=True)]
         return [
-            Offer(limit, lag=self._lag(r)) if limit else Offer(0) for r, limit in zip(requests, limits, strict=True)
+            Offer(limit, behind=self._behind(r)) if limit else Offer(0)
+            for r, limit in zip(requests, limits, strict=True)
         ]
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
@@ -99,9 +100,9 @@ class DraftProposer:
         )
 
     def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None:
-        for request, count, stood in zip(requests, self.counts, accepted, strict=True):
+        for request, count, length in zip(requests, self.counts, accepted, strict=True):
             if count:  # called before the accepted tokens join the request
-                self._hold(request, request.length + min(stood, count - 1), request.length + count - 1)
+                self._hold(request, request.length + min(length, count - 1), request.length + count - 1)
 
     def copied(self, copy: PrefixCopy) -> None:
         held = self.held.get(copy.source)
@@ -110,6 +111,9 @@ class DraftProposer:
             before = self.held.get(copy.target)
             written = max(copy.length, before.written if before else 0)
             self.held[copy.target] = Held(held.request, min(held.count, copy.length), written)
+
+    def forget_slots(self) -> None:
+        self.held.clear()
 
     def _known(self, request: Request) -> int:
         """How many of the request's first tokens the draft's slot already holds."""
@@ -121,7 +125,7 @@ class DraftProposer:
             self.held[request.slot] = held = Held(request, shared(request, held))
         return held.count
 
-    def _lag(self, request: Request) -> int:
+    def _behind(self, request: Request) -> int:
         """Tokens that it must be fed before it can propose; the last two are never among them."""
         lacking = request.length - self._known(request)
         return lacking - 2 if lacking > self.first else 0
@@ -145,8 +149,8 @@ class DraftProposer:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
         budget, ready = self.runner.chunks[-1], []
         for request, count in zip(requests, counts, strict=True):
-            known, lag = self._known(request), self._lag(request)
-            fed = min(lag, budget) if count else 0
+            known, behind = self._known(request), self._behind(request)
+            fed = min(behind, budget) if count else 0
             if fed > 0:
                 budget -= fed
                 size = next(size for size in self.runner.chunks if size >= fed)
@@ -154,7 +158,7 @@ class DraftProposer:
                 self.runner.forward(self.runner.prefill, [tokens], [known], [request.slot], size=size)
                 known += fed
                 self._hold(request, known, known)
-            ready.append(count if fed == lag else 0)
+            ready.append(count if fed == behind else 0)
         return ready, self.runner.chunks[-1] - budget
 
     def _decode(self, requests: Sequence[Request], counts: list[int], caught_up: int) -> Proposal:
@@ -182,7 +186,7 @@ class DraftProposer:
                 fed_BK=drafts[-1][:, None] if step else None,
             )
             weight_BV = None if params is None else weights(logits_BV, params)
-            # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
+            # NO_TOKEN becomes a token that will be rejected, for its q is not a number either.
             drafts.append(sample(logits_BV, params, uniform_BK[:, step], weight_BV).clamp(min=0))
             if weight_BV is not None and not all(matched):
                 dists.append(normalized(weight_BV))

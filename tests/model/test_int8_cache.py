@@ -19,7 +19,7 @@ from gpt_fast.measure.texts import default_text, held_out_part, windows
 from gpt_fast.model.cache import KVCache, quantize_heads
 from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder, build, reference
-from gpt_fast.speculative.controller import Fixed
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -209,7 +209,7 @@ def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
 def test_speculation_changes_no_token(tiny_model, proposer):
     model, prompts = tiny_model(), some_prompts(5)
     proposes = NGramProposer(CPU) if proposer == "ngram" else DraftProposer(runner_of(tiny_model(seed=3)))
-    speculator = Speculator({proposer: proposes}, Fixed(Choice(proposer, 3), [3]), max_seq_len=128)
+    speculator = Speculator({proposer: proposes}, Controller([3]), max_seq_len=128, always=Choice(proposer, 3))
     core = EngineCore(runner_of(model, speculator=speculator))
     assert answers(core, prompts) == answers(EngineCore(runner_of(model)), prompts)
 

@@ -11,7 +11,7 @@ from gpt_fast.engine.runner import Runner
 from gpt_fast.measure.significance import chi_square
 from gpt_fast.model.cache import KVCache
 from gpt_fast.sampling import probabilities, sampling_tensors
-from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -31,8 +31,8 @@ def speculating(model, draft, k, *, slots=4, max_seq_len=128, draft_len=None, co
         proposers = {"ngram": NGramProposer(CPU)}
     else:
         proposers = {"draft": DraftProposer(runner_of(draft, slots=slots, max_seq_len=draft_len or max_seq_len))}
-    fixed = Fixed(Choice(next(iter(proposers)), k), [k])
-    speculator = Speculator(proposers, controller or fixed, max_seq_len=max_seq_len)
+    always = None if controller else Choice(next(iter(proposers)), k)
+    speculator = Speculator(proposers, controller or Controller([k]), max_seq_len=max_seq_len, always=always)
     return EngineCore(runner_of(model, slots=slots, max_seq_len=max_seq_len, speculator=speculator))
 
 
