@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from gpt_fast.draft.formulas import Cost
 from gpt_fast.draft.measure import draft_runner, rows_catching_up, speculating, speculator_of
-from gpt_fast.draft.predict import Cost
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.model.forward import Startable
@@ -27,8 +27,11 @@ def measure_cost(
     core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
     temperature: float = 0.0,
 ) -> Cost:  # fmt: skip
-    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps and a draft's
-    come several in a row, for where they can they begin ahead. unread: tokens of a prompt that a draft must read."""
+    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians.
+
+    Plain steps and a draft's come several in a row, for a step may begin before the last one's tokens are read.
+    unread: tokens of a prompt that a draft must read.
+    """
     rows = timing_requests(batch_size, context, temperature=temperature)
     times: dict[str, list[float]] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was judged by
+TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was predicted from
 
 
 class ChunkBudget:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent
+from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent, common_prefix
 
 MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 
@@ -23,7 +23,7 @@ MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 class Slot:
     """What a slot's cache holds, whoever wrote it, and when it was last used.
 
-    `ill`: it may hold NaN, which spreads even from positions that a mask hides (0 * NaN), so zero it before use.
+    `ill`: it may hold NaN, so it must be zeroed before it is used (KVCache.clear).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -83,8 +83,9 @@ class Scheduler:
         return Load(len(self.running), len(self.waiting), positions / (len(self.slots) * self.max_seq_len))
 
     def forget_slots(self) -> None:
-        """Let no request begin with what another's slot holds."""
-        self.slots = [Slot(ill=slot.ill) for slot in self.slots]
+        """Let no request begin with what an earlier one left in a slot."""
+        for index in self.free:
+            self.slots[index] = Slot(ill=self.slots[index].ill)
 
     @property
     def decoding(self) -> list[Request]:
@@ -210,10 +211,8 @@ class Scheduler:
     def _shared(self, request: Request, slot: Slot) -> int:
         if not self.reuse_prefix or slot.owner != request.owner:
             return 0
-        limit = min(len(slot.tokens), len(request.prompt) - 1)  # the last token must run, to be sampled from
-        if slot.tokens[:limit] == request.prompt[:limit]:
-            return limit
-        return next(i for i in range(limit) if slot.tokens[i] != request.prompt[i])
+        last = len(request.prompt) - 1  # it must run, to be sampled from
+        return min(common_prefix(slot.tokens, request.prompt), last)
 
     def _fed(self, request: Request, count: int) -> None:
         slot = self.slots[request.slot]

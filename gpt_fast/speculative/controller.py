@@ -57,7 +57,7 @@ class Controller:
     plain decode, whatever is predicted, so the loss stays below `allowance` of the time plus `overdraft` steps, plus
     one catch-up: the cost of feeding a draft is charged only after it had `stay` steps to pay off.
 
-    That holds if plain steps are known well, and the choice itself stands against it: speculation that only seems to
+    That holds if plain steps are known well, and the choice itself works against it: speculation that only seems to
     pay, because plain steps happened to look slow, goes on and measures no plain step. So plain steps are compared the
     more often the less is gained: a comparison takes `allowance` of what the steps since the last one brought.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.model.forward import Startable
-from gpt_fast.request import PrefixCopy, Request
+from gpt_fast.request import PrefixCopy, Request, common_prefix
 from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
 from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.proposer import Offer
@@ -113,7 +113,8 @@ class DraftProposer:
             self.held[copy.target] = Held(held.request, min(held.count, copy.length), written)
 
     def forget_slots(self) -> None:
-        self.held.clear()
+        for held in self.held.values():
+            held.count = 0
 
     def _known(self, request: Request) -> int:
         """How many of the request's first tokens the draft's slot already holds."""
@@ -121,7 +122,7 @@ class DraftProposer:
         if held is None:
             return 0
         if held.request is not request:
-            self._mend(request.slot, held.written)
+            self.runner.cache.remove_nan(request.slot, held.written)  # target or draft may have overflowed here
             self.held[request.slot] = held = Held(request, shared(request, held))
         return held.count
 
@@ -137,13 +138,6 @@ class DraftProposer:
     def _hold(self, request: Request, count: int, written: int) -> None:
         before = self.held.get(request.slot)
         self.held[request.slot] = Held(request, count, max(written, before.written if before else 0))
-
-    def _mend(self, slot: int, written: int) -> None:
-        """Whether target or draft overflowed here: NaN would spread to the next request even from positions that a
-        mask hides (0 * NaN)."""
-        for buffer in self.runner.cache.buffers():
-            if buffer.is_floating_point():
-                buffer[:, slot, :, :written].nan_to_num_(0.0, 0.0, 0.0)
 
     def _catch_up(self, requests: Sequence[Request], counts: Sequence[int]) -> tuple[list[int], int]:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
@@ -198,6 +192,4 @@ def shared(request: Request, held: Held) -> int:
     """How many of what the slot holds are the first tokens of a request that may read them."""
     if held.request.owner != request.owner:
         return 0
-    mine, theirs = request.tokens(0, held.count), held.request.tokens(0, held.count)
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+    return common_prefix(request.tokens(0, held.count), held.request.tokens(0, held.count))

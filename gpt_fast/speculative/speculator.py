@@ -137,7 +137,7 @@ class Speculator:
     def _look(self, requests: Sequence[Request], unknown: int) -> Decision:
         """What the proposers could do, and what the controller makes of it. After idle steps it looks less often."""
         rows = [(r, r.length + unknown) for r in requests]
-        if self.resting and all(r in self.acceptances for r in requests):
+        if self.resting and not self.always and all(r in self.acceptances for r in requests):
             self.resting -= 1
             return Decision(rows, None, (), unknown > 0)
         # Every decoding request is in every step, so one that is missing has ended.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.draft.verify import check_greedy, check_sampled
+from gpt_fast.draft.lossless import check_greedy, check_sampled
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure import significance
 from gpt_fast.speculative.accept import accept_at_once
