@@ -54,7 +54,9 @@ def measure_cost(
             with speculating(core, Choice(arm, k)):
                 catch_up(core, rows)
                 timed(f"step {k}", lambda: core.runner.advance(rows))
-    core.forget_slots()  # the made-up rows wrote there
+    core.forget_slots()  # the rows wrote there
+    for row in rows:
+        core.runner.ended(row)
     seconds = {key: statistics.median(values[1:]) for key, values in times.items()}
     plain, draft = seconds["plain"], seconds.get("draft", 0.0)
     v = {k: seconds[f"verify {k}"] / plain for k in counts}

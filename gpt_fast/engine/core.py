@@ -33,9 +33,10 @@ class EngineCore:
             max_seq_len=runner.cache.max_seq_len,
             eos_ids=runner.eos_ids,
             reuse_prefix=reuse_prefix,
+            ended=runner.ended,
         )
         self.graphs_at_start = compiled_graphs()
-        self.ended = 0.0  # when the last step had its tokens
+        self.tokens_at = 0.0  # when the last step had its tokens
 
     @property
     def max_seq_len(self) -> int:
@@ -122,10 +123,10 @@ class EngineCore:
         plan = self.scheduler.schedule(chunk=self.runner.chunks[-1], chunk_beside_decode=beside)
         if not plan:
             return []
-        since = self.ended if plan.decodes else time.perf_counter()
+        since = self.tokens_at if plan.decodes else time.perf_counter()
         sampled = self.runner.run(plan)
-        self.ended = time.perf_counter()
-        self.runner.learn(plan, sampled, self.ended - since)
+        self.tokens_at = time.perf_counter()
+        self.runner.learn(plan, sampled, self.tokens_at - since)
         events = self.scheduler.commit(plan, sampled)
         if self.runner.begin_next and not self.scheduler.prefilling:
             self.runner.begin_next(self.scheduler.decoding)

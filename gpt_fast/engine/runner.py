@@ -61,6 +61,9 @@ class Speculation(Protocol):
     def copied(self, copy: PrefixCopy) -> None:
         """A slot's prefix was copied."""
 
+    def ended(self, request: Request) -> None:
+        """It will be in no further step."""
+
     def forget_slots(self) -> None:
         """Nothing that slots hold may serve another request."""
 
@@ -170,6 +173,11 @@ class Runner:
             accepted = [len(sampled[r.id]) - 1 for r in requests]
             self.speculator.learn(requests, proposal, accepted, time.perf_counter() - started)
         return sampled
+
+    def ended(self, request: Request) -> None:
+        """It will be in no further plan."""
+        if self.speculator:
+            self.speculator.ended(request)
 
     def chunk_beside(self, decodes: list[Request]) -> int:
         """How many prompt tokens the next step, which decodes these, should compute."""

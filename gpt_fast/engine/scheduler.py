@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,10 +44,19 @@ class Load(NamedTuple):
 class Scheduler:
     """Owns every request and slot. Not thread-safe: one thread adds, aborts, schedules and commits."""
 
-    def __init__(self, *, slots: int, max_seq_len: int, eos_ids: Iterable[int], reuse_prefix: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        max_seq_len: int,
+        eos_ids: Iterable[int],
+        reuse_prefix: bool = True,
+        ended: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        """ended: told of every request that ran, when it leaves its slot."""
         self.max_seq_len = max_seq_len
         self.eos_ids = frozenset(eos_ids)
-        self.reuse_prefix = reuse_prefix
+        self.reuse_prefix, self.ended = reuse_prefix, ended
         self.waiting: deque[Request] = deque()
         self.running: dict[str, Request] = {}
         self.slots = [Slot() for _ in range(slots)]
@@ -247,3 +256,4 @@ class Scheduler:
         self.free.add(request.slot)
         self.clock += 1
         self.slots[request.slot].used = self.clock
+        self.ended(request)

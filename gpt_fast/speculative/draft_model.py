@@ -16,7 +16,7 @@ from gpt_fast.model.forward import Startable
 from gpt_fast.request import PrefixCopy, Request, common_prefix
 from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
 from gpt_fast.speculative.greedy_chain import GreedyChain
-from gpt_fast.speculative.proposer import Offer
+from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
 
 
@@ -52,7 +52,7 @@ class DraftRunner(Protocol):
     ) -> Tensor: ...
 
 
-class DraftProposer:
+class DraftProposer(Proposer):
     """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
     startable: the draft itself, where its steps can be begun; greedy proposals are then a GreedyChain, and a

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gpt_fast.request import PrefixCopy, Request
-from gpt_fast.speculative.proposer import Offer
+from gpt_fast.request import Request
+from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import Proposal, on_device
 
 
@@ -65,7 +65,7 @@ class NGramIndex:
         return length
 
 
-class NGramProposer:
+class NGramProposer(Proposer):
     """Prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding): what followed last time follows again."""
 
     def __init__(self, device: torch.device) -> None:
@@ -74,11 +74,9 @@ class NGramProposer:
         self.found: dict[Request, list[int]] = {}
 
     def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
-        # Every decoding request is in every step, so one that is missing has ended.
-        self.indices = {r: self.indices.get(r) or NGramIndex() for r in requests}
         offers, self.found = [], {}
         for request, limit in zip(requests, limits, strict=True):
-            index = self.indices[request]
+            index = self.indices.setdefault(request, NGramIndex())
             index.extend(request.tokens(len(index.tokens), request.length))
             tokens, length = index.propose(limit)
             self.found[request] = tokens
@@ -92,8 +90,5 @@ class NGramProposer:
         rows = [tokens + [0] * (K - len(tokens)) for tokens in found]
         return Proposal(on_device(rows, self.device), list(counts))
 
-    def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None: ...
-
-    def copied(self, copy: PrefixCopy) -> None: ...
-
-    def forget_slots(self) -> None: ...
+    def ended(self, request: Request) -> None:
+        self.indices.pop(request, None)

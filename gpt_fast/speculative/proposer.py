@@ -24,6 +24,8 @@ class Offer(NamedTuple):
 
 
 class Proposer(Protocol):
+    """Who proposes inherits from it; what does not concern a proposer, it leaves out."""
+
     def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
         """One a row; limits are how many proposals the row could use."""
 
@@ -35,6 +37,9 @@ class Proposer(Protocol):
 
     def copied(self, copy: PrefixCopy) -> None:
         """The target's cache copied a prefix between slots."""
+
+    def ended(self, request: Request) -> None:
+        """It will not be asked about again."""
 
     def forget_slots(self) -> None:
         """Nothing that slots hold may serve another request."""

@@ -91,7 +91,7 @@ class Speculator:
         self.chains = False  # whether the runner can begin a greedy step before the last one's tokens are known
         self.idle = 0  # steps in a row that brought no accepted proposal
         self.resting = 0  # steps until the next look
-        self.gap, self.ended = 0.0, 0.0  # seconds between the last two steps; when the last one had its tokens
+        self.gap, self.tokens_at = 0.0, 0.0  # seconds between the last two steps; when the last one had its tokens
 
     @property
     def counts(self) -> list[int]:
@@ -125,7 +125,7 @@ class Speculator:
 
     def propose(self, requests: Sequence[Request]) -> Proposal | None:
         """This step's proposals; None for a plain step."""
-        self.gap = time.perf_counter() - self.ended
+        self.gap = time.perf_counter() - self.tokens_at
         made = self.next is not None and self.next.rows == [(r, r.length) for r in requests]
         self.last, self.next = self.next if self.next and made else self._look(requests, 0), None
         if self.last.choice is None:
@@ -140,8 +140,8 @@ class Speculator:
         if self.resting and not self.always and all(r in self.acceptances for r in requests):
             self.resting -= 1
             return Decision(rows, None, (), unknown > 0)
-        # Every decoding request is in every step, so one that is missing has ended.
-        self.acceptances = {r: self.acceptances.get(r, {}) for r in requests}
+        for request in requests:
+            self.acceptances.setdefault(request, {})
         limits = [self._limit(r) for r in requests]
         offers = {arm: proposer.offers(requests, limits) for arm, proposer in self.proposers.items()}
         if self.always:
@@ -158,7 +158,7 @@ class Speculator:
         self, requests: Sequence[Request], proposal: Proposal | None, accepted: Sequence[int], seconds: float
     ) -> None:
         """What became of the last proposals; called before the accepted tokens join their requests."""
-        self.ended = time.perf_counter()
+        self.tokens_at = time.perf_counter()
         tokens = sum(accepted) + len(accepted)
         self.idle = 0 if any(accepted) else self.idle + 1
         batch, choice = batch_of(requests), self.last.choice
@@ -191,11 +191,19 @@ class Speculator:
                 decode(requests)
                 times.append(time.perf_counter() - started)
             self.controller.costs.learn(choice, BatchShape(rows), min(times[1:]))
+        for request in requests:
+            self.ended(request)
         self.always, self.totals, self.pool = always, Totals(), {}
 
     def copied(self, copy: PrefixCopy) -> None:
         for proposer in self.proposers.values():
             proposer.copied(copy)
+
+    def ended(self, request: Request) -> None:
+        """It will be in no further step."""
+        self.acceptances.pop(request, None)
+        for proposer in self.proposers.values():
+            proposer.ended(request)
 
     def forget_slots(self) -> None:
         for proposer in self.proposers.values():
