@@ -71,7 +71,8 @@ def run(
     seconds, steps, tokens, ready_seconds, ready_steps, caught_up = 0.0, 0, 0, 0.0, 0, 0
     with speculating(core, choice):
         while waiting or not core.idle:
-            while waiting and sum(core.load()[:2]) < together:
+            load = core.load()
+            for _ in range(min(together - load.running - load.waiting, len(waiting))):
                 core.add(*waiting.popleft(), params)
             full = core.decoding == together
             started = time.perf_counter()
@@ -79,9 +80,9 @@ def run(
             if full:
                 took = time.perf_counter() - started
                 seconds, steps, tokens = seconds + took, steps + 1, tokens + len(events)
-                lagging = rows_catching_up(core)
-                caught_up += lagging
-                if not lagging:
+                behind = rows_catching_up(core)
+                caught_up += behind
+                if not behind:
                     ready_seconds, ready_steps = ready_seconds + took, ready_steps + 1
             for event in events:
                 answers[event.request_id].append(event.token)

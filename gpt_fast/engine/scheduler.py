@@ -51,7 +51,7 @@ class Scheduler:
         max_seq_len: int,
         eos_ids: Iterable[int],
         reuse_prefix: bool = True,
-        ended: Callable[[Request], None] = lambda request: None,
+        ended: Callable[[Request], None] | None = None,
     ) -> None:
         """ended: told of every request that ran, when it leaves its slot."""
         self.max_seq_len = max_seq_len
@@ -256,4 +256,5 @@ class Scheduler:
         self.free.add(request.slot)
         self.clock += 1
         self.slots[request.slot].used = self.clock
-        self.ended(request)
+        if self.ended:
+            self.ended(request)

@@ -145,6 +145,7 @@ class Speculator:
         limits = [self._limit(r) for r in requests]
         offers = {arm: proposer.offers(requests, limits) for arm, proposer in self.proposers.items()}
         if self.always:
+            self.idle = self.resting = 0
             choice = None if self.always == PLAIN else self.always
             return Decision(rows, choice, offers[choice.arm] if choice else ())
         candidates = {arm: self._candidates(arm, requests, offers[arm], unknown) for arm in offers}
@@ -177,7 +178,7 @@ class Speculator:
                 self._learn_row(request, (choice.arm, offer.kind), count, length)
 
     def measure(self, decode: Callable[[list[Request]], object], rows: int) -> None:
-        """Time plain decode and every choice on requests of `rows` rows; the controller starts from that.
+        """Time plain decode and every choice on as many requests as `rows`; the controller starts from that.
 
         decode runs one step of requests and reports to this speculator, as always.
         """
