@@ -24,7 +24,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.llm import Engine
 from gpt_fast.measure.machine import CpuMeter
-from gpt_fast.ops.cpu.screen import MOST_ROWS
+from gpt_fast.ops.cpu.screen import MAX_ROWS
 
 
 class EngineTarget:
@@ -46,7 +46,7 @@ class EngineTarget:
         return Description(
             weight_bytes=told["weight_bytes_per_step"],
             greedy_bytes=told["greedy_bytes_per_step"],
-            greedy_rows=MOST_ROWS,
+            greedy_rows=MAX_ROWS,
             kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),
             load_seconds=told["load_seconds"],
             facts={**told, "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},

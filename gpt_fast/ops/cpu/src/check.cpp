@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "decoder.h"
+#include "screen_build.h"
 
 namespace {
 
@@ -33,15 +34,16 @@ struct RandomModel {
   gf::ModelWeights weights{};
 
   gf::Screen screen() {
-    static const int32_t focus[] = {3, kDim - 1, 40};
+    static const int32_t outliers[] = {3, kDim - 1, 40};
     const Linear& head = weights.head;
     const size_t rows = size_t(head.tiles()) * gf::kLanes, groups = size_t(head.groups());
-    Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255),
-                bytes(rows * (4 + groups), 0, 255), nullptr};
-    gf::Screen s{copy, focus, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
+    uint8_t *q = bytes(rows * groups * 16, 0, 255), *scale = bytes(rows * (4 + groups), 0, 255);
+    const Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, q, scale, nullptr};
+    const gf::ScreenMemory memory = gf::ScreenMemory::of(copy, q, scale);
+    gf::Screen s{copy, outliers, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
                  floats(int(rows), 1), floats(int(rows), 1), 3, 2, 0};
-    gf::build_screen(head, s, 0, 3);
-    gf::build_screen(head, s, 3, head.tiles() - 3);
+    gf::build_screen(head, s, memory, 0, 3);
+    gf::build_screen(head, s, memory, 3, head.tiles() - 3);
     return s;
   }
 
@@ -64,11 +66,12 @@ struct RandomModel {
     Linear w{format_, rows, cols, format_ == gf::kInt4 ? 64 : gf::kGroup, nullptr, nullptr, nullptr};
     const size_t outputs = size_t(w.tiles()) * gf::kLanes, inputs = size_t(w.groups()) * gf::kGroup;
     const size_t bits = format_ == gf::kInt4 ? 4 : format_ == gf::kBf16 ? 16 : 8;
-    w.q = bytes(outputs * inputs * bits / 8, 0, 255);
+    uint8_t* q = bytes(outputs * inputs * bits / 8, 0, 255);
+    w.q = q;
     if (format_ == gf::kInt8Row) w.scale = floats(int(outputs), 0.01f);
     if (format_ == gf::kInt8Group) w.scale = halves(outputs * w.groups());
     if (format_ == gf::kInt4) w.scale = halves(outputs * w.scale_groups() * 2);
-    if (format_ == gf::kBf16) small_bf16(const_cast<uint8_t*>(w.q), outputs * inputs);
+    if (format_ == gf::kBf16) small_bf16(q, outputs * inputs);
     if (bias) w.bias = floats(int(outputs), 0.1f);
     return w;
   }

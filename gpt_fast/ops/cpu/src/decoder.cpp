@@ -3,6 +3,9 @@
 
 #include <tuple>
 
+#include "layout.h"
+#include "screen_build.h"
+
 using gf::Activations;
 using gf::Decoder;
 using gf::Linear;
@@ -26,9 +29,9 @@ void gf_decoder_head_energy(Decoder* decoder, float* out) { decoder->head_energy
 void gf_decoder_set_tuning(Decoder* decoder, const gf::Tuning* tuning) { decoder->set_tuning(*tuning); }
 void gf_decoder_set_screen(Decoder* decoder, const Screen* screen) { decoder->set_screen(*screen); }
 
-// Fills in some tiles of a screen of `w` (screen.h) and raises its figures.
-void gf_screen_build(const Linear* w, Screen* screen, int tile, int tiles) {
-  gf::build_screen(*w, *screen, tile, tiles);
+// Fills in some tiles of a screen of `w` (screen_build.h); its weights point to q and scale.
+void gf_screen_build(const Linear* w, Screen* screen, uint8_t* q, void* scale, int tile, int tiles) {
+  gf::build_screen(*w, *screen, gf::ScreenMemory::of(screen->weights, q, scale), tile, tiles);
 }
 
 // What a screen of `w` says of w x, for tests: each output's estimate and how far above it may lie, [16 w.tiles()].
@@ -41,15 +44,21 @@ void gf_screen(const Linear* w, const Screen* screen, const float* x, float* est
     form->put_row(0, x, w->cols);
     form->restore(0, w->cols, out->data());
   }
-  gf::Glance glance;
-  glance.take(*screen, seen.data(), read.data(), w->cols);
+  gf::ScreenInput input;
+  input.set(*screen, seen.data(), read.data(), w->cols);
   for (int tile = 0; tile < w->tiles(); tile++) {
     float product[gf::kLanes];
     gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q, {});
-    gf::estimate(*screen, tile, &glance, 1, product, gf::kLanes);
+    gf::estimate(*screen, tile, &input, 1, product, gf::kLanes);
     std::copy(product, product + gf::kLanes, estimate + tile * gf::kLanes);
-    gf::store(margin + tile * gf::kLanes, gf::margin(*screen, tile, glance));
+    gf::store(margin + tile * gf::kLanes, gf::margin(*screen, tile, input));
   }
+}
+
+// Where the fields of the structures above lie, for the test of their ctypes twins.
+const gf::Field* gf_layout(int* count) {
+  *count = int(std::size(gf::kFields));
+  return gf::kFields;
 }
 
 // y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "x86.h"
+
 namespace gf {
 
 inline constexpr int kVectorRegisters = 8;  // of sixteen lanes
@@ -198,7 +200,5 @@ inline void transpose16(i32x16 row[16]) {
     for (int j = 0; j < 16; j++) out[j][i] = in[i][j];
   for (int i = 0; i < 16; i++) row[i] = load_i(out[i]);
 }
-
-inline void pause() { _mm_pause(); }
 
 }  // namespace gf

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "x86.h"
+
 namespace gf {
 
 inline constexpr int kVectorRegisters = 32;  // of sixteen lanes
@@ -156,7 +158,5 @@ inline void transpose16(i32x16 row[16]) {
     row[i + 12].r = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
   }
 }
-
-inline void pause() { _mm_pause(); }
 
 }  // namespace gf
