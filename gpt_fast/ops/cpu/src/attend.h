@@ -38,8 +38,16 @@ class LayerAttention {
  public:
   LayerAttention(const ModelWeights& model, const Plan& plan, const CacheView& cache, int layer, int window,
                  const float* q, float* attended, float* partials)
-      : head_dim_(model.head_dim), n_head_(model.n_head), group_(model.queries_per_kv_head()), layer_(layer),
-        window_(window), plan_(plan), cache_(cache), q_(q), attended_(attended), partials_(partials) {}
+      : head_dim_(model.head_dim),
+        n_head_(model.n_head),
+        group_(model.queries_per_kv_head()),
+        layer_(layer),
+        window_(window),
+        plan_(plan),
+        cache_(cache),
+        q_(q),
+        attended_(attended),
+        partials_(partials) {}
 
   // Results go to `attended` where the item is a whole, else to `partials`.
   void attend(int item, ItemScratch& s) const {

@@ -10,7 +10,7 @@
 namespace gf {
 
 struct CacheView {
-  void *k, *v;              // [layer][slot][kv head][position][head_dim]
+  void *k, *v;               // [layer][slot][kv head][position][head_dim]
   float *k_scale, *v_scale;  // int8: [layer][slot][kv head][position]; else null
   CacheType type;
   int slots, positions, kv_heads, head_dim;

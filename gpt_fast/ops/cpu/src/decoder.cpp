@@ -14,9 +14,7 @@ using gf::Screen;
 
 extern "C" {
 
-Pool* gf_pool_create(int threads, int spin_microseconds) {
-  return new Pool(threads, gf::pauses_in(spin_microseconds));
-}
+Pool* gf_pool_create(int threads, int spin_microseconds) { return new Pool(threads, gf::pauses_in(spin_microseconds)); }
 void gf_pool_destroy(Pool* pool) { delete pool; }
 
 Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool) { return new Decoder(*model, *pool); }
@@ -37,15 +35,17 @@ void gf_screen_build(const Linear* w, Screen* screen, uint8_t* q, void* scale, i
 // What a screen of `w` says of w x, for tests: each output's estimate and how far above it may lie, [16 w.tiles()].
 void gf_screen(const Linear* w, const Screen* screen, const float* x, float* estimate, float* margin) {
   Activations exact, coarse;
-  std::vector<float> seen(size_t(w->cols)), read(size_t(w->cols));
+  const size_t n = size_t(w->cols);
+  std::vector<float> exact_input(n), coarse_input(n);
   const gf::Kind own = w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8;
-  for (const auto& [form, kind, out] : {std::tuple(&exact, own, &seen), std::tuple(&coarse, gf::Kind::kInt8, &read)}) {
+  for (const auto& [form, kind, out] :
+       {std::tuple(&exact, own, &exact_input), std::tuple(&coarse, gf::Kind::kInt8, &coarse_input)}) {
     form->resize(kind, 1, w->cols);
     form->put_row(0, x, w->cols);
     form->restore(0, w->cols, out->data());
   }
   gf::ScreenInput input;
-  input.set(*screen, seen.data(), read.data(), w->cols);
+  input.set(*screen, exact_input.data(), coarse_input.data(), w->cols);
   for (int tile = 0; tile < w->tiles(); tile++) {
     float product[gf::kLanes];
     gf::multiply(screen->weights, tile, 1, coarse, 0, 1, product, gf::kLanes, screen->weights.q, {});

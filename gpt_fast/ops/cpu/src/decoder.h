@@ -33,8 +33,11 @@ namespace gf {
 class Decoder final : public Job {
  public:
   Decoder(const ModelWeights& model, Pool& pool)
-      : model_(model), layers_(model.layers, model.layers + model.n_layer), pool_(pool),
-        kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8), work_(pool.threads()),
+      : model_(model),
+        layers_(model.layers, model.layers + model.n_layer),
+        pool_(pool),
+        kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8),
+        work_(pool.threads()),
         screen_(model.head, kind_) {}
 
   // Begins a step on the pool's other threads; all earlier ones were finished. What `input` points to must live until
@@ -217,8 +220,8 @@ class Decoder final : public Job {
   }
 
   LayerAttention attention(int layer) {
-    return {model_, plan_, cache_, layer, layers_[layer].window, work_.q.data(), work_.attended.data(),
-            work_.partials.data()};
+    return LayerAttention(model_, plan_, cache_, layer, layers_[layer].window, work_.q.data(), work_.attended.data(),
+                          work_.partials.data());
   }
 
   void out(int layer, int chunk, Scratch& s) {

@@ -92,14 +92,14 @@ class HeadScreen {
   }
 
  private:
-  static constexpr int kWorthwhilePart = 4;  // a screen that leaves more than this part of the head cost more than it saved
-  static constexpr int kSkippedSteps = 15;   // after such a step
+  static constexpr int kWorthwhilePart = 4;  // a screen that leaves more than 1/4 of the head costs more than it saves;
+  static constexpr int kSkippedSteps = 15;   // after such a step so many go without one
 
   const Activations& coarse(const Activations& exact) const { return kind_ == Kind::kBf16 ? coarse_q_ : exact; }
 
   // A logit of each row that is known: the best of the tile with the highest estimate. Every thread computes its own.
-  const std::vector<float>& lower_bounds(const Split& split, const Activations& exact, const Tuning& tuning,
-                                         Scratch& s, uint64_t step) {
+  const std::vector<float>& lower_bounds(const Split& split, const Activations& exact, const Tuning& tuning, Scratch& s,
+                                         uint64_t step) {
     if (std::exchange(s.lower_bound_made, step) == step) return s.lower_bound;
     s.lower_bound.resize(size_t(split.rows));
     for (int m = 0; m < split.rows; m++) {

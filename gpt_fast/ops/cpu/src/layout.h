@@ -18,10 +18,8 @@ struct Field {
   int32_t offset, size;
 };
 
-#define GF_WHOLE(S) \
-  { #S, "", 0, sizeof(S) }
-#define GF_FIELD(S, name) \
-  { #S, #name, offsetof(S, name), sizeof(S::name) }
+#define GF_WHOLE(S) {#S, "", 0, sizeof(S)}
+#define GF_FIELD(S, name) {#S, #name, offsetof(S, name), sizeof(S::name)}
 
 inline constexpr Field kFields[] = {
     GF_WHOLE(Linear),

@@ -28,7 +28,7 @@ struct ModelWeights {
   Linear head;
   const LayerWeights* layers;
 
-  int heads() const { return n_head + 2 * n_kv_head; }       // of the qkv projection
+  int heads() const { return n_head + 2 * n_kv_head; }  // of the qkv projection
   int queries_per_kv_head() const { return n_head / n_kv_head; }
   int attention_dim() const { return n_head * head_dim; }
 };

@@ -2,8 +2,8 @@
 // head. (Two-stage search of maximum inner products, with a proven bound in place of an approximate first stage.)
 //
 // A 4-bit copy of the matrix is multiplied in its place: w = w4 + e, so w x = w4 x + e x. Some inputs are far larger
-// than the others, nearly always the same (Sun et al., Massive Activations, arXiv:2402.17762): for those, the outliers, e
-// is kept, and their share of e x computed. The rest of it is at most |rest of e| |rest of x| (Cauchy-Schwarz). A row
+// than the others, nearly always the same (Sun et al., Massive Activations, arXiv:2402.17762): for those, the outliers,
+// e is kept, and their share of e x computed. The rest of it is at most |rest of e| |rest of x| (Cauchy-Schwarz). A row
 // whose upper bound lies below an output that is already known cannot be the largest; the others, the candidates, are
 // computed as without the copy, so that the winner, and the lowest of equals, is the same.
 #pragma once
@@ -27,8 +27,8 @@ struct Screen {
   float* error_norm;        // [tile][16]: at least |rest of e|; infinite where the row is not finite
   float* weight_norm;       // [tile]: the largest |w| of its finite rows
   int32_t outlier_count;
-  int32_t max_rows;          // of x; screening more costs more than it saves
-  float outlier_rounding;    // the most by which an outlier's error is off
+  int32_t max_rows;        // of x; screening more costs more than it saves
+  float outlier_rounding;  // the most by which an outlier's error is off
 };
 
 // At least the square root of a sum of n squares, whatever rounding took from it.
@@ -85,7 +85,8 @@ inline void estimate(const Screen& s, int tile, const ScreenInput* x, int rows, 
 
 // How far the outputs may lie from the estimates.
 inline f32x16 margin(const Screen& s, int tile, const ScreenInput& x) {
-  return fma(load(s.error_norm + tile * kLanes), splat(x.rest_norm), splat(s.weight_norm[tile] * x.relative_rounding + x.rounding));
+  return fma(load(s.error_norm + tile * kLanes), splat(x.rest_norm),
+             splat(s.weight_norm[tile] * x.relative_rounding + x.rounding));
 }
 
 }  // namespace gf

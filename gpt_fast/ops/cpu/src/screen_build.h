@@ -128,8 +128,7 @@ inline void build_screen(const Linear& w, Screen& s, const ScreenMemory& memory,
     TileErrors errors{std::vector<float>(size_t(s.outlier_count) * kLanes)};
     for (int g = 0; g < groups; g++) unpack_group(w, tile, g, &inputs[g * kGroup]);
     write_scales(inputs.get(), tile, groups, memory);
-    for (int g = 0; g < groups; g++)
-      write_codes(&inputs[g * kGroup], tile, groups, g, outlier.data(), memory, errors);
+    for (int g = 0; g < groups; g++) write_codes(&inputs[g * kGroup], tile, groups, g, outlier.data(), memory, errors);
     write_errors(errors, s, tile);
   }
 }

@@ -81,8 +81,6 @@ inline f32x16 exp2(f32x16 x) {
 
 inline float exp2_one(float x) { return first_lane(exp2(splat(x))); }
 
-inline f32x16 silu(f32x16 x) {
-  return x / (splat(1.0f) + exp2(min(x * splat(-1.44269504f), splat(126.0f))));
-}
+inline f32x16 silu(f32x16 x) { return x / (splat(1.0f) + exp2(min(x * splat(-1.44269504f), splat(126.0f)))); }
 
 }  // namespace gf

@@ -39,7 +39,8 @@ struct Token {
   int id, position, slot, out;
 };
 
-// The step's tokens but for padding, whose logits, zeros, are written here. previous_best: where `step` brings no tokens.
+// The step's tokens without padding, whose logits (zeros) are written here. previous_best: the tokens, where `step` has
+// none.
 inline StepError read_tokens(const StepInput& step, const std::vector<int64_t>& previous_best, int vocab,
                              std::vector<Token>& tokens) {
   const int64_t* ids = step.tokens ? step.tokens : previous_best.data();

@@ -20,8 +20,8 @@ struct Scratch {
   Activations input;        // of few rows, see Decoder::input
   uint64_t input_made = 0;  // for which step and phase
   ItemScratch attention;
-  std::vector<float> lower_bound;     // [selected], see HeadScreen::lower_bounds
-  uint64_t lower_bound_made = 0;      // for which step
+  std::vector<float> lower_bound;  // [selected], see HeadScreen::lower_bounds
+  uint64_t lower_bound_made = 0;   // for which step
 
   void resize(const ModelWeights& model, Kind kind, int rows) {
     out.resize(size_t(std::min(rows, kRowBlock)) * std::max(model.head_dim, 4 * kLanes));
@@ -47,8 +47,7 @@ struct Workspace {
   void resize(const ModelWeights& model, Kind kind, const Plan& plan) {
     if (plan.rows() > capacity_) resize_rows(model, kind, plan.rows());
     const AttentionPlan& split = plan.attention;
-    const size_t needed =
-        size_t(split.split_tokens) * model.n_head * split.split_parts * (model.head_dim + kLanes);
+    const size_t needed = size_t(split.split_tokens) * model.n_head * split.split_parts * (model.head_dim + kLanes);
     if (partials.size() < needed) partials.resize(needed);
   }
 
