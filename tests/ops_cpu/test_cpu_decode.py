@@ -21,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.model import huge_pages
+from gpt_fast.ops import rounding
 from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, structs, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
+from gpt_fast.ops.int8 import expand_groups
 from support import cpu_twin
 from support.cpu_models import (
     MAX_SEQ_LEN,
@@ -75,7 +77,7 @@ def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, we
     x, w = cpu_twin.round_activations(x_MK, weights).double(), cpu_twin.round_weight(w_NK, weights, group).double()
     sizes_NK = w.abs()
     if weights == "int4":  # codes * scale and the minimum are multiplied by themselves
-        minimum_NK = pack.expand_groups(pack.int4_groups(w_NK, group)[2], group, w.shape[1])
+        minimum_NK = expand_groups(rounding.int4_groups(w_NK, group)[2].float(), w.shape[1], group)
         sizes_NK = sizes_NK + 2 * minimum_NK.double().abs()
     bound_MN = (w.shape[1] + 8) * 2.0**-24 * (x.abs() @ sizes_NK.T)
     assert ((got.double() - x @ w.T).abs() <= bound_MN).all()
@@ -114,15 +116,6 @@ def test_product_of_a_row_is_the_same_bits_in_any_batch(weights: str) -> None:
 def test_int4_groups(group: int) -> None:
     w_NK, x_MK = torch.randn(33, 576), torch.randn(3, 576)  # 576 = 4.5 groups of 128
     assert_product(multiply(w_NK, x_MK, "int4", group), w_NK, x_MK, "int4", group)
-
-
-def test_stored_q4_1_comes_back_without_loss() -> None:
-    scale, minimum = torch.rand(16, 2).half(), torch.randn(16, 2).half()
-    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
-    codes[:, ::32], codes[:, 1::32] = 0, 15  # as a quantizer leaves them: both ends are used
-    w_NK = codes * scale.float().repeat_interleave(32, 1) + minimum.float().repeat_interleave(32, 1)
-    for got, expected in zip(pack.int4_groups(w_NK, 32), (codes, scale, minimum), strict=True):
-        assert torch.equal(got, expected)
 
 
 def test_int4_refuses_an_unknown_group() -> None:
