@@ -25,7 +25,7 @@ from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.llm import Engine
 from gpt_fast.measure.machine import CpuMeter
 from gpt_fast.model.forward import Batch
-from gpt_fast.ops.cpu.screen import MOST_ROWS
+from gpt_fast.ops.cpu.screen import MAX_ROWS
 
 
 class EngineTarget:
@@ -45,7 +45,7 @@ class EngineTarget:
         return Description(
             weight_bytes=told.weight_bytes_per_step,
             greedy_bytes=told.greedy_bytes_per_step,
-            greedy_rows=MOST_ROWS,
+            greedy_rows=MAX_ROWS,
             kv_bytes=self.engine.core.cache_bytes_per_token,
             load_seconds=told.load_seconds,
             facts={**told.as_dict(), "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},

@@ -34,12 +34,16 @@ class Proposer(Protocol):
 
     def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None:
         """How many of the last proposals were accepted."""
+        return None
 
     def copied(self, copy: PrefixCopy) -> None:
         """The target's cache copied a prefix between slots."""
+        return None
 
     def ended(self, request: Request) -> None:
         """It will not be asked about again."""
+        return None
 
     def forget_slots(self) -> None:
         """Nothing that slots hold may serve another request."""
+        return None
