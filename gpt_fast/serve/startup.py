@@ -84,9 +84,11 @@ def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineCo
 
 
 def queue_places(batch_size: int, *, slots: int, wanted: int | None) -> int:
-    """How many sequences may wait for a slot. The rest of batchSize is for requests that are told 429 at once:
+    """How many sequences may wait for a slot: `wanted`, else half of what batchSize leaves beside the slots.
 
-    TorchServe hands the handler no more requests than batchSize, and keeps the others in a queue nobody can answer.
+    batchSize = running slots + waiting places + spare. Requests that get a spare place are refused at once with 429.
+    TorchServe hands the handler no more than batchSize requests; those beyond it wait in TorchServe's own queue, where
+    nobody can answer them.
     """
     check_int("batchSize", batch_size, 1, 1 << 16)
     spare = batch_size - slots
