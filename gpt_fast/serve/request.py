@@ -61,8 +61,8 @@ def parse_request(
 ) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say.
 
-    offers: of Endpoint.offered, what this server can do; it must then look at the ApiRequest's fields for it. null is the
-    default.
+    offers: of Endpoint.offered, what this server can do; it must then look at the ApiRequest's fields for it.
+    null is the default.
     """
     given = parse_json(body)
     check_known(given, endpoint, offers)
