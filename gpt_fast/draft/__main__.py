@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     report.add_argument("--repeat", type=at_least(1), default=3, help="turns of plain decode and speculation")
     forced = "for models of random weights: accept proposals at this rate, at temperature 1"
     report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
-    report.add_argument("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
+    report.add_argument("--plot", type=picture_path, help="write a picture here (needs matplotlib)")
     speed = commands.add_parser("speed", help="plain decode and speculation by turns")
     add_common(speed, several_drafts=False)
     speed.set_defaults(speculate_k=8)

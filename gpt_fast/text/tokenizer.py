@@ -361,7 +361,7 @@ def load_llama3(path: Path, content: bytes, facts: SideFacts) -> Tokenizer:
     try:
         import tiktoken
     except ImportError:
-        raise TokenizerError(f"{path}: a tiktoken file needs `pip install gpt-fast[tiktoken]`") from None
+        raise TokenizerError(f"{path}: a tiktoken file needs `pip install 'tiktoken>=0.12'`") from None
     ranks = read_ranks(path, content)
     specials = {token: len(ranks) + n for n, token in enumerate(LLAMA3_SPECIALS)}
     encoding = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials)

@@ -116,7 +116,7 @@ def test_the_shipped_prompts_are_in_four_categories(tmp_path):
         read_prompts(bad, engine, longest=10)
 
 
-@pytest.mark.parametrize("name", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
+@pytest.mark.parametrize("name", ["7B_int4", "34B_bf16", "70B_int4"])
 def test_the_scripts_run_and_pass_their_flags_on(name, tmp_path):
     """With a python that prints its arguments: every flag must be one that generate knows."""
     from gpt_fast.generate import parse_args

@@ -31,7 +31,7 @@ CORE = (
 CORE_LIMIT = 1340  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
 TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
-    "serve.body", "serve.request", "serve.chat_request", "serve.response",
+    "serve.body", "serve.endpoints", "serve.request", "serve.chat_request", "serve.response",
 )  # fmt: skip
 
 
