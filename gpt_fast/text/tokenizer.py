@@ -19,11 +19,13 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.text.added_tokens import AddedToken, add_text_template, add_tokens, read_added_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
+from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
 
 __all__ = ["Detokenizer", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
 
@@ -162,16 +164,15 @@ class SideFacts:
     special_tokens: dict[str, str]  # "bos_token" -> "<s>", ...
     eos_ids: frozenset[int]  # generation_config.json
     add_bos: bool  # SentencePiece files do not say; tokenizer_config.json may
+    add_eos: bool = False
+    added_tokens: tuple[AddedToken, ...] = ()
+    legacy: bool = False  # transformers' word: with SentencePiece, a space begins the text after every added token
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """The checkpoint's tokenizer: tokenizer.json, else tokenizer.model, told apart by its content."""
     directory = Path(checkpoint_dir)
-    facts = SideFacts(
-        read_special_tokens(directory),
-        as_ids(read_json_object(directory / "generation_config.json").get("eos_token_id")),
-        read_json_object(directory / "tokenizer_config.json").get("add_bos_token") is not False,
-    )
+    facts = read_side_facts(directory)
     if (path := directory / "tokenizer.json").is_file():
         return load_hugging_face(path, facts)
     if not (path := directory / "tokenizer.model").is_file():
@@ -180,6 +181,23 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return load_llama3(path, content, facts)
     return load_sentencepiece(path, content, facts)
+
+
+def read_side_facts(directory: Path) -> SideFacts:
+    config = read_json_object(directory / "tokenizer_config.json")
+    side_files = [read_json_object(directory / name) for name in ("special_tokens_map.json", "added_tokens.json")]
+    try:
+        added = read_added_tokens(config, *side_files)
+    except ValueError as error:
+        raise TokenizerError(f"{directory / 'tokenizer_config.json'}: {error}") from None
+    return SideFacts(
+        read_special_tokens(directory),
+        as_ids(read_json_object(directory / "generation_config.json").get("eos_token_id")),
+        add_bos=config.get("add_bos_token") is not False,
+        add_eos=config.get("add_eos_token") is True,
+        added_tokens=tuple(added),
+        legacy=config.get("legacy") is True,
+    )
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
@@ -219,9 +237,12 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
-    # As the file has it, from the library's pickled state: not to read megabytes of JSON a second time.
-    decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
-    return HuggingFaceTokenizer(backend, decoder, facts, where=str(path))
+    return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
+
+
+def decoder_of(backend: Any) -> Any:
+    """The decoder as tokenizer.json has it, from the library's pickled state: not to read megabytes a second time."""
+    return None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -304,7 +325,36 @@ def load_sentencepiece(path: Path, content: bytes, facts: SideFacts) -> Tokenize
         model.LoadFromSerializedProto(content)
     except RuntimeError as error:
         raise TokenizerError(f"{path}: neither a SentencePiece model nor a tiktoken file ({error})") from None
-    return SentencePieceTokenizer(model, facts)
+    if all(is_control(model, token) for token in facts.added_tokens):
+        return SentencePieceTokenizer(model, facts)
+    table = read_piece_table(content)
+    if all(is_control(model, token) or table.defines(token) for token in facts.added_tokens):
+        return SentencePieceTokenizer(model, facts)
+    return load_extended_sentencepiece(path, table, facts)
+
+
+def is_control(model: Any, token: AddedToken) -> bool:
+    """Whether an added token is a control piece (or the unknown one) of a SentencePiece model, under the same id."""
+    token_id = model.piece_to_id(token.content)
+    known = model.id_to_piece(token_id) == token.content and token.id in (None, token_id)
+    return known and (model.is_control(token_id) or model.is_unknown(token_id))
+
+
+def load_extended_sentencepiece(path: Path, table: PieceTable, facts: SideFacts) -> Tokenizer:
+    """A SentencePiece model and the tokens that JSON files add to it."""
+    try:
+        backend = sentencepiece_backend(table, legacy=facts.legacy)
+        add_tokens(backend, list(facts.added_tokens))
+    except ValueError as error:
+        raise TokenizerError(
+            f"{path}: cannot take the tokens that the JSON files beside it add ({error}); a tokenizer.json, as "
+            "transformers' save_pretrained writes, can"
+        ) from None
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | facts.special_tokens
+    facts = replace(facts, special_tokens={name: text for name, text in names.items() if backend.token_to_id(text)})
+    bos, eos = (facts.special_tokens.get(name) for name in ("bos_token", "eos_token"))
+    add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
+    return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
 
 
 class SentencePieceTokenizer(Tokenizer):
