@@ -163,8 +163,9 @@ class SideFacts:
 
     special_tokens: dict[str, str]  # "bos_token" -> "<s>", ...
     eos_ids: frozenset[int]  # generation_config.json
-    add_bos: bool  # SentencePiece files do not say; tokenizer_config.json may
+    add_bos: bool | None  # None: not said; SentencePiece then adds it
     add_eos: bool = False
+    is_llama: bool = False  # tokenizer_class LlamaTokenizer or LlamaTokenizerFast
     added_tokens: tuple[AddedToken, ...] = ()
     legacy: bool = False  # transformers' word: with SentencePiece, a space begins the text after every added token
 
@@ -193,8 +194,9 @@ def read_side_facts(directory: Path) -> SideFacts:
     return SideFacts(
         read_special_tokens(directory),
         as_ids(read_json_object(directory / "generation_config.json").get("eos_token_id")),
-        add_bos=config.get("add_bos_token") is not False,
+        add_bos=None if config.get("add_bos_token") is None else config["add_bos_token"] is True,
         add_eos=config.get("add_eos_token") is True,
+        is_llama=str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer",
         added_tokens=tuple(added),
         legacy=config.get("legacy") is True,
     )
@@ -237,7 +239,19 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
+    if facts.is_llama and says_nothing(backend.post_processor):
+        ends = [facts.special_tokens.get(name) for name in ("bos_token", "eos_token")]
+        bos, eos = (token if token and backend.token_to_id(token) is not None else None for token in ends)
+        add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
     return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
+
+
+def says_nothing(post_processor: Any) -> bool:
+    """Whether a tokenizer.json leaves the tokens around a text to others. LlamaTokenizerFast put them there as
+    tokenizer_config.json says (DeepSeek-R1-Distill-Qwen counts on it); where the file has a template, that holds."""
+    state = {} if post_processor is None else json.loads(post_processor.__getstate__())
+    steps = state.get("processors", [state])
+    return all(step.get("type", "ByteLevel") == "ByteLevel" for step in steps)
 
 
 def decoder_of(backend: Any) -> Any:
@@ -353,7 +367,7 @@ def load_extended_sentencepiece(path: Path, table: PieceTable, facts: SideFacts)
     names = {"bos_token": "<s>", "eos_token": "</s>"} | facts.special_tokens
     facts = replace(facts, special_tokens={name: text for name, text in names.items() if backend.token_to_id(text)})
     bos, eos = (facts.special_tokens.get(name) for name in ("bos_token", "eos_token"))
-    add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
+    add_text_template(backend, bos if facts.add_bos is not False else None, eos if facts.add_eos else None)
     return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
 
 
@@ -368,7 +382,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.control_tokens = tuple(self._controls)
         self._split = re.compile(f"({control_pattern(self.control_tokens).pattern})")
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        self._prefix = [model.bos_id()] if facts.add_bos and model.bos_id() >= 0 else []
+        self._prefix = [model.bos_id()] if facts.add_bos is not False and model.bos_id() >= 0 else []
+        self._suffix = [model.eos_id()] if facts.add_eos and model.eos_id() >= 0 else []
         self.eos_ids = facts.eos_ids | ({model.eos_id()} if model.eos_id() >= 0 else set())
         # The normalizer's flags are not in the library's interface: ask what one and two spaced pieces decode to.
         spaced = next((i for i in range(self.vocab_size) if model.id_to_piece(i) == SPACE), None)
@@ -379,7 +394,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = list(self._prefix) if add_bos else []
         for part in self._split.split(text) if specials else [text]:
             ids += [self._controls[part]] if specials and part in self._controls else self._model.encode(part)
-        return ids
+        return ids + self._suffix if add_bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in ids if 0 <= i < self.vocab_size])
