@@ -416,7 +416,7 @@ def test_messages_become_what_templates_read():
     decoded = call | {"function": {"name": "weather", "arguments": {"city": "汉"}}}
     assert request.messages == (
         {"role": "system", "content": "be short"},
-        {"role": "user", "content": "ab", "name": "ann"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
         {"role": "assistant", "content": "", "tool_calls": [decoded]},
         {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
         {"role": "assistant", "content": "sunny"},
