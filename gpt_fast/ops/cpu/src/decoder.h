@@ -204,19 +204,15 @@ class Decoder final : public Job {
 
   // x: the row's query, key or value, as `head` says; changed.
   void store_head_of(const LayerWeights& w, int layer, int row, int head, float* x) {
-    const int D = model_.head_dim, kv_head = (head - model_.n_head) % model_.n_kv_head;
+    const int D = model_.head_dim, key = head - model_.n_head, value = key - model_.n_kv_head;
     const Token& token = plan_.tokens[row];
-    if (head < model_.n_head) {
-      if (w.q_norm) norm_row(x, w.q_norm, D, model_.norm_eps, x);
-      rotate(x, model_.rope, model_.rotary_dim, token.position);
-      float* q = work_.q.data() + (size_t(row) * model_.n_head + head) * D;
-      return store_query(q, x, 1.44269504f / std::sqrt(float(D)), D, cache_.type);  // exp2 for exp
-    }
-    const size_t at = cache_.first(layer, token.slot, kv_head) + token.position;
-    if (head >= model_.n_head + model_.n_kv_head) return cache_.write_value(at, x);
-    if (w.k_norm) norm_row(x, w.k_norm, D, model_.norm_eps, x);
+    if (value >= 0) return cache_.write_value(cache_.first(layer, token.slot, value) + token.position, x);
+    const float* norm = key < 0 ? w.q_norm : w.k_norm;
+    if (norm) norm_row(x, norm, D, model_.norm_eps, x);
     rotate(x, model_.rope, model_.rotary_dim, token.position);
-    cache_.write_key(at, x);
+    if (key >= 0) return cache_.write_key(cache_.first(layer, token.slot, key) + token.position, x);
+    float* q = work_.q.data() + (size_t(row) * model_.n_head + head) * D;
+    store_query(q, x, 1.44269504f / std::sqrt(float(D)), D, cache_.type);  // exp2 for exp
   }
 
   LayerAttention attention(int layer) {
