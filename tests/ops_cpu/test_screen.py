@@ -129,13 +129,13 @@ def test_estimate_and_margin_equal_their_twin(weights: str) -> None:
     assert apart_N.median() < 1e-3 and apart_N.max() < 0.05  # a tie may choose another weight as a group's largest
     coarse_K = cpu_twin.round_activations(x_K, "int8")
     seen_K = cpu_twin.round_activations(x_K, weights)
-    focus = x_K.square().topk(32).indices
+    outliers = x_K.square().topk(32).indices
     error_NK, rest_K = w_NK - told.copy_NK, coarse_K.clone()
-    rest_K[focus] = 0
-    estimate_N = told.copy_NK @ coarse_K + error_NK[:, focus] @ coarse_K[focus]
-    rounding = float(error_NK.abs().max() / 254 * coarse_K[focus].abs().sum())  # of the kept errors, to int8
+    rest_K[outliers] = 0
+    estimate_N = told.copy_NK @ coarse_K + error_NK[:, outliers] @ coarse_K[outliers]
+    rounding = float(error_NK.abs().max() / 254 * coarse_K[outliers].abs().sum())  # of the kept errors, to int8
     assert torch.allclose(told.estimate_N, estimate_N, atol=1.01 * rounding)
-    error_NK[:, focus] = 0
+    error_NK[:, outliers] = 0
     norm_N = F.pad(w_NK.norm(dim=1), (0, 12)).view(-1, 16).amax(1).repeat_interleave(16)[:500]  # of a tile
     margin_N = error_NK.norm(dim=1) * rest_K.norm() + norm_N * (seen_K - coarse_K).norm()
     assert ((told.margin_N >= margin_N) & (told.margin_N < 1.1 * margin_N + 0.1)).all()
@@ -147,8 +147,8 @@ def test_little_of_a_large_head_is_left_when_the_best_stands_out(weights: str) -
     w_NK[1234] += 0.3 * w_NK[1234].norm() * x_K.sign() / 24
     told = tell(w_NK, x_K, weights)
     least = told.output_N.max()
-    survivors = int(((told.estimate_N + told.margin_N) >= least).sum())
-    assert 1 <= survivors < 4096 / 20
+    candidates = int(((told.estimate_N + told.margin_N) >= least).sum())
+    assert 1 <= candidates < 4096 / 20
 
 
 # ------------------------------------------------------------------------------------------ the model

@@ -70,17 +70,17 @@ def cpuinfo() -> dict[str, str]:
 
 def cpu_features() -> frozenset[str]:
     """The processor's features; empty where the system does not tell."""
-    told = cpuinfo()
-    return frozenset(told.get("flags", told.get("Features", "")).split())  # "Features" on Arm
+    info = cpuinfo()
+    return frozenset(info.get("flags", info.get("Features", "")).split())  # "Features" on Arm
 
 
 def processor() -> str:
     """The processor's name, with the numbers that tell apart what virtual machines give one name."""
-    told = cpuinfo()
+    info = cpuinfo()
     numbers = ", ".join(
-        f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told
+        f"{key.removeprefix('cpu ')} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info
     )
-    return f"{told.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
+    return f"{info.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
 
 def supported_isas(machine: str, features: frozenset[str]) -> list[str]:

@@ -185,7 +185,7 @@ class CpuDecoder:
     __call__ = forward
 
     def screen_head(self, head: Linear) -> None:
-        """Build the head's screen, with its focus on the inputs that weigh most in a forward of any tokens."""
+        """Build the head's screen; the inputs that are largest in a forward of any tokens are its outliers."""
         built, kept = build_screen(self.library, head, self.head_energy(), arena=self.arena, threads=self.pool.threads)
         self.kept += kept
         self.greedy_saves = code_bytes(head) - sum(t.nbytes for t in kept)
