@@ -77,17 +77,16 @@ def parse_calls(value: object, where: str) -> list[Object]:
     for index, call in enumerate(value):  # type: ignore[arg-type, var-annotated]
         at = f"{where}[{index}]"
         function = parse_function(call, at, ("id",), ("name", "arguments"))
-        arguments = function.get("arguments")
-        expect(arguments, f"{at}.function.arguments", str, "a JSON object as a string")
         call_id = short_text(call.get("id"), f"{at}.id")
-        decoded = decode_arguments(arguments, f"{at}.function.arguments")
+        decoded = decode_arguments(function.get("arguments"), f"{at}.function.arguments")
         calls.append({"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": decoded}})
     return calls
 
 
 def decode_arguments(text: Any, where: str) -> Object:
+    """A call's arguments, as a string or as they are; clients send "" for those of a tool without any."""
     try:
-        value = decode_json(text)
+        value = decode_json(text or "{}") if isinstance(text, str) else text
         if isinstance(value, dict):
             check_values(value)
             return value

@@ -46,6 +46,7 @@ class MarkedCalls:
     def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
         self.form, self.names = form, names
         self._held = ""  # white space, and behind it what may become a call
+        self._tried = 0  # where in it to look for an end mark: those before stand in a string of the call
         self._last: Piece = ""
 
     def push(self, text: str) -> list[Piece]:
@@ -53,32 +54,47 @@ class MarkedCalls:
         pieces: list[Piece] = []
         while (start := self._held.find(self.form.before)) >= 0:
             begin = start + len(self.form.before)
-            end = self._held.find(self.form.after, begin)
+            end = self._held.find(self.form.after, max(begin, self._tried))
             if end < 0:
                 break
-            call = read_call(self._held[begin:end], self.form, self.names)
+            body = self._held[begin:end]
+            call = read_call(body, self.form, self.names)
+            if call is None and ends_in_string(body):
+                self._tried = end + len(self.form.after)
+                continue
             if call:
                 pieces += [self._held[:start].rstrip(), call]
                 begin = end + len(self.form.after)
             else:  # the mark is text, and what follows it may still hold a call
                 pieces.append(self._held[:begin])
-            self._held = self._held[begin:]
+            self._keep(begin)
         sure = start if start >= 0 else len(self._held) - overlap(self._held, self.form.before)
         sure = len(self._held[:sure].rstrip())
         pieces.append(self._held[:sure])
-        self._held = self._held[sure:]
-        pieces = [piece for piece in pieces if piece]
-        self._last = pieces[-1] if pieces else self._last
-        return pieces
+        self._keep(sure, tried=self._tried - sure)
+        return self._given(pieces)
 
     def finish(self) -> list[Piece]:
         """A last call may lack its end mark: some models stop instead."""
-        held, self._held = self._held, ""
-        _, mark, body = held.partition(self.form.before)
-        if mark and (call := read_call(body, self.form, self.names)):
-            return [call]
-        nothing = held.isspace() and isinstance(self._last, ToolCall)
-        return [held] if held and not nothing else []
+        pieces: list[Piece] = []
+        while (begin := self._held.find(self.form.before) + len(self.form.before)) >= len(self.form.before):
+            call = read_call(self._held[begin:], self.form, self.names)
+            pieces.append(call or self._held[:begin])
+            self._keep(len(self._held) if call else begin)
+            if not call:  # a string that never ended hid the end marks behind it
+                pieces += self.push("")
+        last = pieces[-1] if pieces else self._last
+        pieces.append("" if self._held.isspace() and isinstance(last, ToolCall) else self._held)
+        self._held = ""
+        return self._given(pieces)
+
+    def _keep(self, start: int, *, tried: int = 0) -> None:
+        self._held, self._tried = self._held[start:], max(0, tried)
+
+    def _given(self, pieces: list[Piece]) -> list[Piece]:
+        pieces = [piece for piece in pieces if piece]
+        self._last = pieces[-1] if pieces else self._last
+        return pieces
 
 
 class BareCalls:
@@ -115,6 +131,17 @@ def read_call(text: str, form: ToolFormat, names: frozenset[str]) -> ToolCall | 
     if not isinstance(arguments, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
         return None
     return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def ends_in_string(text: str) -> bool:
+    """Whether a text is the beginning of JSON that breaks off inside a string."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except RecursionError:
+        pass
+    return False
 
 
 def objects(text: str) -> list[str]:

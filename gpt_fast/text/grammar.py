@@ -16,6 +16,7 @@ from typing import Any
 
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar_check import check
+from gpt_fast.text.json_schema import SchemaError, exact_schema
 from gpt_fast.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR = 65_536  # bytes of what is compiled: schemas and what stands around them
@@ -46,7 +47,10 @@ class Guide:
             if not self._matcher.is_stopped():  # else complete: what follows the end (ignore_eos) changes nothing
                 self._matcher.consume_token(token)
         self._seen = len(output)
-        return self._nothing if self._matcher.is_error() else self._matcher.compute_logit_bias()
+        if self._matcher.is_error():
+            return self._nothing
+        allowed = self._matcher.compute_logit_bias()  # in a dead end it allows EOS, and says so only by an error
+        return self._nothing if self._matcher.is_error() else allowed
 
 
 class Maker:
@@ -66,13 +70,18 @@ class Maker:
     def json_guide(self, schema: str) -> Guide:
         """A guide to the values of a JSON schema. GuideError for what is none, or too large, or not supported."""
         try:
-            return self._guide(matcher_class().grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
+            exact = json.dumps(exact_schema(json.loads(schema)))
+            return self._guide(matcher_class().grammar_from_json_schema(exact, overrides=JSON_OPTIONS))
         except ValueError as error:
             raise GuideError(" ".join(str(error).split())) from None
 
     def calls_guide(self, tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> Guide:
         """A guide to one call of one of the tools, which are OpenAI's objects. GuideError as above."""
-        return self._guide(matcher_class().grammar_from_lark(calls_grammar(tools, form)))
+        try:
+            grammar = calls_grammar(tools, form)
+        except SchemaError as error:
+            raise GuideError(str(error)) from None
+        return self._guide(matcher_class().grammar_from_lark(grammar))
 
     def _guide(self, grammar: str) -> Guide:
         with self._lock:
@@ -94,11 +103,28 @@ class Maker:
         if size > MAX_GRAMMAR:
             raise GuideError(f"{size} bytes in all (allowed {MAX_GRAMMAR})")
         if problem := check(grammar):
-            raise GuideError(problem)
+            raise GuideError(advised(problem))
         matcher = matcher_class()(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise GuideError(" ".join(matcher.get_error().split()))
+            raise GuideError(advised(" ".join(matcher.get_error().split())))
+        if not any(Guide(matcher.deep_copy(), self.vocab_size).allowed([])):  # such as a "$ref" that leads to itself
+            raise GuideError("no value matches it")
         return matcher
+
+
+ADVICE = {
+    "Unknown format: ": "; leave it out, or give a pattern",
+    "oneOf constraints are not supported": "; oneOf needs choices that exclude each other, as by a const in each: else "
+    "use anyOf",
+    "Unimplemented keys: ": "; leave them out",
+    "Failed to generate regex": "; leave the bound out",
+}
+
+
+def advised(problem: str) -> str:
+    """The compiler's words, and what a client can do."""
+    problem = problem.removesuffix(". Enable 'coerce_one_of' option to approximate oneOf with anyOf")
+    return problem + next((advice for start, advice in ADVICE.items() if start in problem), "")
 
 
 def calls_grammar(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
@@ -110,7 +136,8 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
     rules = [f"start: {' | '.join(f'call{index}' for index in range(len(tools)))}"]
     for index, tool in enumerate(tools):
         function = tool["function"]
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": JSON_OPTIONS}
+        parameters = exact_schema(function.get("parameters") or {}, function["name"])
+        schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
         head = f'{before}{{"name": {json.dumps(function["name"])}, "{form.arguments_key}": '
         rules.append(f"call{index}: {json.dumps(head)} arguments{index} {json.dumps('}' + after)}")
         rules.append(f"arguments{index}: %json {json.dumps(schema)}")

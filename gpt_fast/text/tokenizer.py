@@ -25,6 +25,7 @@ from typing import Any
 
 from gpt_fast.files import read_json_object
 from gpt_fast.text.added_tokens import AddedToken, add_text_template, add_tokens, read_added_tokens
+from gpt_fast.text.bpe_backend import bpe_backend, bpe_class, default_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
 from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
 
@@ -172,13 +173,17 @@ class SideFacts:
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
-    """The checkpoint's tokenizer: tokenizer.json, else tokenizer.model, told apart by its content."""
+    """The checkpoint's tokenizer: tokenizer.json, else tokenizer.model, told apart by its content, else vocab.json with
+    merges.txt."""
     directory = Path(checkpoint_dir)
     facts = read_side_facts(directory)
     if (path := directory / "tokenizer.json").is_file():
         return load_hugging_face(path, facts)
     if not (path := directory / "tokenizer.model").is_file():
-        raise TokenizerError(f"{directory}: no tokenizer (looked for tokenizer.json, tokenizer.model)")
+        if all((directory / name).is_file() for name in ("vocab.json", "merges.txt")):
+            return load_bpe_files(directory, facts)
+        looked = "tokenizer.json, tokenizer.model, vocab.json with merges.txt"
+        raise TokenizerError(f"{directory}: no tokenizer (looked for {looked})")
     content = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return load_llama3(path, content, facts)
@@ -234,6 +239,26 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         ends = [facts.special_tokens.get(name) for name in ("bos_token", "eos_token")]
         bos, eos = (token if token and backend.token_to_id(token) is not None else None for token in ends)
         add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
+    return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
+
+
+def load_bpe_files(directory: Path, facts: SideFacts) -> Tokenizer:
+    """vocab.json and merges.txt, with the tokens that tokenizer_config.json adds to them."""
+    path = directory / "vocab.json"
+    config = read_json_object(directory / "tokenizer_config.json")
+    try:
+        name = bpe_class(config, read_json_object(directory / "config.json"))
+        backend = bpe_backend(directory, name, prefix_space=config.get("add_prefix_space") is True)
+        facts = replace(facts, special_tokens=default_tokens(name) | facts.special_tokens)
+        named = [facts.special_tokens.get(key) for key in ("bos_token", "eos_token", "unk_token")]
+        own = [AddedToken(None, text, special=True, normalized=False) for text in named if text is not None]
+        add_tokens(backend, [*facts.added_tokens, *own])
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"{path}: {' '.join(str(error).split())}") from None
+    bos, eos = (facts.special_tokens.get(key) for key in ("bos_token", "eos_token"))
+    add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
     return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
 
 

@@ -423,6 +423,14 @@ def test_messages_become_what_templates_read():
     )
 
 
+@pytest.mark.parametrize(("sent", "read"), [("", {}), ({"city": "x"}, {"city": "x"}), ("{}", {}), ({}, {})], ids=str)
+def test_arguments_of_an_earlier_call_are_an_object(sent, read):
+    """Clients send "" for a tool without arguments, and some the object itself."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": sent}}
+    (message,) = chat({"role": "assistant", "tool_calls": [call]}).messages
+    assert message["tool_calls"][0]["function"]["arguments"] == read
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [

@@ -71,8 +71,11 @@ def cuts(text, seed):
     return parts
 
 
+MARKED_TEXTS = ["a</tool_call>b", "<tool_call>", '\\"</tool_call>', "</tool_call>\\", "; {}", '{"a": 1}</tool_call>']
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.text(max_size=5)),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-99, 99), st.text(max_size=5), st.sampled_from(MARKED_TEXTS)
+    ),
     lambda each: st.one_of(st.lists(each, max_size=2), st.dictionaries(st.text(max_size=3), each, max_size=2)),
     max_leaves=4,
 )
@@ -101,7 +104,26 @@ def test_bare_calls(made, between, seed):
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<tool", "_call>", "\n", " ", "{", "}", '{"name": "clock", "arguments": {}}', "word",
     '{"name": "clock", "parameters": {}}', '{"name": "other", "arguments": {}}', '"', ";", "<", "é",
+    '{"name": "clock", "arguments": {"t": "', '"}}', "\\",
 ]  # fmt: skip
+
+
+def test_marks_inside_a_string_are_its_text():
+    text = '<tool_call>{"name":"clock","arguments":{"t":"a</tool_call>b"}}</tool_call>'
+    for chunks in ([text], text, [text[:50], text[50:]]):
+        content, (call,) = parse(HERMES, chunks)
+        assert (content, json.loads(call.arguments)) == ("", {"t": "a</tool_call>b"})
+    for cut in range(len(text)):
+        assert parse(HERMES, [text[:cut], text[cut:]]) == parse(HERMES, [text])
+    content, (call,) = parse(HERMES, text.removesuffix("</tool_call>"))  # a last call may lack its end mark
+    assert (content, json.loads(call.arguments)) == ("", {"t": "a</tool_call>b"})
+
+
+def test_a_string_that_never_ends_hides_no_call_behind_it():
+    broken = '<tool_call>{"name": "clock</tool_call>'
+    call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    content, found = parse(HERMES, broken + call)
+    assert content == broken and [each.name for each in found] == ["clock"]
 
 
 @pytest.mark.parametrize("form", [HERMES, LLAMA])
