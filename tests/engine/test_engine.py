@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
@@ -16,6 +16,7 @@ from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder
 from gpt_fast.request import NO_TOKEN, SampledToken, StepPlan
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
+from support.examples import examples
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def model(tiny_model):
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 8), reuse=st.booleans())
-@settings(max_examples=25)
+@examples(25)
 def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
     """Requests join and leave in random order, some are aborted: each gets what it gets alone on a fresh engine."""
     rng = random.Random(seed)
@@ -37,7 +38,7 @@ def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), threads=st.integers(1, 3), reuse=st.booleans())
-@settings(max_examples=40)
+@examples(40)
 def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, reuse):
     """On the fused decoder the next step begins before this one's tokens are known; some guesses prove wrong."""
     model = tiny_model(n_layer=2, head_dim=16)
@@ -151,7 +152,7 @@ def test_every_end_of_sequence_id_stops(model, make_core):
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(1, 20), m=st.integers(1, 20), temperature=st.sampled_from([0, 1.0]))
-@settings(max_examples=20)
+@examples(20)
 def test_a_shorter_answer_is_a_prefix_of_the_longer(model, make_core, seed, n, m, temperature):
     prompt = [random.Random(seed).randrange(2, VOCAB) for _ in range(10)]
     short, long = (

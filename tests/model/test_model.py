@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig
@@ -20,6 +20,7 @@ from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
 from gpt_fast.model.rope import rope_table
 from gpt_fast.ops.linear_compiled import for_one_token
+from support.examples import examples
 from support.reference import reference_logits
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def prompts_of(rng, count, vocab, longest=MAX_SEQ_LEN):
 
 
 @given(options=architectures(), seed=st.integers(0, 1000))
-@settings(max_examples=30)
+@examples(30)
 def test_any_architecture_equals_the_reference(tiny_model, options, seed):
     model = tiny_model(seed=seed, max_seq_len=MAX_SEQ_LEN, vocab_size=23, **options)
     tokens = [random.Random(seed).randrange(23) for _ in range(14)]
@@ -129,7 +130,7 @@ def test_any_architecture_equals_the_reference(tiny_model, options, seed):
 
 
 @given(options=architectures(), seed=st.integers(0, 1000))
-@settings(max_examples=60)
+@examples(60)
 def test_any_schedule_of_steps_gives_the_same_logits(tiny_model, options, seed):
     rng = random.Random(seed)
     model = tiny_model(seed=seed, max_seq_len=MAX_SEQ_LEN, vocab_size=23, **options)
@@ -211,7 +212,7 @@ def test_a_row_of_not_a_number_leaves_its_neighbours_alone(tiny_model):
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=20)
+@examples(20)
 def test_a_copied_prefix_is_as_good_as_a_computed_one(tiny_model, seed):
     rng = random.Random(seed)
     model = tiny_model(max_seq_len=MAX_SEQ_LEN)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.model import huge_pages
@@ -34,6 +34,7 @@ from support.cpu_models import (
     run_chunks,
     small_model,
 )
+from support.examples import examples
 from support.quantized import quantized_model
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
@@ -84,7 +85,7 @@ def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, we
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     rows=st.integers(1, 70),
     groups=st.integers(1, 9),

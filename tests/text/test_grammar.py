@@ -4,13 +4,14 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import MAKERS, NAMES
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.text.chat import HERMES, LLAMA
 from gpt_fast.text.grammar import MAX_GRAMMAR, Guide, GuideError, Maker, Vocabulary
+from support.examples import examples
 from support.schemas import POINT, SLOW
 from support.tiny_engine import EOS, ByteTokenizer, tiny_engine
 
@@ -88,7 +89,7 @@ def test_matches_can_say_no():
         assert not matches(wrong, schema)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(drawn=st.lists(st.tuples(schemas, st.integers(0, 99), st.sampled_from([0.0, 1.0, 5.0])), min_size=1, max_size=4))
 def test_every_finished_answer_matches_its_schema(engine, maker, drawn):
     """Several in one batch, each with its own schema."""
