@@ -108,6 +108,7 @@ def test_variants_that_are_not_there_are_refused(core):
 # -------------------------------------------------------------------------------- synthetic acceptance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 1.0])
 def test_measured_acceptance_is_the_rate_that_was_asked_for(make_core, tiny_model, rate):
     """An unrelated draft, whose own acceptance would be low: the report shows the forced one, and its tau."""
@@ -208,6 +209,7 @@ def test_a_wrong_command_is_one_line(command, flags, line, target, capsys):
     assert line in last
 
 
+@pytest.mark.slow
 def test_several_drafts_in_one_table_with_forced_acceptance(target, prompts, tmp_path, capsys):
     for layers in (1, 2):
         assert run(capsys, "random", "--like", target, "--layers", layers, "--out_dir", tmp_path / f"{layers}")[0] == 0

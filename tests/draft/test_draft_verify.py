@@ -44,6 +44,7 @@ def sampled(core, choice=DRAFT, answers=300, **params):
     return check_sampled(core, choice, [5, 9, 13], params, answers=answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_p": 0.9}, {"temperature": 1.5, "top_k": 8}])
 def test_the_sound_engine_passes(build, params):
     checks = sampled(build(), **params)
@@ -51,6 +52,7 @@ def test_the_sound_engine_passes(build, params):
     assert 0.02 < checks[0].figures["acceptance"] < 0.98
 
 
+@pytest.mark.slow
 def test_prompt_lookup_passes(build):
     core = build(arm="ngram")
     checks = sampled(core, Choice("ngram", K), temperature=0.4, max_new_tokens=20, answers=100)
@@ -66,6 +68,7 @@ class AnotherTemperature(DraftProposer):
         return Proposal(proposal.draft_BK, proposal.counts, declared, proposal.matched_B, proposal.caught_up)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*language.FAULTS, AnotherTemperature])
 def test_planted_faults_fail(build, fault):
     core = build(proposer=fault) if isinstance(fault, type) else build(verify=fault)
@@ -75,6 +78,7 @@ def test_planted_faults_fail(build, fault):
     assert not all(check.passed for check in checks), [str(c) for c in checks]
 
 
+@pytest.mark.slow
 def test_greedy_passes_and_a_wrong_token_fails(build, monkeypatch):
     prompts = [[5, 9, i] for i in range(2, 12)]
     core = build()

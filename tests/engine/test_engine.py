@@ -27,6 +27,7 @@ def model(tiny_model):
 # ------------------------------------------------------------------------------------- company
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 8), reuse=st.booleans())
 @examples(25)
 def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
@@ -37,6 +38,7 @@ def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
     )
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), threads=st.integers(1, 3), reuse=st.booleans())
 @examples(40)
 def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, reuse):
@@ -73,6 +75,7 @@ def test_prefix_reuse_changes_no_token(model, make_core):
         prompts.append([*prompt, *out, 5, 6])
 
 
+@pytest.mark.slow
 def test_after_an_abort_the_slot_is_free_and_the_next_request_equals_a_fresh_engines(model, make_core):
     rng = random.Random(2)
     prompt = [rng.randrange(2, VOCAB) for _ in range(50)]
@@ -151,6 +154,7 @@ def test_every_end_of_sequence_id_stops(model, make_core):
         assert [(e.token, e.finish_reason) for e in run(core)["a"]] == [(eos, "stop")]
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), n=st.integers(1, 20), m=st.integers(1, 20), temperature=st.sampled_from([0, 1.0]))
 @examples(20)
 def test_a_shorter_answer_is_a_prefix_of_the_longer(model, make_core, seed, n, m, temperature):
@@ -165,6 +169,7 @@ def test_a_shorter_answer_is_a_prefix_of_the_longer(model, make_core, seed, n, m
 # ------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_answer_and_seeds_differ(model, make_core):
     prompt = [5, 6, 7, 8]
     core = make_core(model, slots=8)
@@ -271,6 +276,7 @@ def test_buckets_cover_every_value_by_at_most_twice(limit, smallest, data):
     assert value <= bucket_of(sizes, value) <= max(2 * value, smallest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
 def test_nothing_compiles_after_warm_up(tiny_model, slots):
     """Every step a request can cause has the shapes and the path of one that warm_up made."""
@@ -293,6 +299,7 @@ def test_nothing_compiles_after_warm_up(tiny_model, slots):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_not_a_number_in_one_row_ends_that_request_alone(tiny_model, make_core):
     """A token whose embedding is NaN stands for an overflow. Not the neighbours, nor the slot's next user, notice."""
     model = tiny_model(n_layer=2)

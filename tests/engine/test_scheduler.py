@@ -219,6 +219,7 @@ TestTraffic = Traffic.TestCase
 TestTraffic.settings = examples(150, stateful_step_count=30)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_random_steps():
     rng = random.Random(0)
     machine = Machine(slots=6, max_seq_len=48, chunk=16, chunk_beside_decode=8)

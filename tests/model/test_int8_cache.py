@@ -196,6 +196,7 @@ def some_prompts(count, *, shared=40):
     return [prefix + [rng.randrange(2, 97) for _ in range(rng.randrange(1, 30))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
     model, prompts = tiny_model(), some_prompts(7)
     core = EngineCore(runner_of(model))
@@ -205,6 +206,7 @@ def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
     assert copied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposer", ["ngram", "draft"])
 def test_speculation_changes_no_token(tiny_model, proposer):
     model, prompts = tiny_model(), some_prompts(5)
@@ -214,6 +216,7 @@ def test_speculation_changes_no_token(tiny_model, proposer):
     assert answers(core, prompts) == answers(EngineCore(runner_of(model)), prompts)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tiny_model):
     from torch._dynamo.utils import counters
 
@@ -229,6 +232,7 @@ def test_nothing_compiles_after_warm_up(tiny_model):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_compiled_code_equals_plain(tiny_model):
     model = tiny_model(n_layer=1)
     tokens, positions = torch.randint(0, 97, (3, 9)), torch.arange(9).expand(3, 9)

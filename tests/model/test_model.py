@@ -119,6 +119,7 @@ def prompts_of(rng, count, vocab, longest=MAX_SEQ_LEN):
 # ---------------------------------------------------------------------------------- one forward
 
 
+@pytest.mark.slow
 @given(options=architectures(), seed=st.integers(0, 1000))
 @examples(30)
 def test_any_architecture_equals_the_reference(tiny_model, options, seed):
@@ -129,6 +130,7 @@ def test_any_architecture_equals_the_reference(tiny_model, options, seed):
     torch.testing.assert_close(whole(model, tokens).double(), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @given(options=architectures(), seed=st.integers(0, 1000))
 @examples(60)
 def test_any_schedule_of_steps_gives_the_same_logits(tiny_model, options, seed):
@@ -236,6 +238,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(tiny_model, fresh_compiler):
     model = tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, sliding_window=9, sliding_layers=(0,))
     compiled = torch.compile(model)
@@ -253,6 +256,7 @@ def test_compiled_equals_eager(tiny_model, fresh_compiler):
             torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
     model, twin = (tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, qkv_bias=True) for _ in range(2))
     for_one_token(twin)
@@ -265,6 +269,7 @@ def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, fresh_compiler, dtype):
     """Attention costs what is used: a write must not copy the slots."""

@@ -428,6 +428,7 @@ def test_unsupported_names_the_reason() -> None:
 # ------------------------------------------------------------------------------------------ the build
 
 
+@pytest.mark.slow
 def test_library_is_built_once_even_by_two_processes(tmp_path: Path) -> None:
     code = "from gpt_fast.ops.cpu.structs import load_library; load_library()"
     env = os.environ | {"GPT_FAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}

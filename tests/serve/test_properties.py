@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from gpt_fast.serve.startup_check import check_properties, parse_properties
+from support.examples import examples
 
 JAVA = """
 import java.io.*; import java.nio.charset.StandardCharsets; import java.util.*;
