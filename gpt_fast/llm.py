@@ -77,7 +77,9 @@ class Engine:
         """Token ids of a plain prompt; special tokens in it are text."""
         return self.tokenizer.encode(prompt, add_bos=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from gpt_fast.engine.chunk_budget import ChunkBudget
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch, Forward
 from gpt_fast.request import NO_TOKEN, Chunk, Request, SampledToken, StepPlan
-from gpt_fast.sampling import edit_logits, needs_edit, sample, sampling_tensors, uniform
+from gpt_fast.sampling import edit_logits, needs_edit, on_device, sample, sampling_tensors, uniform
 from gpt_fast.speculative.accept import judge
 from gpt_fast.speculative.speculator import Speculator
-from gpt_fast.speculative.verify import Proposal, draws_of, on_device
+from gpt_fast.speculative.verify import Proposal, draws_of
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -189,7 +190,7 @@ class Runner:
             select_B,
         )
 
-    def _tensor(self, values: list) -> Tensor:
+    def _tensor(self, values: list[Any]) -> Tensor:
         return on_device(values, self.device)
 
     def _sample(

@@ -95,7 +95,8 @@ def nearest_int4(weight: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 def groups(weight_NK: Tensor, groupsize: int, *, pad: float) -> Tensor:
     """[N, G, E], the last group filled up with `pad`."""
     missing = -weight_NK.shape[1] % groupsize
-    return F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
+    weight_NGK: Tensor = F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
+    return weight_NGK
 
 
 def check_finite(weight_NK: Tensor, *, name: str, first_row: int = 0) -> None:

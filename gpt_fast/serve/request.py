@@ -308,6 +308,6 @@ def timeout(fields: Fields) -> float | None:
 
 
 def number(fields: Fields, name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name, default)
+    value: int = fields.get(name, default)
     check_int(name, value, low, high)
     return value

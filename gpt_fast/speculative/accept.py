@@ -7,6 +7,7 @@ L rows whose proposals stand so far.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def judge(
     params: SamplingTensors | None,
     proposal: Proposal,
     draws: Draws,
-    verify: Callable = speculative.verify,
+    verify: Callable[..., Any] = speculative.verify,
     best_BS: Tensor | None = None,
 ) -> Verdict:
     """The verdict on a step's block; params as `sampling_tensors` gives them for the B rows. K = 0 is plain decode.

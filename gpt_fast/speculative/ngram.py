@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gpt_fast.request import PrefixCopy, Request
+from gpt_fast.sampling import on_device
 from gpt_fast.speculative.proposer import Offer
-from gpt_fast.speculative.verify import Proposal, on_device
+from gpt_fast.speculative.verify import Proposal
 
 
 class NGramIndex:

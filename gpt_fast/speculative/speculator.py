@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.request import PrefixCopy, Request
@@ -73,7 +73,7 @@ class Speculator:
         controller: Controller | Fixed,
         *,
         max_seq_len: int,
-        verify: Callable = verify,
+        verify: Callable[..., Any] = verify,
     ) -> None:
         self.proposers, self.controller, self.max_seq_len, self.verify = proposers, controller, max_seq_len, verify
         self.totals = Totals()

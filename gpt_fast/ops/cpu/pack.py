@@ -80,7 +80,8 @@ def split_groups(w_NK: Tensor, group: int) -> Tensor:
     """float32 [N, G, group]; a short last group is filled up with its last value, which changes no range."""
     w_NK = w_NK.float()
     fill_NP = w_NK[:, -1:].expand(-1, padding(w_NK.shape[1], group))
-    return torch.cat((w_NK, fill_NP), 1).unflatten(1, (-1, group))
+    w_NGK: Tensor = torch.cat((w_NK, fill_NP), 1).unflatten(1, (-1, group))
+    return w_NGK
 
 
 def expand_groups(value_NG: Tensor, group: int, K: int) -> Tensor:
