@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.paths import ROOT
 from support.reaper import PREFIX, marked
+from support.waiting import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -34,7 +33,6 @@ def test_a_server():
     shared_server()
     time.sleep(600)
 """
-HANG_SECONDS = 300
 
 
 def command(pid: int) -> str:
@@ -42,13 +40,6 @@ def command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:  # it has just ended
         return ""
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def check_that_nothing_is_left(folder: Path, test: str, programs: list[str], signal_number: int) -> None:
@@ -76,6 +67,7 @@ def check_that_nothing_is_left(folder: Path, test: str, programs: list[str], sig
     wait_until(lambda: not list(marked(mark)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_no_program_outlives_its_pytest(tmp_path, signal_number):
     check_that_nothing_is_left(tmp_path, PROGRAMS, ["sleep 600", "sleep 601"], signal_number)
