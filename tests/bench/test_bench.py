@@ -133,6 +133,7 @@ def test_short_intervals_are_looked_at_within_a_window(monkeypatch):
     assert foreign_shares(readings, window=9) == pytest.approx([0.15] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_meter_counts_itself_its_children_and_others_that_are_named():
     burn = "import time\nwhile time.process_time() < 0.4: pass"
@@ -554,6 +555,7 @@ def test_a_bench_that_is_told_to_stop_leaves_no_process(tiny_checkpoint):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_busy_neighbour_is_ended_and_is_no_strangers_load(tiny_checkpoint):
     options = {"checkpoint_path": str(tiny_checkpoint), "max_seq_len": 64, "threads": 1}
     target = EngineTarget(**options)

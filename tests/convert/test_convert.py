@@ -95,6 +95,7 @@ def save_meta(directory: Path, *, shards: int, embedding_dim: int = 1, **params:
 # --------------------------------------------------------------------------------- formats and determinism
 
 
+@pytest.mark.slow
 def test_same_bytes_twice_and_from_any_sharding(tmp_path: Path) -> None:
     save("llama3", tmp_path / "one")
     save("llama3", tmp_path / "many", max_shard_size="40KB")

@@ -76,6 +76,7 @@ def judged(make_core):
     return judge_draft(core, "itself", prompts, batch_sizes=[1, 2], temperatures=[0.0, 1.0], max_new_tokens=24)
 
 
+@pytest.mark.slow
 def test_a_model_is_its_own_perfect_draft(judged):
     assert len(judged.acceptance) == 4
     for row in judged.acceptance:

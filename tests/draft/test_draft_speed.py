@@ -77,6 +77,7 @@ def core(make_core):
     return engine.core
 
 
+@pytest.mark.slow
 def test_every_variant_answers_every_batch_in_changing_order(core):
     loaded = core.runner.speculator
     ways = speed.variants(core, ["ngram", "auto"])
@@ -177,6 +178,7 @@ def prompts(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_speed_command_prints_ratios_and_json(target, prompts, tmp_path, capsys):
     code, out = run(
         capsys, "speed", "--checkpoint_path", target, "--useless_draft", 1, "--speculate", "draft", "auto",

@@ -60,6 +60,7 @@ def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, 
     check_company(requests, core(slots, reuse), lambda: core(1), rng)
 
 
+@pytest.mark.slow
 def test_prefix_reuse_changes_no_token(model, make_core):
     rng = random.Random(1)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(40)]]
@@ -94,6 +95,7 @@ def test_after_an_abort_the_slot_is_free_and_the_next_request_equals_a_fresh_eng
 # ------------------------------------------------------------------------------------- the ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127])
 def test_prompts_of_every_length_fill_the_context(model, make_core, length):
     core = make_core(model)

@@ -116,6 +116,7 @@ def prompt_of(rng, length):
 # ------------------------------------------------------------------------------------------ company
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     slots=st.integers(1, 5),
@@ -136,6 +137,7 @@ def test_tokens_do_not_depend_on_company(fused, seed, slots, weights, reuse, mos
     assert set(core.runner.mixed) <= {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", "draft", "controlled"])
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), k=st.integers(1, 5))
 @examples(15)

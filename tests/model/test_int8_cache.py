@@ -147,6 +147,7 @@ def test_a_memory_budget_decides_how_many_slots_there_are(tiny_model):
 # --------------------------------------------------------------------------------------------- paths
 
 
+@pytest.mark.slow
 def test_logits_are_near_those_of_a_float_cache():
     model = small_model()
     tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
@@ -154,6 +155,7 @@ def test_logits_are_near_those_of_a_float_cache():
     assert 0 < relative_error(got, expected) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
 def test_fused_rows_out_of_order_equal_plain_ones():
     model = small_model()

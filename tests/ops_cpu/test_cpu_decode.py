@@ -472,6 +472,7 @@ def test_processor_choice() -> None:
     assert build.best_isa(frozenset({"sse2"})) is None
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True, timeout=1200

@@ -84,6 +84,7 @@ def answers(core, prompts, params):
 # --------------------------------------------------------------------------------------- one forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "size", "slots", "every"),
     [
@@ -541,6 +542,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [PARAMS, [*PARAMS, *ODD], ODD])
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_bursts_say_what_steps_say(model, decoder, params, slots):
@@ -551,6 +553,7 @@ def test_bursts_say_what_steps_say(model, decoder, params, slots):
     assert answers(core, prompts[::-1], params[::-1])[0] == want[0][::-1]  # again, over what the first left
 
 
+@pytest.mark.slow
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.booleans()), min_size=1, max_size=6),
     steps=st.integers(1, 5),

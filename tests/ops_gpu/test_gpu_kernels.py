@@ -14,6 +14,8 @@ from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
 from support.examples import examples
 from support.gpu_cases import DEVICE, layer_cache, normal, poisoned, weight
 
+pytestmark = pytest.mark.slow  # Triton's interpreter
+
 KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
 unshrunk = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is slow: a failure is not made smaller
 few = examples(4, unshrunk)

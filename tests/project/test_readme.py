@@ -102,6 +102,7 @@ def test_a_page_s_lines_fit_a_screen(page):
     assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_s_commands_have_the_flags_it_names(page):
     """What `--help` of the command says; a continued line is one command."""

@@ -253,6 +253,7 @@ def gptq_twin(model, tokens_CS, *, groupsize, options=None):
     return model_of_state(model.config, schemes, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_is_closer_than_rounding(family):
     model = random_model(small_config(**FAMILIES[family]))

@@ -65,6 +65,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @examples(400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.lists(PIECES, max_size=14).map("".join))
 def test_properties_are_read_as_java_reads_them(java: subprocess.Popen[str], text: str) -> None:

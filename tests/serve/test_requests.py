@@ -193,6 +193,7 @@ def test_a_body_within_the_limit_is_read_and_one_byte_more_is_refused():
         assert caught.value.status == 413
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -94,6 +94,7 @@ def test_a_useless_draft_costs_at_most_three_percent(c, seed):
     assert sum(k > 0 for k in chosen) < 0.2 * len(chosen)
 
 
+@pytest.mark.slow
 @given(
     c=st.floats(0, 1),
     v=st.floats(0, 0.2),

@@ -189,6 +189,7 @@ def test_a_bad_schema_is_refused_in_one_line(maker, schema, reason):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_slow_schema_is_stopped(maker):
     """In a process of its own: nothing in this one could stop the compiler."""
     with pytest.raises(GuideError, match=r"too large to compile \(allowed 1 s and 1 GiB\)"):
@@ -247,6 +248,7 @@ def greedy(tokenizer, text):
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_tokenizer(name, tmp_path):
     """tokenizer.json, SentencePiece, a GGUF's own and tiktoken; logits may be padded past the vocabulary."""
@@ -275,6 +277,7 @@ TOOLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [HERMES, LLAMA])
 def test_a_guided_answer_is_one_call(engine, maker, form):
     seen = set()

@@ -169,6 +169,7 @@ def valid(text: str) -> bool:
 # --------------------------------------------------------------------- byte-exact, in both directions
 
 
+@pytest.mark.slow
 def test_two_thousand_hard_strings(pair: Pair) -> None:
     strings = hard_strings()
     assert len(strings) == 2000
