@@ -65,9 +65,10 @@ build/downloads/.test-files: .venv/.installed-serve
 		mistral-common==1.13.1 trl==1.16.0
 	@touch $@
 
-lint: .venv/.installed-test ## ruff and mypy
+lint: .venv/.installed-test ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	find gpt_fast -name '*.cpp' -o -name '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
 
 lock: .venv/.installed-test ## Resolve every extra again into requirements.lock

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
+from gpt_fast.engine.ranks import end_with_parent
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
 from gpt_fast.serve.rounds import Incoming, Reply
@@ -27,7 +26,7 @@ class GptFastHandler(BaseHandler):
     def initialize(self, context: Any) -> None:
         """Load, warm up and start the engine. The worker is ready when this returns, and not before."""
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's ranks must not outlive it: TorchServe kills only torchrun
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            end_with_parent()
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
         try:

@@ -7,7 +7,7 @@ Errors are ConfigError, one line of the form `key: problem (got X, allowed Y)`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -118,6 +118,54 @@ class ModelConfig:
             )
 
 
+# -------------------------------------------------------------------------- fields that say their bounds
+
+Check = Callable[[str, object], None]  # of a key and its value; raises ConfigError
+
+
+def checked(default: Any, *checks: Check) -> Any:
+    """A dataclass field whose value `check_fields` holds to every check, in their order."""
+    return field(default=default, metadata={"checks": checks})
+
+
+def check_fields(values: Any, *, where: str = "") -> None:
+    """Hold each field of a dataclass to its checks. where: stands before a field's name in the error."""
+    for each in dataclasses.fields(values):
+        for check in each.metadata.get("checks", ()):
+            check(where + each.name, getattr(values, each.name))
+
+
+def whole(low: int, high: int) -> Check:
+    return lambda key, value: check_int(key, value, low, high)
+
+
+def real(low: float, high: float) -> Check:
+    return lambda key, value: check_float(key, value, low, high)
+
+
+def one_of(*choices: str | None) -> Check:
+    return lambda key, value: check_choice(key, value, choices)
+
+
+def unless_none(check: Check) -> Check:
+    return lambda key, value: None if value is None else check(key, value)
+
+
+def switch(key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(key, "must be true or false", got=value)
+
+
+def some_path(key: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(key, "must be a path", got=value)
+
+
+def above_zero(key: str, value: object) -> None:
+    if value == 0:
+        raise ConfigError(key, "must be above 0", got=value, allowed=f"0 < {key} <= 1")
+
+
 # ------------------------------------------------------------------------------------- the service
 
 
@@ -139,45 +187,31 @@ class EngineConfig:
     quality: thresholds that the checkpoint's recorded quality report must meet (quantize.gate); empty asks for none.
     """
 
-    checkpoint_path: str
-    dtype: str = "auto"
-    kv_cache: str = "auto"
-    kernels: str = "auto"
-    device: str = "auto"
-    max_seq_len: int = 0
-    max_num_seqs: int = 8
-    kv_cache_gib: float = 0.0
-    prefill_chunk: int = 256
-    compile: bool = False
-    compile_prefill: bool = False
-    threads: int = 0  # 0: cores, less what TorchServe's front end needs when it serves
-    draft_checkpoint_path: str | None = None
-    speculate: str | None = None
-    speculate_k: int = 4
-    quality: Mapping[str, float] = field(default_factory=dict)
-
     DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+    checkpoint_path: str = field(metadata={"checks": (some_path,)})
+    dtype: str = checked("auto", one_of(*DTYPES))
+    kv_cache: str = checked("auto", one_of(*DTYPES, "int8"))
+    kernels: str = checked("auto", one_of("auto", "plain"))
+    device: str = "auto"
+    max_seq_len: int = checked(0, whole(0, 1 << 22))
+    max_num_seqs: int = checked(8, whole(1, 256))
+    kv_cache_gib: float = checked(0.0, real(0.0, 1 << 20))
+    prefill_chunk: int = checked(256, whole(16, 8192))
+    compile: bool = checked(False, switch)
+    compile_prefill: bool = checked(False, switch)
+    threads: int = checked(0, whole(0, 1024))  # 0: cores, less what TorchServe's front end needs when it serves
+    draft_checkpoint_path: str | None = None
+    speculate: str | None = checked(None, one_of(None, "none", "draft", "ngram", "auto"))
+    speculate_k: int = checked(4, whole(1, 16))
+    quality: Mapping[str, float] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, self.DTYPES)
-        check_choice("kv_cache", self.kv_cache, (*self.DTYPES, "int8"))
-        check_choice("kernels", self.kernels, ("auto", "plain"))
-        check_int("max_seq_len", self.max_seq_len, 0, 1 << 22)
-        check_int("max_num_seqs", self.max_num_seqs, 1, 256)
-        check_float("kv_cache_gib", self.kv_cache_gib, 0.0, 1 << 20)
-        check_int("prefill_chunk", self.prefill_chunk, 16, 8192)
-        check_int("threads", self.threads, 0, 1024)
-        check_int("speculate_k", self.speculate_k, 1, 16)
-        check_choice("speculate", self.speculate, (None, "none", "draft", "ngram", "auto"))
+        check_fields(self)
         if self.speculate == "draft" and not self.draft_checkpoint_path:
             raise ConfigError("draft_checkpoint_path", "is required by speculate: draft")
         if self.draft_checkpoint_path is not None and not isinstance(self.draft_checkpoint_path, str):
             raise ConfigError("draft_checkpoint_path", "must be a path", got=self.draft_checkpoint_path)
-        for name in ("compile", "compile_prefill"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(name, "must be true or false", got=getattr(self, name))
-        if not isinstance(self.checkpoint_path, str) or not self.checkpoint_path:
-            raise ConfigError("checkpoint_path", "must be a path", got=self.checkpoint_path)
         if not isinstance(self.quality, Mapping):
             raise ConfigError("quality", "must map thresholds to numbers", got=self.quality)
         if not isinstance(self.device, str) or not self.device:
@@ -220,46 +254,32 @@ class SamplingParams:
     stop_token_ids end the answer as EOS does, and are no more part of its text, ignore_eos or not.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
-    guide: Guide | None = field(default=None, compare=False)
-
     MAX_STOP = 16
     MAX_STOP_CHARS = 256
     MAX_STOP_TOKENS = 64
     MAX_LOGPROBS = 20
 
+    max_new_tokens: int = checked(256, whole(1, 1 << 22))
+    temperature: float = checked(0.0, real(0.0, 100.0))
+    top_k: int = checked(0, whole(0, 1 << 24))
+    top_p: float = checked(1.0, real(0.0, 1.0), above_zero)
+    min_p: float = checked(0.0, real(0.0, 1.0))
+    seed: int | None = checked(None, unless_none(whole(-(1 << 63), (1 << 63) - 1)))
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = checked(False, switch)
+    min_tokens: int = 0
+    repetition_penalty: float = checked(1.0, real(0.01, 100.0))
+    presence_penalty: float = checked(0.0, real(-2.0, 2.0))
+    frequency_penalty: float = checked(0.0, real(-2.0, 2.0))
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # None: none; n: the chosen token's and the n best
+    logprobs: int | None = checked(None, unless_none(whole(0, MAX_LOGPROBS)))
+    guide: Guide | None = field(default=None, compare=False)
+
     def __post_init__(self) -> None:
-        check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 22)
-        check_float("temperature", self.temperature, 0.0, 100.0)
-        check_int("top_k", self.top_k, 0, 1 << 24)
-        check_float("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise ConfigError("top_p", "must be above 0", got=self.top_p, allowed="0 < top_p <= 1")
-        check_float("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        check_fields(self)
         check_int("min_tokens", self.min_tokens, 0, self.max_new_tokens)
-        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError("ignore_eos", "must be true or false", got=self.ignore_eos)
         self._check_logit_bias()
         self._check_stop()
 

@@ -116,8 +116,8 @@ def samples(engine: Engine, args: argparse.Namespace) -> None:
         else:
             rates.append(one_sample(engine, prompt, args, index))
     print("==========")
-    if engine.core.runner.speculator:
-        print(acceptance(engine.core.runner.speculator.totals))
+    if totals := engine.speculation_totals():
+        print(acceptance(totals))
     print(f"Batch Size: {args.batch_size}")
     print(f"Prompt Length: {len(prompt)}")
     print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")

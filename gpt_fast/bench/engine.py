@@ -21,11 +21,11 @@ from gpt_fast.bench.quality import quality_of
 from gpt_fast.bench.recorder import Recorder
 from gpt_fast.bench.sample import Case, Description, Sample
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.llm import Engine
 from gpt_fast.measure.machine import CpuMeter
 from gpt_fast.model.forward import Batch
-from gpt_fast.ops.cpu.screen import MOST_ROWS
+from gpt_fast.ops.cpu.screen import MAX_ROWS
 
 
 class EngineTarget:
@@ -33,7 +33,6 @@ class EngineTarget:
 
     def __init__(self, **options: Any) -> None:
         self.engine = Engine.load(**options)
-        self.engine.core.scheduler.reuse_prefix = False  # a case is run twice: alone and beside busy programs
         self.ids = itertools.count()
         for _ in self.engine.events([0], SamplingParams(max_new_tokens=1, ignore_eos=True)):
             pass  # generate one token, so that the time that a start takes includes the first token's latency
@@ -41,14 +40,13 @@ class EngineTarget:
     def describe(self) -> Description:
         told = self.engine.description
         weights = Path(told.checkpoint)
-        cache = self.engine.core.runner.cache
         dtype = told.dtype if told.quantization == "none" else None
         quality = quality_of(weights, kv_cache=told.kv_cache, dtype=dtype)
         return Description(
             weight_bytes=told.weight_bytes_per_step,
             greedy_bytes=told.greedy_bytes_per_step,
-            greedy_rows=MOST_ROWS,
-            kv_bytes=cache.nbytes // (cache.slots * (cache.max_seq_len + 1)),
+            greedy_rows=MAX_ROWS,
+            kv_bytes=self.engine.core.cache_bytes_per_token,
             load_seconds=told.load_seconds,
             facts={**told.as_dict(), "checkpoint": weights.name, "torch": torch.__version__, "quality": quality},
         )
@@ -64,6 +62,7 @@ class EngineTarget:
     def _run(self, case: Case, recorder: Recorder) -> Sample:
         params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True, temperature=case.temperature)
         names = [f"bench-{next(self.ids)}" for _ in range(case.rows)]
+        self.engine.core.forget_slots()  # a case is run twice: alone and beside busy programs
         recorder.start()
         for name, prompt in zip(names, case.prompts(), strict=True):
             self.engine.add(name, prompt, params)
@@ -97,7 +96,7 @@ class EngineTarget:
         The sizes take turns, so that drift touches all alike.
         """
         runner, rng = self.engine.core.runner, random.Random(0)
-        forward = partial(best_of, runner) if isinstance(runner, AheadRunner) else runner.decode
+        forward = partial(best_of, runner) if isinstance(runner, OverlapRunner) else runner.decode
         vocabulary = self.engine.model_config.vocab_size
         seconds: dict[int, list[float]] = {size: [] for size in sizes}
         for turn in range(repeat + 2):
@@ -110,7 +109,7 @@ class EngineTarget:
         return {size: statistics.median(values) for size, values in seconds.items()}
 
 
-def best_of(runner: AheadRunner, batch: Batch) -> torch.Tensor:
+def best_of(runner: OverlapRunner, batch: Batch) -> torch.Tensor:
     """A greedy step's tokens, as such a runner gets them: without logits."""
     return runner.decode.start(batch, best_only=True).best()
 

@@ -1,4 +1,4 @@
-"""The garbage collector at rest while what stays is made."""
+"""Pause Python's garbage collector while a program imports what it needs: nothing of that is ever garbage."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def at_rest() -> Iterator[None]:
-    """No collection meanwhile, and no later one looks through what there is at the end (gc.freeze).
+    """Collect nothing within it, and leave what was made there out of every later collection (gc.freeze).
 
-    For the imports of a program of ours: torch's make hundreds of thousands of objects and no garbage, and the
-    collector would go through the growing heap again and again, for a sixth of the time that the import takes.
+    Importing torch creates hundreds of thousands of objects that live as long as the process. Scanning them again and
+    again as they grow costs a sixth of the import.
     """
     if not gc.isenabled():
         yield

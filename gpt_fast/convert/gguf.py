@@ -103,7 +103,7 @@ def dequantize(mapping: mmap.mmap, offset: int, rows: int, columns: int, block: 
         import numpy as np
         from gguf import GGMLQuantizationType, quants
     except ImportError:
-        raise ConfigError("gguf", f"{block.name} needs the gguf package: pip install gpt-fast[gguf]") from None
+        raise ConfigError("gguf", f"{block.name} needs the gguf package: pip install 'gguf>=0.17'") from None
     width = columns // block.elements * block.nbytes
     data = np.frombuffer(mapping, dtype=np.uint8, count=rows * width, offset=offset).reshape(rows, width)
     return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[block.name]))

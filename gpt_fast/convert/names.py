@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -59,99 +59,108 @@ class Sizes(NamedTuple):
         return cls(config.n_head * config.head_dim, config.kv_dim, config.dim, config.intermediate_size)
 
 
+class Names(NamedTuple):
+    """What a naming scheme calls the model's parts; those of a layer stand behind `layer`, which names its number."""
+
+    embeddings: str
+    norm: str
+    output: str
+    layer: str
+    attention_norm: str
+    ffn_norm: str
+    wq: str
+    wk: str
+    wv: str
+    wqkv: str  # all three in one
+    wo: str
+    q_norm: str
+    k_norm: str
+    w1: str
+    w2: str
+    w3: str
+    w1_w3: str  # both in one; "" where no file has that
+
+
+MakeLayer = Callable[[ModelConfig, str, Names], dict[str, tuple[Recipe, ...]]]  # of (config, target prefix, names)
+
+HF = Names(
+    *("model.embed_tokens", "model.norm", "lm_head", "model.layers.{}."),
+    *("input_layernorm", "post_attention_layernorm"),
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj"),
+    *("self_attn.q_norm", "self_attn.k_norm"),
+    *("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+)
+GGUF = Names(
+    *("token_embd", "output_norm", "output", "blk.{}."),
+    *("attn_norm", "ffn_norm"),
+    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    *("attn_q_norm", "attn_k_norm"),
+    *("ffn_gate", "ffn_down", "ffn_up", "ffn_up"),  # Phi-3's ffn_up has twice the rows
+)
+META = Names(
+    *("tok_embeddings", "norm", "output", "layers.{}."),
+    *("attention_norm", "ffn_norm"),
+    *("attention.wq", "attention.wk", "attention.wv", "attention.wqkv", "attention.wo"),
+    *("attention.q_norm", "attention.k_norm"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", ""),
+)
+
+
 def hf_candidates(config: ModelConfig) -> Candidates:
     """transformers' names, with Phi-3's fused projections and both of Mixtral's expert layouts."""
-    out: dict[str, tuple[Recipe, ...]] = whole_model(
-        config, {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    )
-    for layer in range(config.n_layer):
-        mine, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        attention = theirs + "self_attn."
-        out |= attention_candidates(
-            config,
-            mine,
-            separate=(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-            fused=attention + "qkv_proj",
-            wo=attention + "o_proj",
-            norms=(attention + "q_norm.weight", attention + "k_norm.weight"),
-            half_split=True,
-        )
-        out |= vectors(config, mine, theirs + "input_layernorm", theirs + "post_attention_layernorm")
-        out |= hf_experts(config, mine, theirs) if config.n_expert else hf_feed_forward(config, mine, theirs + "mlp.")
-    return out
+    return candidates(config, HF, half_split=True, experts=hf_experts)
 
 
 def gguf_candidates(config: ModelConfig, *, half_split: bool) -> Candidates:
     """llama.cpp's names. half_split: the architecture keeps Hugging Face's RoPE order (qwen2, qwen3, phi3)."""
-    out: dict[str, tuple[Recipe, ...]] = whole_model(
-        config, {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-    )
-    for layer in range(config.n_layer):
-        mine, theirs = f"layers.{layer}.", f"blk.{layer}."
-        out |= attention_candidates(
-            config,
-            mine,
-            separate=(theirs + "attn_q", theirs + "attn_k", theirs + "attn_v"),
-            fused=theirs + "attn_qkv",
-            wo=theirs + "attn_output",
-            norms=(theirs + "attn_q_norm.weight", theirs + "attn_k_norm.weight"),
-            half_split=half_split,
-        )
-        out |= vectors(config, mine, theirs + "attn_norm", theirs + "ffn_norm")
-        out |= gguf_experts(config, mine, theirs) if config.n_expert else gguf_feed_forward(config, mine, theirs)
-    return out
+    return candidates(config, GGUF, half_split=half_split, experts=gguf_experts)
 
 
 def meta_candidates(config: ModelConfig) -> Candidates:
-    """Meta's consolidated names, which are the model's but for the separate wq, wk, wv."""
-    out: dict[str, tuple[Recipe, ...]] = whole_model(
-        config, {"tok_embeddings": "tok_embeddings", "norm": "norm", "output": "output"}
-    )
-    for layer in range(config.n_layer):
-        prefix = f"layers.{layer}."
-        attention = prefix + "attention."
-        out |= attention_candidates(
-            config,
-            prefix,
-            separate=(attention + "wq", attention + "wk", attention + "wv"),
-            fused=attention + "wqkv",
-            wo=attention + "wo",
-            norms=(attention + "q_norm.weight", attention + "k_norm.weight"),
-            half_split=False,
-        )
-        out |= vectors(config, prefix, prefix + "attention_norm", prefix + "ffn_norm")
-        out |= linears(config, prefix + "feed_forward.", {w: prefix + "feed_forward." + w for w in ("w1", "w2", "w3")})
+    """Meta's consolidated names, which are the model's but for the separate wq, wk, wv. It has no experts."""
+    return candidates(config, META, half_split=False, experts=feed_forward)
+
+
+def candidates(config: ModelConfig, names: Names, *, half_split: bool, experts: MakeLayer) -> Candidates:
+    """experts: makes a mixture's feed-forward, for which every scheme has layouts of its own."""
+    out = whole_model(config, names)
+    for index in range(config.n_layer):
+        mine, layer = f"layers.{index}.", in_layer(names, index)
+        out |= attention_candidates(config, mine, layer, half_split=half_split)
+        out |= vectors(config, mine, layer)
+        out |= experts(config, mine, layer) if config.n_expert else feed_forward(config, mine, layer)
     return out
 
 
-def whole_model(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[Recipe, ...]]:
+def in_layer(names: Names, index: int) -> Names:
+    """The names of one layer's parts in full."""
+    prefix = names.layer.format(index)
+    whole = ("embeddings", "norm", "output", "layer")
+    parts = {key: prefix + value for key, value in names._asdict().items() if key not in whole and value}
+    return names._replace(layer=prefix, **parts)
+
+
+def whole_model(config: ModelConfig, names: Names) -> dict[str, tuple[Recipe, ...]]:
     vocab: Shape = (config.vocab_size, config.dim)
     out: dict[str, tuple[Recipe, ...]] = {
-        "tok_embeddings.weight": ((Piece(names["tok_embeddings"] + ".weight", vocab),),),
-        "norm.weight": ((Piece(names["norm"] + ".weight", (config.dim,)),),),
+        "tok_embeddings.weight": ((Piece(names.embeddings + ".weight", vocab),),),
+        "norm.weight": ((Piece(names.norm + ".weight", (config.dim,)),),),
     }
     if not config.tie_embeddings:
-        out["output.weight"] = ((Piece(names["output"] + ".weight", vocab),),)
+        out["output.weight"] = ((Piece(names.output + ".weight", vocab),),)
     return out
 
 
-def vectors(config: ModelConfig, mine: str, attention_norm: str, ffn_norm: str) -> dict[str, tuple[Recipe, ...]]:
+def vectors(config: ModelConfig, mine: str, names: Names) -> dict[str, tuple[Recipe, ...]]:
     shape = (config.dim,)
     return {
-        mine + "attention_norm.weight": ((Piece(attention_norm + ".weight", shape),),),
-        mine + "ffn_norm.weight": ((Piece(ffn_norm + ".weight", shape),),),
+        mine + "attention_norm.weight": ((Piece(names.attention_norm + ".weight", shape),),),
+        mine + "ffn_norm.weight": ((Piece(names.ffn_norm + ".weight", shape),),),
     }
 
 
 def attention_candidates(
-    config: ModelConfig,
-    mine: str,
-    *,
-    separate: tuple[str, str, str],
-    fused: str,
-    wo: str,
-    norms: tuple[str, str],
-    half_split: bool,
+    config: ModelConfig, mine: str, names: Names, *, half_split: bool
 ) -> dict[str, tuple[Recipe, ...]]:
     size = Sizes.of(config)
     heads = (config.n_head, config.n_kv_head, 0) if half_split else (0, 0, 0)
@@ -161,32 +170,30 @@ def attention_candidates(
         counts = (size.q, size.kv, size.kv)
         three = tuple(
             Piece(f"{name}.{suffix}", (rows, *tail), None, rope)
-            for name, rows, rope in zip(separate, counts, heads, strict=True)
+            for name, rows, rope in zip((names.wq, names.wk, names.wv), counts, heads, strict=True)
         )
         whole: Shape = (sum(counts), *tail)
         ends = (0, size.q, size.q + size.kv, whole[0])
-        one = tuple(Piece(f"{fused}.{suffix}", whole, (ends[i], ends[i + 1]), heads[i]) for i in range(3))
+        one = tuple(Piece(f"{names.wqkv}.{suffix}", whole, (ends[i], ends[i + 1]), heads[i]) for i in range(3))
         out[f"{mine}attention.wqkv.{suffix}"] = (three, one)
-    out |= {f"{mine}attention.wo.weight": ((Piece(wo + ".weight", (size.dim, size.q)),),)}
+    out |= {f"{mine}attention.wo.weight": ((Piece(names.wo + ".weight", (size.dim, size.q)),),)}
     if config.attention_out_bias:
-        out[f"{mine}attention.wo.bias"] = ((Piece(wo + ".bias", (size.dim,)),),)
+        out[f"{mine}attention.wo.bias"] = ((Piece(names.wo + ".bias", (size.dim,)),),)
     if config.qk_norm:
-        for target, name in zip(("q_norm", "k_norm"), norms, strict=True):
-            piece = Piece(name, (config.head_dim,), None, int(half_split))
+        for target, name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
+            piece = Piece(name + ".weight", (config.head_dim,), None, int(half_split))
             out[f"{mine}attention.{target}.weight"] = ((piece,),)
     return out
 
 
-def linears(
-    config: ModelConfig, mine: str, names: Mapping[str, str], *, bias: bool | None = None
-) -> dict[str, tuple[Recipe, ...]]:
+def linears(config: ModelConfig, mine: str, names: Mapping[str, str]) -> dict[str, tuple[Recipe, ...]]:
     """w1, w2, w3 of one feed-forward from three source linears."""
     size = Sizes.of(config)
     shapes = {"w1": (size.ffn, size.dim), "w3": (size.ffn, size.dim), "w2": (size.dim, size.ffn)}
     out: dict[str, tuple[Recipe, ...]] = {}
     for target, shape in shapes.items():
         out[f"{mine}{target}.weight"] = ((Piece(names[target] + ".weight", shape),),)
-        if config.mlp_bias if bias is None else bias:
+        if config.mlp_bias:
             out[f"{mine}{target}.bias"] = ((Piece(names[target] + ".bias", shape[:1]),),)
     return out
 
@@ -206,25 +213,17 @@ def add_alternatives(out: dict[str, tuple[Recipe, ...]], more: Mapping[str, Reci
         out[target] = (*out[target], recipe)
 
 
-def hf_feed_forward(config: ModelConfig, mine: str, theirs: str) -> dict[str, tuple[Recipe, ...]]:
+def feed_forward(config: ModelConfig, mine: str, names: Names) -> dict[str, tuple[Recipe, ...]]:
     mine += "feed_forward."
-    names = {"w1": theirs + "gate_proj", "w2": theirs + "down_proj", "w3": theirs + "up_proj"}
-    out = linears(config, mine, names)
-    add_alternatives(out, fused_gate_up(config, mine, theirs + "gate_up_proj.weight"))
+    out = linears(config, mine, {"w1": names.w1, "w2": names.w2, "w3": names.w3})
+    if names.w1_w3:
+        add_alternatives(out, fused_gate_up(config, mine, names.w1_w3 + ".weight"))
     return out
 
 
-def gguf_feed_forward(config: ModelConfig, mine: str, theirs: str) -> dict[str, tuple[Recipe, ...]]:
-    mine += "feed_forward."
-    names = {"w1": theirs + "ffn_gate", "w2": theirs + "ffn_down", "w3": theirs + "ffn_up"}
-    out = linears(config, mine, names)
-    add_alternatives(out, fused_gate_up(config, mine, theirs + "ffn_up.weight"))
-    return out
-
-
-def hf_experts(config: ModelConfig, mine: str, theirs: str) -> dict[str, tuple[Recipe, ...]]:
+def hf_experts(config: ModelConfig, mine: str, names: Names) -> dict[str, tuple[Recipe, ...]]:
     """Mixtral: one linear an expert (published files), or all experts stacked (transformers 5's modules)."""
-    size, count = Sizes.of(config), config.n_expert
+    size, count, theirs = Sizes.of(config), config.n_expert, names.layer
     mine += "feed_forward."
     gate_shape = (count, size.dim)
     out: dict[str, tuple[Recipe, ...]] = {
@@ -249,9 +248,9 @@ def hf_experts(config: ModelConfig, mine: str, theirs: str) -> dict[str, tuple[R
     return out
 
 
-def gguf_experts(config: ModelConfig, mine: str, theirs: str) -> dict[str, tuple[Recipe, ...]]:
+def gguf_experts(config: ModelConfig, mine: str, names: Names) -> dict[str, tuple[Recipe, ...]]:
     """llama.cpp: stacked experts, or (old files) one tensor an expert."""
-    size, count = Sizes.of(config), config.n_expert
+    size, count, theirs = Sizes.of(config), config.n_expert, names.layer
     mine += "feed_forward."
     out: dict[str, tuple[Recipe, ...]] = {
         mine + "gate.weight": ((Piece(theirs + "ffn_gate_inp.weight", (count, size.dim)),),)

@@ -6,7 +6,7 @@
     python -m gpt_fast.draft speed --checkpoint_path TARGET --useless_draft 2
     python -m gpt_fast.draft random --like TARGET --layers 4 --out_dir DIR
 
-Without --draft_checkpoint_path they judge prompt lookup. The last line printed is JSON. docs/speculation.md states
+Without --draft_checkpoint_path they are about prompt lookup. The last line printed is JSON. docs/speculation.md states
 the formulas. verify exits with 1 when a check fails.
 """
 
@@ -22,13 +22,13 @@ from pathlib import Path
 
 from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ConfigError, SamplingParams, check_int
-from gpt_fast.draft.judge import DraftReport, judge_draft
+from gpt_fast.draft.assess import DraftReport, assess_draft
+from gpt_fast.draft.lossless import Check, check_greedy, check_sampled
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
 from gpt_fast.draft.synthetic import force_acceptance
-from gpt_fast.draft.verify import Check, check_greedy, check_sampled
 from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
 from gpt_fast.measure import machine
@@ -53,9 +53,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     report.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16])
     report.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     report.add_argument("--repeat", type=at_least(1), default=3, help="turns of plain decode and speculation")
-    forced = "for models of random weights: let proposals stand at this rate, at temperature 1"
+    forced = "for models of random weights: accept proposals at this rate, at temperature 1"
     report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
-    report.add_argument("--plot", type=picture_path, help="write a picture here (gpt-fast[plot])")
+    report.add_argument("--plot", type=picture_path, help="write a picture here (needs matplotlib)")
     speed = commands.add_parser("speed", help="plain decode and speculation by turns")
     add_common(speed, several_drafts=False)
     speed.set_defaults(speculate_k=8)
@@ -155,7 +155,7 @@ def report(args: argparse.Namespace) -> bool:
         if args.synthetic_acceptance is not None:
             force_acceptance(engine.core, args.synthetic_acceptance)
             name, temperatures = f"{name} (synthetic acceptance {args.synthetic_acceptance:g})", [1.0]
-        found = judge_draft(
+        found = assess_draft(
             engine.core,
             name,
             prompts_of(args, engine),

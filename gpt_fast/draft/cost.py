@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from gpt_fast.draft.measure import draft_runner, speculating
-from gpt_fast.draft.predict import Cost
+from gpt_fast.draft.formulas import Cost
+from gpt_fast.draft.measure import draft_runner, rows_catching_up, speculating, speculator_of
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner, bucket_of
-from gpt_fast.engine.scheduler import Slot
 from gpt_fast.model.forward import Startable
 from gpt_fast.request import Request
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.greedy_chain import GreedyChain
-from gpt_fast.speculative.speculator import made_up
+from gpt_fast.speculative.speculator import timing_requests
 
 REPEATS = 11
 
@@ -29,9 +28,12 @@ def measure_cost(
     core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
     temperature: float = 0.0,
 ) -> Cost:  # fmt: skip
-    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians. Plain steps and a draft's
-    come several in a row, for where they can they begin ahead. unread: tokens of a prompt that a draft must read."""
-    rows = made_up(batch_size, context, temperature=temperature)
+    """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians.
+
+    Plain steps and a draft's come several in a row, for a step may begin before the last one's tokens are read.
+    unread: tokens of a prompt that a draft must read.
+    """
+    rows = timing_requests(batch_size, context, temperature=temperature)
     times: dict[str, list[float]] = {}
 
     def timed(key: str, work: Callable[[], object]) -> None:
@@ -39,8 +41,8 @@ def measure_cost(
         work()
         times.setdefault(key, []).append(time.perf_counter() - started)
 
-    runner = draft_runner(core.runner.speculator)
-    proposer = core.runner.speculator.proposers[arm] if core.runner.speculator else None
+    runner, speculator = draft_runner(core), speculator_of(core)
+    proposer = speculator.proposers[arm] if speculator else None
     model = proposer.startable if isinstance(proposer, DraftProposer) and temperature == 0 else None
     for _ in range(REPEATS + 1):
         with speculating(core, None):
@@ -53,7 +55,9 @@ def measure_cost(
             with speculating(core, Choice(arm, k)):
                 catch_up(core, rows)
                 timed(f"step {k}", lambda: core.runner.advance(rows))
-    core.scheduler.slots = [Slot() for _ in core.scheduler.slots]  # the made-up rows wrote there
+    core.forget_slots()  # the rows wrote there
+    for row in rows:
+        core.runner.ended(row)
     seconds = {key: statistics.median(values[1:]) for key, values in times.items()}
     plain, draft = seconds["plain"], seconds.get("draft", 0.0)
     v = {k: seconds[f"verify {k}"] / plain for k in counts}
@@ -73,7 +77,8 @@ def plain_step(core: EngineCore, rows: Sequence[Request], steps: int = 4) -> flo
         for row in rows:
             row.output.append(sampled[row.id][0].token)
             row.computed += 1
-        core.runner.run_ahead(list(rows))
+        if core.runner.begin_next:
+            core.runner.begin_next(list(rows))
     seconds = (time.perf_counter() - started) / steps
     for row, output, computed in before:
         row.output[:], row.computed = output, computed
@@ -102,10 +107,9 @@ def read_prompt(runner: Runner, count: int) -> None:
 
 def catch_up(core: EngineCore, rows: Sequence[Request]) -> None:
     """Steps until a draft has seen all of the rows, and one more."""
-    lagging = True
-    while lagging:
+    core.runner.advance(list(rows))
+    while rows_catching_up(core):
         core.runner.advance(list(rows))
-        lagging = any(offer.lag for offer in core.runner.speculator.last.offers) if core.runner.speculator else False
 
 
 def forward(runner: Runner, rows: Sequence[Request], size: int) -> list[Any]:

@@ -16,13 +16,9 @@ from torch import Tensor
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.overlap_runner import AheadRunner
 from gpt_fast.engine.runner import Runner, bucket_of
-from gpt_fast.engine.scheduler import Slot
 from gpt_fast.model.cache import KVCache
-from gpt_fast.speculative.controller import Fixed
 from gpt_fast.speculative.costs import Choice
-from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.speculator import Speculator, Totals
 
 
@@ -44,74 +40,53 @@ class Run:
     caught_up: int = 0
 
 
+def speculator_of(core: EngineCore) -> Speculator | None:
+    """The core's speculator, with all that the tools here look at."""
+    return core.speculator if isinstance(core.speculator, Speculator) else None
+
+
 @contextmanager
 def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
     """Let every step take this choice; None: plain decode, without the speculator."""
-    speculator = core.runner.speculator
-    if speculator is None:
+    loaded = speculator_of(core)
+    if loaded is None:
         yield
         return
-    controller = speculator.controller
+    always = loaded.always
     try:
-        with using(core, speculator if choice else None):
-            speculator.controller, speculator.totals = Fixed(choice, controller.counts), Totals()
+        with core.with_speculator(loaded if choice else None):
+            loaded.always, loaded.totals = choice, Totals()
             yield
     finally:
-        speculator.controller = controller
-
-
-@contextmanager
-def using(core: EngineCore, speculator: Speculator | None) -> Iterator[None]:
-    """Let the engine speculate so, or decode as one that was loaded without a speculator."""
-    runner = core.runner
-    loaded = runner.speculator
-
-    def change(speculator: Speculator | None) -> None:
-        if isinstance(runner, AheadRunner):
-            runner.forget()  # what it began depends on who proposes
-        runner.speculator = speculator
-
-    change(speculator)
-    try:
-        yield
-    finally:
-        change(loaded)
-
-
-def forget(core: EngineCore) -> None:
-    """Nothing in the slots, a draft's or the target's, serves the next request."""
-    core.scheduler.slots = [Slot(ill=slot.ill) for slot in core.scheduler.slots]
-    for proposer in core.runner.speculator.proposers.values() if core.runner.speculator else ():
-        if isinstance(proposer, DraftProposer):
-            proposer.held.clear()
+        loaded.always = always
 
 
 def run(
     core: EngineCore, choice: Choice | None, prompts: Sequence[list[int]], params: SamplingParams, *, together: int = 0
 ) -> Run:
     """Answer all prompts by this choice, `together` at a time (0: as many as there are slots)."""
-    together = together or core.runner.cache.slots
+    together = together or core.slots
     answers: dict[str, list[int]] = {f"draft-{i}": [] for i in range(len(prompts))}
     waiting = deque(zip(answers, prompts, strict=True))
     seconds, steps, tokens, ready_seconds, ready_steps, caught_up = 0.0, 0, 0, 0.0, 0, 0
     with speculating(core, choice):
         while waiting or not core.idle:
-            while waiting and len(core.scheduler.running) + len(core.scheduler.waiting) < together:
+            load = core.load()
+            for _ in range(min(together - load.running - load.waiting, len(waiting))):
                 core.add(*waiting.popleft(), params)
-            running = core.scheduler.running.values()
-            full = len(running) == together and all(r.output for r in running)
+            full = core.decoding == together
             started = time.perf_counter()
             events = core.step()
             if full:
                 took = time.perf_counter() - started
                 seconds, steps, tokens = seconds + took, steps + 1, tokens + len(events)
-                lagging = core.runner.speculator.last.lagging if core.runner.speculator else 0
-                caught_up += lagging
-                if not lagging:
+                behind = rows_catching_up(core)
+                caught_up += behind
+                if not behind:
                     ready_seconds, ready_steps = ready_seconds + took, ready_steps + 1
             for event in events:
                 answers[event.request_id].append(event.token)
-        speculator = core.runner.speculator
+        speculator = speculator_of(core)
         totals = speculator.totals if speculator and choice else Totals()
     return Run(list(answers.values()), seconds, steps, tokens, totals, ready_seconds, ready_steps, caught_up)
 
@@ -140,7 +115,14 @@ class Reader:
         return torch.cat(rows)
 
 
-def draft_runner(speculator: Speculator | None) -> Runner | None:
-    """The draft model's runner, where the speculator has one."""
+def rows_catching_up(core: EngineCore) -> int:
+    """Rows of the last step whose draft had tokens to catch up with."""
+    speculator = speculator_of(core)
+    return speculator.last.behind if speculator else 0
+
+
+def draft_runner(core: EngineCore) -> Runner | None:
+    """The draft model's runner, where the core has one."""
+    speculator = speculator_of(core)
     proposer = speculator.proposers.get("draft") if speculator else None
     return getattr(proposer, "runner", None)

@@ -1,4 +1,4 @@
-"""The prompts that drafts are judged on: JSON lines of {"category": ..., "prompt": ...}."""
+"""The prompts that drafts are assessed on: JSON lines of {"category": ..., "prompt": ...}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft's judgement shown: tables, and a plot."""
+"""A draft's report shown: tables, and a plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.draft.judge import Acceptance, DraftReport
+from gpt_fast.draft.assess import CategoryAcceptance, DraftReport
 from gpt_fast.measure.picture import picture
 
 
@@ -70,7 +70,7 @@ def plot(reports: Sequence[DraftReport], path: Path) -> None:
             axes.legend(fontsize="x-small")
 
 
-def plot_acceptance(axes: Any, name: str, row: Acceptance, *, aside: float) -> None:
+def plot_acceptance(axes: Any, name: str, row: CategoryAcceptance, *, aside: float) -> None:
     """aside: how far from its position, so that rows' intervals do not hide each other."""
     positions = [i + aside for i in range(1, len(row.rates) + 1)]
     errors = [[max(a - low, 0.0) for a, low, _ in row.rates], [max(high - a, 0.0) for a, _, high in row.rates]]

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams
-from gpt_fast.draft.measure import forget, using
+from gpt_fast.draft.measure import speculator_of
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.machine import CpuMeter, foreign_share
@@ -74,7 +74,7 @@ class Ratio:
 def variants(core: EngineCore, names: Sequence[str]) -> dict[str, Speculator | None]:
     """Plain decode and the named ways to speculate, each with a controller of its own that starts from the costs
     measured when the engine was loaded. "auto" chooses among all the proposers that there are."""
-    loaded = core.runner.speculator
+    loaded = speculator_of(core)
     if loaded is None:
         raise ConfigError("speculate", "the engine was loaded without a proposer")
     found: dict[str, Speculator | None] = {"plain": None}
@@ -83,7 +83,7 @@ def variants(core: EngineCore, names: Sequence[str]) -> dict[str, Speculator | N
         if not chosen:
             raise ConfigError("speculate", "no such proposer here", got=name, allowed=", ".join(loaded.proposers))
         controller = copy.deepcopy(loaded.controller)
-        found[name] = Speculator(chosen, controller, max_seq_len=loaded.max_seq_len, verify=loaded.verify)
+        found[name] = Speculator(chosen, controller, max_seq_len=loaded.max_seq_len)
     return found
 
 
@@ -111,8 +111,8 @@ def take_turns(
             turns = []
             for name in [*ways, *ways][first : first + len(ways)]:
                 random.seed(number)  # unseeded requests draw their seeds here
-                forget(core)
-                with using(core, ways[name]):
+                core.forget_slots()
+                with core.with_speculator(ways[name]):
                     turns.append(turn(core, tokens, params, category=category, variant=name))
             if number:
                 rounds.append(turns)
@@ -125,7 +125,7 @@ def turn(
     requests = [core.add(f"turn-{i}", prompt, params) for i, prompt in enumerate(prompts)]
     while not all(r.output for r in requests):
         core.step()
-    speculator = core.runner.speculator
+    speculator = speculator_of(core)
     blocks = speculator.totals.steps if speculator else 0
     before = [(len(r.output), r.drafted, r.accepted) for r in requests]
     meter, steps = CpuMeter(), 0

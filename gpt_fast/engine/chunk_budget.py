@@ -1,14 +1,15 @@
 """How many prompt tokens a step computes beside running streams, learned from how long they wait. Plain Python.
 
-The promise: a stream's token comes at most twice as late as usual while a prompt prefills. What is usual is known by
-the number of streams, from steps without a prompt that followed another such (a lone one does not begin ahead).
+The promise: a stream's token comes at most twice as late as usual while a prompt prefills. The usual wait is learned
+for each number of streams, from decode-only steps that follow another decode-only step (the first one after a prefill
+is slower, for nothing overlapped with it).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
-TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was judged by
+TARGET = 1.8  # of the usual wait; the rest is for what a step takes longer than the one it was predicted from
 
 
 class ChunkBudget:
@@ -67,8 +68,9 @@ class JoinedBudget(ChunkBudget):
 
     LEAST = 2
 
-    def __init__(self, largest: int) -> None:
-        super().__init__(list(range(min(self.LEAST, largest), largest + 1)))
+    def __init__(self, sizes: list[int]) -> None:
+        """sizes: as of ChunkBudget, of which only the largest matters."""
+        super().__init__(list(range(min(self.LEAST, sizes[-1]), sizes[-1] + 1)))
         self.cost = 0.0  # seconds a token; 0: not known
 
     def _affordable(self, usual: float, decodes: int) -> float:
@@ -86,5 +88,5 @@ class JoinedBudget(ChunkBudget):
 
 
 def smooth(average: float, value: float, *, weight: float = 0.25) -> float:
-    """Moving average in which a hiccup counts as twice the usual; 0: none yet."""
+    """Exponential moving average; an outlier counts as at most twice the average. average 0 means no value yet."""
     return average + (min(value, 2 * average) - average) * weight if average else value

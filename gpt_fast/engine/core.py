@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.engine.runner import Runner
-from gpt_fast.engine.scheduler import Scheduler
+from gpt_fast.engine.runner import Runner, Speculation
+from gpt_fast.engine.scheduler import Load, Scheduler
 from gpt_fast.request import Request, TokenEvent
 
 
@@ -31,17 +33,66 @@ class EngineCore:
             max_seq_len=runner.cache.max_seq_len,
             eos_ids=runner.eos_ids,
             reuse_prefix=reuse_prefix,
+            ended=runner.ended,
         )
         self.graphs_at_start = compiled_graphs()
-        self.ended = 0.0  # when the last step had its tokens
+        self.tokens_at = 0.0  # when the last step had its tokens
 
     @property
     def max_seq_len(self) -> int:
         return self.scheduler.max_seq_len
 
     @property
+    def cache_bytes_per_token(self) -> int:
+        cache = self.runner.cache
+        return cache.nbytes // (cache.slots * (cache.max_seq_len + 1))
+
+    @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    @property
+    def slots(self) -> int:
+        """How many requests run together."""
+        return len(self.scheduler.slots)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        return self.runner.eos_ids
+
+    @property
+    def speculator(self) -> Speculation | None:
+        return self.runner.speculator
+
+    @property
+    def decoding(self) -> int:
+        """How many requests the next step decodes, if all that run are past their prompts; else 0."""
+        decoding = len(self.scheduler.decoding)
+        return decoding if decoding == len(self.scheduler.running) else 0
+
+    @contextmanager
+    def with_speculator(self, speculator: Speculation | None) -> Iterator[None]:
+        """Let the steps meanwhile be those of an engine that was built with this speculator, or with none."""
+        loaded = self.runner.speculator
+        self.runner.speculate_with(speculator)
+        try:
+            yield
+        finally:
+            self.runner.speculate_with(loaded)
+
+    def forget_slots(self) -> None:
+        """Let no request reuse what another computed before, in the model's slots or a proposer's."""
+        self.scheduler.forget_slots()
+        if self.runner.speculator:
+            self.runner.speculator.forget_slots()
+
+    def load(self) -> Load:
+        """What runs and waits now."""
+        return self.scheduler.load()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless slots and requests agree."""
+        self.scheduler.check_integrity()
 
     def recompiles(self) -> int:
         """Graphs compiled since the warm-up; anything but 0 is a request that had to wait for a compiler."""
@@ -72,10 +123,11 @@ class EngineCore:
         plan = self.scheduler.schedule(chunk=self.runner.chunks[-1], chunk_beside_decode=beside)
         if not plan:
             return []
-        since = self.ended if plan.decodes else time.perf_counter()
+        since = self.tokens_at if plan.decodes else time.perf_counter()
         sampled = self.runner.run(plan)
-        self.ended = time.perf_counter()
-        self.runner.learn(plan, sampled, self.ended - since)
+        self.tokens_at = time.perf_counter()
+        self.runner.learn(plan, sampled, self.tokens_at - since)
         events = self.scheduler.commit(plan, sampled)
-        self.runner.run_ahead([] if self.scheduler.prefilling else self.scheduler.decoding)
+        if self.runner.begin_next and not self.scheduler.prefilling:
+            self.runner.begin_next(self.scheduler.decoding)
         return events

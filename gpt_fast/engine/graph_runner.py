@@ -1,9 +1,9 @@
-"""BurstRunner: several decode steps at a time on a GPU, each begun before the last one's tokens are read.
+"""GraphRunner: several decode steps at a time on a GPU, each begun before the last one's tokens are read.
 
 Where only plain decodes are planned, the rows live on the device (ops/gpu/graph.py) and the host reads one replay late;
 anything else (prompts, penalties, logprobs, a guide) is an ordinary step. The device knows when a row ends just as the
-scheduler does; what a stop the device does not know leaves behind is dropped by the scheduler, and in the cache lies
-behind what its slot is said to hold.
+scheduler does, but for stop strings: it may decode past one, and the scheduler drops those tokens; their cache entries
+lie beyond the slot's valid length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt_fast.sampling import needs_edit
 STEPS = 4  # a replay: more spare the host's gaps between replays, fewer let a new request in sooner
 
 
-class BurstRunner(Runner):
+class GraphRunner(Runner):
     """A Runner whose decodes, where all rows are plain, bring up to `steps` tokens each."""
 
     def __init__(self, *, decoder: GpuDecoder, steps: int = STEPS, **options: Any) -> None:
@@ -31,7 +31,7 @@ class BurstRunner(Runner):
             size: DecodeLoop(decoder, self.cache, rows=size, steps=steps, eos_ids=self.eos_ids) for size in sizes
         }
         self.loop: DecodeLoop | None = None  # the one under way
-        self.stands: dict[Request, tuple[int, int]] = {}  # its column of each request, and `computed` when it is next
+        self.places: dict[Request, tuple[int, int]] = {}  # its column of each request, and `computed` when it is next
 
     def warm_up(self) -> None:
         super().warm_up()
@@ -48,16 +48,16 @@ class BurstRunner(Runner):
     def burst(self, requests: list[Request]) -> dict[str, list[SampledToken]]:
         """Tokens of each, at least one; the next replay is under way when these are here."""
         loop = self.loops[bucket_of(list(self.loops), len(requests))]
-        stand = all(self.stands.get(r, (0, -1))[1] == r.computed for r in requests)
-        if loop is not self.loop or not loop.ring.pending or not stand:
+        continues = all(self.places.get(r, (0, -1))[1] == r.computed for r in requests)
+        if loop is not self.loop or not loop.ring.pending or not continues:
             self.loop = loop
             loop.begin([row_of(r, self.cache.max_seq_len) for r in requests])
             loop.launch()
-            self.stands = {r: (column, r.computed) for column, r in enumerate(requests)}
+            self.places = {r: (column, r.computed) for column, r in enumerate(requests)}
         loop.launch()
         tokens = loop.read()
-        columns = {r: self.stands[r][0] for r in requests}
-        self.stands = {r: (column, r.computed + len(tokens[column])) for r, column in columns.items()}
+        columns = {r: self.places[r][0] for r in requests}
+        self.places = {r: (column, r.computed + len(tokens[column])) for r, column in columns.items()}
         return {r.id: [SampledToken(token) for token in tokens[column]] for r, column in columns.items()}
 
 

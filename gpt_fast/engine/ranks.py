@@ -21,9 +21,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # public, but
 from torch.distributed.rendezvous import rendezvous
 
 from gpt_fast.cli.errors import MISTAKES, one_line_errors, text
-from gpt_fast.engine.runner import Runner
 from gpt_fast.model.parallel import Ranks
-from gpt_fast.request import Request
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others in one collective
 SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
@@ -74,16 +72,6 @@ class Group:
         elif not said_already:
             print(error.code, file=sys.stderr, flush=True)
         self.store.set("gpt_fast/said", "")
-
-
-class LockstepRunner(Runner):
-    """A runner whose plans depend on nothing but the requests, so that ranks that are given the same make the same.
-
-    The learned budget of prompt tokens beside streams follows a clock, and every rank has its own.
-    """
-
-    def chunk_beside(self, decodes: list[Request]) -> int:
-        return self.chunks[-1]
 
 
 def launched() -> bool:

@@ -7,20 +7,73 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gpt_fast.engine.chunk_budget import ChunkBudget
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch, Forward
-from gpt_fast.request import NO_TOKEN, Chunk, Request, SampledToken, StepPlan
-from gpt_fast.sampling import edit_logits, needs_edit, on_device, sample, sampling_tensors, uniform
-from gpt_fast.speculative.accept import judge
-from gpt_fast.speculative.speculator import Speculator
-from gpt_fast.speculative.verify import Proposal, draws_of
+from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan
+from gpt_fast.sampling import SamplingTensors, edit_logits, needs_edit, on_device, sample, sampling_tensors, uniform
+from gpt_fast.speculative.verify import Accepted, Draws, Proposal, draws_of
+
+
+class Budget(Protocol):
+    """How many prompt tokens a step computes beside running streams (chunk_budget.py)."""
+
+    def tokens(self, decodes: int) -> int:
+        """For the next step, which decodes so many streams."""
+
+    def learn(self, *, prompt_tokens: int, decodes: int, seconds: float) -> None:
+        """How long the streams waited for a step's tokens, or without a stream how long the step took."""
+
+
+class Speculation(Protocol):
+    """Who proposes tokens for decode steps, and what becomes of them (speculative/speculator.py)."""
+
+    @property
+    def counts(self) -> list[int]:
+        """How many proposals a row of a step may be padded to, ascending."""
+
+    def plain_next(self, requests: Sequence[Request], *, unknown: int) -> bool:
+        """Whether the next step of these requests, each after `unknown` more tokens, is plain: it may begin early."""
+
+    def propose(self, requests: Sequence[Request]) -> Proposal | None:
+        """The step's proposals; None: a plain step."""
+
+    def accept(
+        self,
+        logits_BSV: Tensor,
+        params: SamplingTensors | None,
+        proposal: Proposal,
+        draws: Draws,
+        best_BS: Tensor | None,
+    ) -> Accepted:
+        """How many of each row's proposals are accepted, and the token after them."""
+
+    def learn(
+        self, requests: Sequence[Request], proposal: Proposal | None, accepted: Sequence[int], seconds: float
+    ) -> None:
+        """What a step brought, before its tokens join their requests."""
+
+    def copied(self, copy: PrefixCopy) -> None:
+        """A slot's prefix was copied."""
+
+    def ended(self, request: Request) -> None:
+        """It will be in no further step."""
+
+    def forget_slots(self) -> None:
+        """Nothing that slots hold may serve another request."""
+
+    def measure(self, decode: Callable[[list[Request]], object], rows: int) -> None:
+        """Time every kind of step of so many rows."""
+
+
+def chunk_sizes(prefill_chunk: int) -> list[int]:
+    """The sizes that chunks of a prompt are padded to."""
+    return buckets(prefill_chunk, 16)
 
 
 def buckets(limit: int, smallest: int) -> list[int]:
@@ -41,19 +94,28 @@ class Runner:
 
     decode and prefill are forwards of the same model; they differ only in how they are compiled. With a speculator,
     a decode verifies what it proposes; without, or for a step without proposals, it is one token a row.
+    budget: how much of a prompt runs beside streams; None: as much as alone.
+    begin_next: set by a runner that can begin a decode before it is planned (overlap_runner.py); told after a step
+    which requests will run next, unless one is aborted or another comes.
     """
+
+    begin_next: Callable[[list[Request]], None] | None = None
 
     def __init__(
         self, *, decode: Forward, prefill: Forward, cache: KVCache, eos_ids: Iterable[int], prefill_chunk: int,
-        speculator: Speculator | None = None,
+        speculator: Speculation | None = None, budget: Budget | None = None,
     ) -> None:  # fmt: skip
         self.decode, self.prefill, self.cache = decode, prefill, cache
         self.eos_ids = sorted(eos_ids)
         self.device = cache.k_LNHTD.device
         self.rows = buckets(cache.slots, 1)
-        self.chunks = buckets(prefill_chunk, 16)
-        self.budget = ChunkBudget(self.chunks)
+        self.chunks = chunk_sizes(prefill_chunk)
+        self.budget = budget
         self.lengths = buckets(cache.max_seq_len, 128)
+        self.speculator = speculator
+
+    def speculate_with(self, speculator: Speculation | None) -> None:
+        """Let this one propose from the next step on."""
         self.speculator = speculator
 
     @torch.inference_mode()
@@ -82,7 +144,7 @@ class Runner:
         a path of their own (`slots_B` None), so every size runs both in and out of slot order.
         """
         last, ends = self.cache.slots - 1, (self.lengths[0], self.lengths[-1])
-        blocks = [1 + k for k in self.speculator.controller.counts] if self.speculator else []
+        blocks = [1 + k for k in self.speculator.counts] if self.speculator else []
         for rows, size in itertools.product(self.rows, [1, *blocks]):
             for slots, length in itertools.product((list(range(rows)), [last] * rows), ends):
                 self.forward(self.decode, [[]] * rows, [0] * rows, slots, size=size, length=length, every=size > 1)
@@ -100,32 +162,34 @@ class Runner:
         return self.forward(self.prefill, [tokens], [request.computed], [request.slot], size=size)
 
     def advance(self, requests: list[Request]) -> dict[str, list[SampledToken]]:
-        """One token for each request, and before it the proposals that stood."""
+        """One token for each request, and before it the accepted proposals."""
         started = time.perf_counter()
         proposal = self.speculator.propose(requests) if self.speculator else None
         if self.speculator is None or proposal is None:
             sampled = self._sample(requests, *self._decode(requests))
         else:
-            found = self._score(requests, self._block(requests, proposal))
-            sampled = self._verify(requests, *found, proposal, self.speculator)
+            sampled = self._verify(requests, *self._score(requests, proposal), proposal, self.speculator)
         if self.speculator:
             accepted = [len(sampled[r.id]) - 1 for r in requests]
             self.speculator.learn(requests, proposal, accepted, time.perf_counter() - started)
         return sampled
 
+    def ended(self, request: Request) -> None:
+        """It will be in no further plan."""
+        if self.speculator:
+            self.speculator.ended(request)
+
     def chunk_beside(self, decodes: list[Request]) -> int:
         """How many prompt tokens the next step, which decodes these, should compute."""
-        return self.budget.tokens(len(decodes))
+        return self.budget.tokens(len(decodes)) if self.budget else self.chunks[-1]
 
     def learn(self, plan: StepPlan, sampled: dict[str, list[SampledToken]], seconds: float) -> None:
         """How long the plan's streams waited for its tokens, or without a stream how long it took."""
+        if self.budget is None:
+            return
         burst = 1 if self.speculator else max((len(sampled[r.id]) for r in plan.decodes), default=1)
         prompt_tokens = sum(chunk.count for chunk in plan.chunks)
         self.budget.learn(prompt_tokens=prompt_tokens, decodes=len(plan.decodes), seconds=seconds / burst)
-
-    def run_ahead(self, requests: list[Request]) -> None:
-        """These alone run next, unless one is aborted or a request comes: a runner may begin meanwhile
-        (overlap_runner.py)."""
 
     def _decode(self, requests: list[Request]) -> tuple[Tensor, Tensor | None]:
         """The logits after each request's last token [B, V], and where known their argmax [B]."""
@@ -135,15 +199,15 @@ class Runner:
 
     def _block(self, requests: list[Request], proposal: Proposal) -> Batch:
         """Each request's last token and its proposals."""
-        counts = self.speculator.controller.counts if self.speculator else []
+        counts = self.speculator.counts if self.speculator else []
         size = 1 + bucket_of([0, *counts], proposal.draft_BK.shape[1])
         tokens = [[r.output[-1]] + [0] * count for r, count in zip(requests, proposal.counts, strict=True)]
         starts, slots = [r.computed for r in requests], [r.slot for r in requests]
         return self._batch(tokens, starts, slots, size=size, fed_BK=proposal.draft_BK, every=True)
 
-    def _score(self, requests: list[Request], block: Batch) -> tuple[Tensor, Tensor | None]:
-        """The logits of every token [B, S, V], and where known their argmax [B, S]."""
-        return self.decode(block), None
+    def _score(self, requests: list[Request], proposal: Proposal) -> tuple[Tensor, Tensor | None]:
+        """The logits after each request's last token and its proposals [B, S, V], and where known their argmax."""
+        return self.decode(self._block(requests, proposal)), None
 
     def forward(
         self, forward: Forward, tokens: list[list[int]], starts: list[int], slots: list[int], *, size: int,
@@ -215,9 +279,9 @@ class Runner:
         logits_BSV: Tensor,
         best_BS: Tensor | None,
         proposal: Proposal,
-        speculator: Speculator,
+        speculator: Speculation,
     ) -> dict[str, list[SampledToken]]:
-        """Each row's proposals that stand, and the token after them. best_BS: the logits' argmax, where known."""
+        """Each row's accepted proposals, and the token after them. best_BS: the logits' argmax, where known."""
         rows, scored = len(requests), proposal.draft_BK.shape[1] + 1
         edited_BSV = logits_BSV = logits_BSV[:rows, :scored]
         best_BS = None if best_BS is None else best_BS[:rows, :scored]
@@ -226,9 +290,9 @@ class Runner:
             edited_BSV, best_BS = torch.cat((first_BV[:, None], logits_BSV[:, 1:]), 1), None
         params = sampling_tensors([r.params for r in requests], self.device)
         draws = draws_of(requests, self.device)
-        verdict = judge(edited_BSV, params, proposal, draws, speculator.verify, best_BS)
+        accepted_B, next_B = speculator.accept(edited_BSV, params, proposal, draws, best_BS)
         sampled = {}
-        packed = torch.cat((verdict.accepted_B[:, None], verdict.next_B[:, None], proposal.draft_BK), 1).tolist()
+        packed = torch.cat((accepted_B[:, None], next_B[:, None], proposal.draft_BK), 1).tolist()
         for r, logits_SV, (accepted, following, *draft) in zip(requests, logits_BSV, packed, strict=True):
             tokens = [*draft[:accepted], following]
             sampled[r.id] = [

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent
+from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan, TokenEvent, common_prefix
 
 MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 
@@ -22,7 +23,7 @@ MIN_SHARED = 16  # a shorter common prefix is not worth a copy
 class Slot:
     """What a slot's cache holds, whoever wrote it, and when it was last used.
 
-    `ill`: it may hold NaN, which spreads even from positions that a mask hides (0 * NaN), so zero it before use.
+    `ill`: it may hold NaN, so it must be zeroed before it is used (KVCache.clear).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -31,13 +32,31 @@ class Slot:
     ill: bool = False
 
 
+class Load(NamedTuple):
+    """What a scheduler has to do: requests in slots, requests that wait for one, and the share of the cache's positions
+    that the running ones occupy."""
+
+    running: int
+    waiting: int
+    cache_usage: float
+
+
 class Scheduler:
     """Owns every request and slot. Not thread-safe: one thread adds, aborts, schedules and commits."""
 
-    def __init__(self, *, slots: int, max_seq_len: int, eos_ids: Iterable[int], reuse_prefix: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        max_seq_len: int,
+        eos_ids: Iterable[int],
+        reuse_prefix: bool = True,
+        ended: Callable[[Request], None] | None = None,
+    ) -> None:
+        """ended: told of every request that ran, when it leaves its slot."""
         self.max_seq_len = max_seq_len
         self.eos_ids = frozenset(eos_ids)
-        self.reuse_prefix = reuse_prefix
+        self.reuse_prefix, self.ended = reuse_prefix, ended
         self.waiting: deque[Request] = deque()
         self.running: dict[str, Request] = {}
         self.slots = [Slot() for _ in range(slots)]
@@ -67,6 +86,15 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
+
+    def load(self) -> Load:
+        positions = sum(r.computed for r in list(self.running.values()))
+        return Load(len(self.running), len(self.waiting), positions / (len(self.slots) * self.max_seq_len))
+
+    def forget_slots(self) -> None:
+        """Let no request begin with what an earlier one left in a slot."""
+        for index in self.free:
+            self.slots[index] = Slot(ill=self.slots[index].ill)
 
     @property
     def decoding(self) -> list[Request]:
@@ -192,10 +220,8 @@ class Scheduler:
     def _shared(self, request: Request, slot: Slot) -> int:
         if not self.reuse_prefix or slot.owner != request.owner:
             return 0
-        limit = min(len(slot.tokens), len(request.prompt) - 1)  # the last token must run, to be sampled from
-        if slot.tokens[:limit] == request.prompt[:limit]:
-            return limit
-        return next(i for i in range(limit) if slot.tokens[i] != request.prompt[i])
+        last = len(request.prompt) - 1  # it must run, to be sampled from
+        return min(common_prefix(slot.tokens, request.prompt), last)
 
     def _fed(self, request: Request, count: int) -> None:
         slot = self.slots[request.slot]
@@ -230,3 +256,5 @@ class Scheduler:
         self.free.add(request.slot)
         self.clock += 1
         self.slots[request.slot].used = self.clock
+        if self.ended:
+            self.ended(request)

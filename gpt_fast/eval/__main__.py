@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text", type=Path, help="a UTF-8 file; the held-out part of this Python's help texts unless said")
     add("--windows", type=int, default=8, help="pieces of the text")
     add("--seq_length", type=int, default=512, help="tokens of a piece")
-    add("--plot", type=picture_path, help="write a picture (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write a picture (needs matplotlib)")
     return flags
 
 

@@ -1,6 +1,6 @@
 """An Engine as a model of lm-evaluation-harness 0.4 (github.com/EleutherAI/lm-evaluation-harness, MIT).
 
-Importing this module needs the harness: pip install gpt-fast[eval].
+Importing this module needs the harness: pip install 'lm-eval>=0.4.9'.
 """
 
 from __future__ import annotations

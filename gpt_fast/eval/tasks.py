@@ -47,7 +47,7 @@ def task_manager(found: Sequence[str | dict[str, Any]]) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ConfigError("tasks", "need lm-evaluation-harness: pip install gpt-fast[eval]") from None
+        raise ConfigError("tasks", "need lm-evaluation-harness: pip install 'lm-eval>=0.4.9'") from None
     return TaskManager(include_defaults=any(isinstance(task, str) for task in found))
 
 

@@ -13,9 +13,9 @@ from gpt_fast.checkpoint.directory import find_weights
 from gpt_fast.checkpoint.quality_gate import check_quality
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.engine.ranks import Group
-from gpt_fast.engine.runner import Runner, buckets
+from gpt_fast.engine.runner import Runner, buckets, chunk_sizes
 from gpt_fast.load.checkpoint import Loaded, load_checkpoint
 from gpt_fast.load.description import EngineDescription
 from gpt_fast.load.path import ModelPath, choose_path
@@ -72,12 +72,14 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads)
+    prefill_chunk = min(config.prefill_chunk, max_seq_len)
     runner = path.runner(
         decode=path.decode,
         prefill=path.prefill,
         cache=cache,
         eos_ids={*loaded.config.eos_ids, *tokenizer.eos_ids},
-        prefill_chunk=min(config.prefill_chunk, max_seq_len),
+        prefill_chunk=prefill_chunk,
+        budget=path.budget and path.budget(chunk_sizes(prefill_chunk)),
         speculator=build_speculator(config, cache, path, threads),
     )
     if path.warm_up:
@@ -126,7 +128,7 @@ def build_speculator(config: EngineConfig, cache: KVCache, target: ModelPath, th
     proposers: dict[str, Proposer] = {}
     if "draft" in config.proposers:
         draft = load_draft(config, cache, target, threads)
-        proposers["draft"] = DraftProposer(draft, startable=draft.decode if isinstance(draft, AheadRunner) else None)
+        proposers["draft"] = DraftProposer(draft, startable=draft.decode if isinstance(draft, OverlapRunner) else None)
     if "ngram" in config.proposers:
         proposers["ngram"] = NGramProposer(device)
     controller = Controller(buckets(config.speculate_k, 1))

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from gpt_fast.config import ConfigError, EngineConfig
-from gpt_fast.engine.overlap_runner import AheadRunner
-from gpt_fast.engine.ranks import LockstepRunner
-from gpt_fast.engine.runner import Runner
+from gpt_fast.engine.chunk_budget import ChunkBudget, JoinedBudget
+from gpt_fast.engine.overlap_runner import OverlapRunner
+from gpt_fast.engine.runner import Budget, Runner
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.sizes import cache_dtype, torch_dtype
 from gpt_fast.model.forward import Forward
@@ -36,7 +36,7 @@ class ModelPath(NamedTuple):
     would spin for milliseconds after each operator on the same cores: one is enough for the sampler.
     warm_up: whether a shape's first run costs more than its next ones; not so for plain operators, where running
     every shape would only take minutes.
-    runner: makes the Runner that suits it.
+    runner: makes the Runner that suits it. budget: makes its chunk budget from the chunks' sizes; None: it has none.
     greedy_saves: bytes of weights that a greedy step of few rows leaves out.
     tuning: what was chosen for this processor, and how; "" where there is no choice.
     """
@@ -47,6 +47,7 @@ class ModelPath(NamedTuple):
     torch_threads: int
     warm_up: bool = True
     runner: Callable[..., Runner] = Runner
+    budget: Callable[[list[int]], Budget] | None = ChunkBudget
     greedy_saves: int = 0
     tuning: str = ""
 
@@ -86,7 +87,8 @@ def sharded_path(config: EngineConfig, model: Transformer, threads: int) -> Mode
     if config.compile or config.compile_prefill:
         raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
     pack(model)
-    return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, runner=LockstepRunner)
+    # Every rank must make the same plans, and a learned budget follows the rank's own clock.
+    return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, budget=None)
 
 
 def compiles_unasked(model: Transformer) -> bool:
@@ -139,7 +141,8 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> Model
         fused,
         fused,
         torch_threads=1,
-        runner=AheadRunner,
+        runner=OverlapRunner,
+        budget=JoinedBudget,
         greedy_saves=fused.greedy_saves,
         tuning=str(fused.tuned),
     )
@@ -147,7 +150,7 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> Model
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
     """Decode on the fused GPU kernels, longer prompts on PyTorch's operators, compiled if so asked; or Refused."""
-    from gpt_fast.engine.graph_runner import BurstRunner
+    from gpt_fast.engine.graph_runner import GraphRunner
     from gpt_fast.ops.gpu.decoder import GpuDecoder, unavailable, unsupported
 
     if reason := unavailable(model.norm.weight.device) or unsupported(model):
@@ -162,7 +165,7 @@ def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPat
     if config.compile_prefill:
         fused.prefill, name = compiled_path(config, model, threads).prefill, f"{name}, compiled prefill"
     pack(model)
-    runner = Runner if config.proposers else partial(BurstRunner, decoder=fused)
+    runner = Runner if config.proposers else partial(GraphRunner, decoder=fused)
     return ModelPath(name, fused, fused, threads, runner=runner)
 
 

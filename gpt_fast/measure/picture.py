@@ -17,7 +17,7 @@ FORMATS = (".png", ".svg", ".pdf")
 def picture_path(value: str) -> Path:
     """For argparse: what no picture could be written to is refused before anything is measured."""
     if find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("needs matplotlib: pip install gpt-fast[plot]")
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'matplotlib>=3.10'")
     path = Path(value)
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"unknown format (got {value!r}, allowed a name in {', '.join(FORMATS)})")

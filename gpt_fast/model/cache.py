@@ -72,9 +72,15 @@ class KVCache(nn.Module):
         return k_BHTD * k_scale_BHT[..., None], v_BHTD * v_scale_BHT[..., None]
 
     def clear(self, slot: int) -> None:
-        """Zero a slot; what ended in NaN must not reach its next request."""
+        """Zero a slot that a request left with NaN, which spreads even from positions that a mask hides (0 * NaN)."""
         for buffer in self.buffers():
             buffer[:, slot] = 0
+
+    def remove_nan(self, slot: int, length: int) -> None:
+        """As `clear`, of the first `length` positions, but keep what is finite."""
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                buffer[:, slot, :, :length].nan_to_num_(0.0, 0.0, 0.0)
 
     def copy_prefix(self, *, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source` (a shared prompt prefix)."""

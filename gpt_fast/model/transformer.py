@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         rope_BS2E = self.rope_cos_sin_PE[batch.positions_BS]  # type: ignore[index]
         group = self.config.n_head // self.config.n_kv_head
         masks = {w: causal_mask(batch.positions_BS, batch.length, group=group, window=w) for w in self.windows}
-        step = StepInput(batch.positions_BS, batch.slots_B, batch.length, rope_BS2E, masks)
+        step = LayerInput(batch.positions_BS, batch.slots_B, batch.length, rope_BS2E, masks)
         for layer in self.layers:
             x_BSD = layer(x_BSD, step, batch.cache)
         if batch.select_B is not None:
@@ -65,7 +65,7 @@ def attention_window(config: ModelConfig, layer: int) -> int | None:
     return config.sliding_window if layer in config.sliding_layers else None
 
 
-class StepInput(NamedTuple):
+class LayerInput(NamedTuple):
     """What every layer of one forward shares."""
 
     positions_BS: Tensor
@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, step: StepInput, cache: KVCache) -> Tensor:
+    def forward(self, x_BSD: Tensor, step: LayerInput, cache: KVCache) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), step, cache)
         ffn_BSD: Tensor = self.feed_forward(self.ffn_norm(x_BSD))
         return x_BSD + ffn_BSD
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.window = attention_window(config, index)
 
-    def forward(self, x_BSD: Tensor, step: StepInput, cache: KVCache) -> Tensor:
+    def forward(self, x_BSD: Tensor, step: LayerInput, cache: KVCache) -> Tensor:
         B, S, _ = x_BSD.shape
         heads = self.n_head + 2 * self.n_kv_head
         qkv_BSHE = self.wqkv(x_BSD).view(B, S, heads, self.head_dim)

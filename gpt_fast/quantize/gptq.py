@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.int4 import pack_nibbles
+from gpt_fast.ops.rounding import nearest_int4
 from gpt_fast.quantize.grid_search import fit_grid
 from gpt_fast.quantize.packed_triangle import Triangle
-from gpt_fast.quantize.rtn import check_finite, check_float16_range, nearest_int4
+from gpt_fast.quantize.rtn import check_finite, check_float16_range
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
 
 DAMPING_STEPS = 6

@@ -22,7 +22,7 @@ from gpt_fast.model.attention import causal_mask
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.empty import without_memory
 from gpt_fast.model.rope import rope_table
-from gpt_fast.model.transformer import Block, RMSNorm, StepInput, attention_window
+from gpt_fast.model.transformer import Block, LayerInput, RMSNorm, attention_window
 from gpt_fast.quantize.gptq import Factor, Hessian, InputSizes, damped_factor, gptq_int4
 from gpt_fast.quantize.gptq_streaming import HiddenStates, ReadTensor, StreamedLinear
 from gpt_fast.quantize.rtn import quantize_in_bands
@@ -128,7 +128,7 @@ class BlockRunner:
         rows, length, _ = hidden_BSD.shape
         positions_BS = torch.arange(length, device=self.device).repeat(rows, 1)
         mask = causal_mask(positions_BS, length, group=self.group, window=self.window)
-        step = StepInput(positions_BS, None, length, self.rope_PE[positions_BS], {self.window: mask})
+        step = LayerInput(positions_BS, None, length, self.rope_PE[positions_BS], {self.window: mask})
         out_BSD: Tensor = self.block(hidden_BSD, step, self.cache)
         return out_BSD
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt_fast.quantize.rtn import groups, nearest_int4
+from gpt_fast.ops.rounding import nearest_int4, split_groups
 
 KEPT = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the group's least and largest weight that a candidate range spans
 REFITS = 2
@@ -23,8 +23,8 @@ def fit_grid(weight_NK: Tensor, importance_K: Tensor, *, groupsize: int) -> tupl
     The range from least to largest weight is one of them, so a group that already is q * scale + min stays exact.
     """
     fit = GroupFit(weight_NK, importance_K, groupsize)
-    low_NG = groups(weight_NK, groupsize, pad=torch.inf).amin(-1)
-    high_NG = groups(weight_NK, groupsize, pad=-torch.inf).amax(-1)
+    low_NG = split_groups(weight_NK, groupsize, pad=torch.inf).amin(-1)
+    high_NG = split_groups(weight_NK, groupsize, pad=-torch.inf).amax(-1)
     for keep_low in KEPT:
         for keep_high in KEPT:
             min_NG = (keep_low * low_NG).half().float()
@@ -38,8 +38,8 @@ class GroupFit:
     """The best scale and min seen so far for every group."""
 
     def __init__(self, weight_NK: Tensor, importance_K: Tensor, groupsize: int) -> None:
-        self.weight_NGE = groups(weight_NK, groupsize, pad=0.0)
-        self.importance_GE = groups(importance_K[None], groupsize, pad=0.0)[0]  # none for the padding
+        self.weight_NGE = split_groups(weight_NK, groupsize, pad=0.0)
+        self.importance_GE = split_groups(importance_K[None], groupsize, pad=0.0)[0]  # none for the padding
         self.sum_G = self.importance_GE.sum(-1)
         self.sum_w_NG = (self.importance_GE * self.weight_NGE).sum(-1)
         shape, device = self.weight_NGE.shape[:2], weight_NK.device

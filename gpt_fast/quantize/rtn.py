@@ -1,19 +1,18 @@
-"""Round to nearest: a float weight to a scheme's stored tensors, without calibration.
+"""Round to nearest (gpt_fast.ops.rounding): a float weight to a scheme's stored tensors, without calibration.
 
-Shapes: N output features, K input features, G groups of input features, E groupsize.
+Shapes: N output features, K input features.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_fast.ops.int4 import dequantize_int4, pack_nibbles
-from gpt_fast.ops.int8 import dequantize_int8, expand_groups
+from gpt_fast.ops.int8 import dequantize_int8
+from gpt_fast.ops.rounding import int4_groups, int8_groups, int8_rows
 from gpt_fast.quantize.scheme import QuantizationError, Scheme
 
-TINY = torch.finfo(torch.float32).tiny
 ELEMENTS_AT_ONCE = 1 << 20  # rounded together: 4 MiB in float32, however large the tensor
 
 
@@ -52,51 +51,15 @@ def dequantize_weight(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
 
 
 def quantize_int8(weight_NK: Tensor, *, groupsize: int) -> dict[str, Tensor]:
-    if groupsize:
-        amax_NG = groups(weight_NK.abs(), groupsize, pad=0.0).amax(-1)
-        scale_NG = (amax_NG / 127).half()
-        divisor_NK = expand_groups(scale_NG.float(), weight_NK.shape[1], groupsize)
-        q_NK = torch.where(divisor_NK > 0, weight_NK / divisor_NK, 0)
-        return {"weight": q_NK.round().clamp(-127, 127).to(torch.int8), "scale": scale_NG}
-    # A scale never below the smallest normal number keeps rows of zeros and denormals within scale/2.
-    scale_N = (weight_NK.abs().amax(-1) / 127).clamp(min=TINY)
-    q_NK = (weight_NK / scale_N[:, None]).round().clamp(-127, 127)
-    return {"weight": q_NK.to(torch.int8), "scale": scale_N}
+    q_NK, scale = int8_groups(weight_NK, groupsize) if groupsize else int8_rows(weight_NK)
+    return {"weight": q_NK, "scale": scale}
 
 
 def quantize_int4(weight_NK: Tensor, *, groupsize: int, name: str) -> dict[str, Tensor]:
     if weight_NK.shape[1] % 2:
         raise QuantizationError(f"{name}: int4 needs an even number of inputs (got {weight_NK.shape[1]})")
-    scale_NG, min_NG = int4_grid(weight_NK, groupsize=groupsize)
-    columns = weight_NK.shape[1]
-    scale_NK = expand_groups(scale_NG.float(), columns, groupsize)
-    min_NK = expand_groups(min_NG.float(), columns, groupsize)
-    q_NK = nearest_int4(weight_NK, scale_NK, min_NK)
-    return {"weight": pack_nibbles(q_NK.to(torch.uint8)), "scale": scale_NG, "min": min_NG}
-
-
-def int4_grid(weight_NK: Tensor, *, groupsize: int) -> tuple[Tensor, Tensor]:
-    """scale_NG and min_NG (float16) that span each group from its least to its largest weight.
-
-    The scale is taken from the rounded min, so a group that already is q * scale + min comes back exactly.
-    """
-    low_NG = groups(weight_NK, groupsize, pad=torch.inf).amin(-1)
-    high_NG = groups(weight_NK, groupsize, pad=-torch.inf).amax(-1)
-    min_NG = low_NG.half()
-    scale_NG = ((high_NG - min_NG.float()).clamp(min=0) / 15).half()
-    return scale_NG, min_NG
-
-
-def nearest_int4(weight: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """The nearest of 0..15, as float; 0 where the group has one value only. All arguments of one shape."""
-    return torch.where(scale > 0, (weight - minimum) / scale, 0).round().clamp(0, 15)
-
-
-def groups(weight_NK: Tensor, groupsize: int, *, pad: float) -> Tensor:
-    """[N, G, E], the last group filled up with `pad`."""
-    missing = -weight_NK.shape[1] % groupsize
-    weight_NGK: Tensor = F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
-    return weight_NGK
+    q_NK, scale_NG, min_NG = int4_groups(weight_NK, groupsize)
+    return {"weight": pack_nibbles(q_NK), "scale": scale_NG, "min": min_NG}
 
 
 def check_finite(weight_NK: Tensor, *, name: str, first_row: int = 0) -> None:

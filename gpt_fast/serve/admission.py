@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_fast.llm import Engine
+from gpt_fast.serve.endpoints import ENDPOINTS
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
-from gpt_fast.serve.response import JSON, ChatAnswer, CompletionAnswer, PlainAnswer, dump, model_card, model_list
+from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tool_calls import call_parser
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 
-ROUTES = {"": "native", "v1/completions": "completion", "v1/chat/completions": "chat"}
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
 
 
@@ -43,9 +43,7 @@ class Admit:
         self.page = page_text()
         self.tool_format = tool_format(engine)
         self.offers = frozenset({"schema", "tools"} if self.tool_format else {"schema"})
-        self.guides = Maker(
-            engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.core.runner.eos_ids
-        )
+        self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
     def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
         path = path.strip("/")
@@ -75,13 +73,13 @@ class Admit:
         raise RequestError(message, status=404, code="model_not_found")
 
     def job(self, path: str, body: object) -> Job:
-        if path not in ROUTES:
+        if path not in ENDPOINTS:
             raise RequestError(f"path: nothing at {path[:100]!r} (allowed {PATHS})", status=404)
         if self.drain_file is not None and self.drain_file.exists():
             raise RequestError("the server is stopping", status=503, code="draining")
         self.check_room(1)  # a server that is full says so before it reads
         request = parse_request(
-            ROUTES[path],
+            ENDPOINTS[path],
             body,
             model_name=self.model_name,
             max_new_tokens=self.limits.max_new_tokens,
@@ -97,7 +95,7 @@ class Admit:
 
     def prompts(self, request: ApiRequest) -> list[Prompt]:
         """Every sequence the request needs, n of each prompt, checked against the model."""
-        if request.kind == "chat":
+        if request.messages:
             rows = [self.chat_tokens(request)]
         else:
             rows = [self.text_tokens(prompt) for prompt in request.prompts]
@@ -137,7 +135,7 @@ class Admit:
             raise RequestError("prompt: nothing is left of it as tokens (allowed 1 or more)", param="prompt")
         if room < 1 or (request.limited and params.max_new_tokens > room):
             wanted = f" and {params.max_new_tokens} new ones" if request.limited else ""
-            field = "messages" if request.kind == "chat" else "prompt"
+            field = request.endpoint.prompt
             message = f"{field}: {len(tokens)} tokens{wanted} (allowed {self.engine.core.max_seq_len} together)"
             raise RequestError(message, param=field, code="context_length_exceeded")
         for name, ids in {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}.items():
@@ -154,7 +152,7 @@ class Admit:
 
     def check_room(self, sequences: int) -> None:
         """429 when the waiting line is full; 400 for a request that would not fit an empty server."""
-        slots = len(self.engine.core.scheduler.slots)
+        slots = self.engine.slots
         most = slots + self.limits.max_waiting
         if sequences > most:
             raise RequestError(f"n: {sequences} sequences in all (allowed {most})", param="n")
@@ -165,8 +163,8 @@ class Admit:
     # ---------------------------------------------------------------------------------------- answers
 
     def answer(self, request: ApiRequest, prompts: list[Prompt]) -> Answer:
-        if request.kind == "native":
-            return PlainAnswer(stream=request.stream)
+        if not request.endpoint.openai:
+            return request.endpoint.answer(stream=request.stream)
         options: dict[str, Any] = {
             "model": self.model_name,
             "stream": request.stream,
@@ -180,12 +178,10 @@ class Admit:
             "wants_logprobs": request.params.logprobs is not None,
             "token_bytes": self.engine.tokenizer.token_bytes,
         }
-        if request.kind == "completion":
-            return CompletionAnswer(**options)
-        if not request.tools or self.tool_format is None:
-            return ChatAnswer(**options)
-        names = [tool["function"]["name"] for tool in request.tools]
-        return ChatAnswer(**options, new_parser=partial(call_parser, self.tool_format, names))
+        if request.tools and self.tool_format is not None:
+            names = [tool["function"]["name"] for tool in request.tools]
+            options["new_parser"] = partial(call_parser, self.tool_format, names)
+        return request.endpoint.answer(**options)
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)

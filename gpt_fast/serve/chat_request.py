@@ -23,7 +23,7 @@ Object = Mapping[str, Any]
 
 
 def parse_messages(value: object, *, tools: bool) -> tuple[Object, ...]:
-    """The conversation as chat templates expect it: content is one string, a tool call's arguments are an object.
+    """The conversation as chat templates expect it: content is text, a tool call's arguments are an object.
 
     tools: whether the conversation may hold calls of them. "developer" is the newer name of "system".
     """
@@ -58,15 +58,15 @@ def parse_message(value: object, where: str, *, tools: bool) -> Object:
     return message
 
 
-def parse_content(value: object, where: str) -> str:
-    """A message's text: a string, or OpenAI's list of text parts."""
+def parse_content(value: object, where: str) -> str | list[Object]:
+    """A message's text: a string, or OpenAI's list of text parts; the chat template takes one or the other."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
         parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
         texts = [text for text in parts if isinstance(text, str)]
         if len(texts) == len(value):
-            return "".join(texts)
+            return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
     raise refuse(where, f"must be a string or a list of text parts (got {short(value)})")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
 from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
 from gpt_fast.serve.chat_request import Object, parse_messages, parse_response_format, parse_tools, short_text
+from gpt_fast.serve.endpoints import CHAT, NEUTRAL, SAMPLING, Endpoint, Fields, whole_number
 
 __all__ = ["REASONS", "ApiRequest", "RequestError", "parse_request"]
 
@@ -30,7 +31,7 @@ class ApiRequest:
     answer must match.
     """
 
-    kind: str  # "native", "completion", "chat"
+    endpoint: Endpoint
     params: SamplingParams
     stream: bool
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -46,64 +47,11 @@ class ApiRequest:
     user: str = ""
 
 
-# ------------------------------------------------------------------------------------------- the fields
-
-Fields = dict[str, Any]
-
-SAMPLING = {
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens",
-}  # fmt: skip
-COMMON = SAMPLING | {"stream", "timeout", "user"}
-OPENAI = COMMON | {"model", "max_tokens", "n", "stream_options", "logprobs"}
-KNOWN = {
-    "native": COMMON | {"prompt", "max_new_tokens"},
-    "completion": OPENAI | {"prompt", "echo", "best_of"},
-    "chat": OPENAI | {"messages", "max_completion_tokens", "top_logprobs"},
-}
-# What a server may be able to do: these fields are known only where it is offered.
-OFFERS = {
-    "tools": {"chat": {"tools", "tool_choice", "parallel_tool_calls"}},
-    "schema": {kind: {"response_format"} for kind in KNOWN},
-}
-# Known to OpenAI's and vLLM's clients, not offered here: only these values, which ask for nothing, pass.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "web_search_options": (),
-    "prompt_cache_key": (),
-    "safety_identifier": (),
-    "verbosity": (),
-    "length_penalty": (1, 1.0),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "structured_outputs": (),
-    "bad_words": ([],),
-}
 BOOLEANS = {"stream", "echo", "ignore_eos"}
 
 
 def parse_request(
-    kind: str,
+    endpoint: Endpoint,
     body: object,
     *,
     model_name: str,
@@ -113,12 +61,11 @@ def parse_request(
 ) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say.
 
-    offers: of OFFERS, what this server can do beyond plain text; it must then look at the ApiRequest's fields for it.
-    OpenAI's defaults hold for its endpoints: temperature 1, 16 new tokens for a completion, the rest of the context
-    (here: SamplingParams' own limit, which the caller shortens to the slot) for a chat. null is the default.
+    offers: of Endpoint.offered, what this server can do; it must then look at the ApiRequest's fields for it.
+    null is the default.
     """
     given = parse_json(body)
-    check_known(given, kind, offers)
+    check_known(given, endpoint, offers)
     fields = {name: value for name, value in given.items() if value is not None}
     for name in BOOLEANS & fields.keys():
         expect(fields[name], name, bool, "true or false")
@@ -126,18 +73,18 @@ def parse_request(
         message = f"model: {short(fields['model'])} is not served here (allowed {model_name!r})"
         raise RequestError(message, param="model", status=404, code="model_not_found")
     try:
-        return build(kind, fields, max_new_tokens=max_new_tokens, stream=stream, offers=offers)
+        return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream, offers=offers)
     except ConfigError as error:
         raise RequestError(str(error), param=error.key) from None
 
 
-def check_known(given: Fields, kind: str, offers: frozenset[str]) -> None:
+def check_known(given: Fields, endpoint: Endpoint, offers: frozenset[str]) -> None:
     """Refuse what this endpoint does not know, and what it knows but cannot do."""
-    known = KNOWN[kind].union(*(OFFERS[offer].get(kind, set()) for offer in offers))
+    known = endpoint.known.union(*(endpoint.offered.get(offer, ()) for offer in offers))
     for name, value in given.items():
         if name in known:
             continue
-        if name not in NEUTRAL or kind == "native":
+        if name not in NEUTRAL or not endpoint.openai:
             shown = name if len(name) <= 60 else name[:57] + "..."
             raise RequestError(f"{shown}: unknown field (allowed {', '.join(sorted(known))})", param=name)
         neutral = (None, *NEUTRAL[name])
@@ -145,19 +92,22 @@ def check_known(given: Fields, kind: str, offers: frozenset[str]) -> None:
             raise RequestError(f"{name}: not supported (got {short(value)})", param=name)
 
 
-def build(kind: str, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]) -> ApiRequest:
-    limit_name, limit = token_limit(kind, fields, max_new_tokens)
-    tools, must_call = chat_tools(fields, offers) if kind == "chat" else ((), False)
-    streamed = fields.get("stream", stream if kind == "native" else False)
-    n, params = choices(fields), sampling_params(kind, fields, limit, limit_name)
+def build(
+    endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]
+) -> ApiRequest:
+    limit_name, limit = token_limit(endpoint, fields, max_new_tokens)
+    is_chat = endpoint is CHAT
+    tools, must_call = chat_tools(fields, offers) if is_chat else ((), False)
+    streamed = fields.get("stream", stream and not endpoint.openai)
+    n, params = choices(fields), sampling_params(endpoint, fields, limit, limit_name)
     if params.seed is not None:
         check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
     request = ApiRequest(
-        kind=kind,
+        endpoint=endpoint,
         params=params,
         stream=streamed,
-        prompts=prompts(fields.get("prompt"), single=kind == "native") if kind != "chat" else (),
-        messages=parse_messages(fields.get("messages"), tools="tools" in offers) if kind == "chat" else (),
+        prompts=() if is_chat else prompts(fields.get("prompt"), many=endpoint.many),
+        messages=parse_messages(fields.get("messages"), tools="tools" in offers) if is_chat else (),
         tools=tools,
         must_call=must_call,
         schema=parse_response_format(fields.get("response_format", {"type": "text"})) if "schema" in offers else None,
@@ -183,16 +133,11 @@ def check_together(request: ApiRequest) -> None:
         raise RequestError(f"min_tokens: {message} (got {request.params.min_tokens})", param="min_tokens")
 
 
-def token_limit(kind: str, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:
+def token_limit(endpoint: Endpoint, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:
     """The field that holds the token limit, None when the client gave none; and the limit."""
-    names, default = {
-        "native": (("max_new_tokens",), max_new_tokens),
-        "completion": (("max_tokens",), 16),
-        "chat": (("max_completion_tokens", "max_tokens"), 1 << 22),
-    }[kind]
-    given = [name for name in names if name in fields]
+    given = [name for name in endpoint.token_limits if name in fields]
     if not given:
-        return None, default
+        return None, max_new_tokens if endpoint.max_new_tokens is None else endpoint.max_new_tokens
     if any(fields[name] != fields[given[0]] for name in given):
         got = short(fields["max_tokens"])
         raise RequestError(f"max_tokens: differs from {given[0]} (got {got})", param="max_tokens")
@@ -200,23 +145,23 @@ def token_limit(kind: str, fields: Fields, max_new_tokens: int) -> tuple[str | N
 
 
 def choices(fields: Fields) -> int:
-    n = number(fields, "n", 1, 1, MAX_CHOICES)
+    n = whole_number(fields, "n", 1, 1, MAX_CHOICES)
     if "best_of" in fields and fields["best_of"] != n:
         raise RequestError(f"best_of: not supported (got {short(fields['best_of'])}, allowed n={n})", param="best_of")
     return n
 
 
-def sampling_params(kind: str, fields: Fields, max_new_tokens: Any, limit_name: str | None) -> SamplingParams:
+def sampling_params(endpoint: Endpoint, fields: Fields, max_new_tokens: Any, limit_name: str | None) -> SamplingParams:
     check_int(limit_name or "max_new_tokens", max_new_tokens, 1, 1 << 22)
     values = {name: fields[name] for name in SAMPLING & fields.keys()}
-    values.setdefault("temperature", 0.0 if kind == "native" else 1.0)
+    values.setdefault("temperature", endpoint.temperature)
     if values.get("top_k") == -1:  # vLLM's spelling of "all"
         values["top_k"] = 0
     if "stop" in values:
         values["stop"] = stop_strings(values["stop"])
     if "logit_bias" in values:
         values["logit_bias"] = logit_bias(values["logit_bias"])
-    return SamplingParams(**values, max_new_tokens=max_new_tokens, logprobs=logprobs(kind, fields))
+    return SamplingParams(**values, max_new_tokens=max_new_tokens, logprobs=endpoint.logprobs(fields))
 
 
 def stop_strings(value: Any) -> tuple[str, ...]:
@@ -224,17 +169,6 @@ def stop_strings(value: Any) -> tuple[str, ...]:
         return (value,)
     expect(value, "stop", list, "a string or a list of strings")
     return tuple(value)
-
-
-def logprobs(kind: str, fields: Fields) -> int | None:
-    """How many alternatives each token reports: completions ask with a number, chats with two fields."""
-    asked = fields.get("logprobs")
-    if kind == "chat":
-        expect(asked if asked is not None else False, "logprobs", bool, "true or false")
-        if "top_logprobs" in fields and not asked:
-            raise RequestError("top_logprobs: needs logprobs true", param="top_logprobs")
-        return number(fields, "top_logprobs", 0, 0, SamplingParams.MAX_LOGPROBS) if asked else None
-    return None if asked is None else number(fields, "logprobs", 0, 0, SamplingParams.MAX_LOGPROBS)
 
 
 def logit_bias(value: Any) -> Mapping[int, float]:
@@ -250,15 +184,15 @@ def logit_bias(value: Any) -> Mapping[int, float]:
     return biases
 
 
-def prompts(value: object, *, single: bool) -> tuple[str | tuple[int, ...], ...]:
+def prompts(value: object, *, many: bool) -> tuple[str | tuple[int, ...], ...]:
     """A prompt as text or token ids; OpenAI's endpoint also takes a list of either."""
-    allowed = "a string or a list of token ids" + ("" if single else ", or a list of them")
+    allowed = "a string or a list of token ids" + (", or a list of them" if many else "")
     if value is None:
         raise RequestError(f"prompt: is required (allowed {allowed})", param="prompt")
-    many = isinstance(value, list) and value and not isinstance(value[0], int)
-    if (many and single) or not isinstance(value, str | list):
+    several = isinstance(value, list) and value and not isinstance(value[0], int)
+    if (several and not many) or not isinstance(value, str | list):
         raise RequestError(f"prompt: must be {allowed} (got {short(value)})", param="prompt")
-    rows = value if many else [value]
+    rows = value if several else [value]
     if len(rows) > MAX_PROMPTS:
         raise RequestError(f"prompt: {len(rows)} prompts (allowed {MAX_PROMPTS})", param="prompt")
     return tuple(one_prompt(row, allowed) for row in rows)
@@ -305,9 +239,3 @@ def timeout(fields: Fields) -> float | None:
     if "timeout" in fields:
         check_float("timeout", fields["timeout"], 0.001, MAX_TIMEOUT)
     return fields.get("timeout")
-
-
-def number(fields: Fields, name: str, default: int, low: int, high: int) -> int:
-    value: int = fields.get(name, default)
-    check_int(name, value, low, high)
-    return value

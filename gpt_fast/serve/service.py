@@ -176,22 +176,20 @@ class Service:
 
         Requests that nobody reads do not count: their slots go to whoever comes next.
         """
-        scheduler = self.engine.core.scheduler
         with self._changed:
             if self._deserted():
                 return {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0.0}
-        running = list(scheduler.running.values())
-        positions = len(scheduler.slots) * scheduler.max_seq_len
+        load = self.engine.load_figures()
         return {
-            "num_requests_running": len(running),
-            "num_requests_waiting": max(self.in_flight() - len(running), 0),
-            "kv_cache_usage_perc": round(sum(s.computed for s in running) / positions, 4),
+            "num_requests_running": load.running,
+            "num_requests_waiting": max(self.in_flight() - load.running, 0),
+            "kv_cache_usage_perc": round(load.cache_usage, 4),
         }
 
     def totals(self) -> dict[str, float]:
         """Counts since the start, of what is no request."""
-        speculator = self.engine.core.runner.speculator
-        drafts = speculation_totals(speculator.totals) if speculator else {}
+        totals = self.engine.speculation_totals()
+        drafts = speculation_totals(totals) if totals else {}
         return {"recompiles_total": self.engine.core.recompiles(), **drafts}
 
     def failure(self) -> str | None:
@@ -234,7 +232,7 @@ class Service:
         for call in calls:
             call()
         if self.engine.idle:
-            self.engine.core.scheduler.check_integrity()
+            self.engine.check_integrity()
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or not (self.engine.idle or self._deserted())

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.config import ConfigError, EngineConfig, check_float, check_int
+from gpt_fast.config import (
+    ConfigError,
+    EngineConfig,
+    check_fields,
+    check_int,
+    checked,
+    real,
+    switch,
+    unless_none,
+    whole,
+)
 from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.frontend_keys import check_frontend_keys
@@ -39,23 +49,15 @@ class ServeConfig:
     together. 0 sends every token by itself; None: see `chunk_interval`.
     """
 
-    max_new_tokens: int = 50
-    stream: bool = True
-    max_waiting: int | None = None
-    request_seconds: float = 600.0
-    hung_seconds: float = 60.0
-    stream_interval: float | None = None
+    max_new_tokens: int = checked(50, whole(1, 1 << 22))
+    stream: bool = checked(True, switch)
+    max_waiting: int | None = checked(None, unless_none(whole(0, 1 << 16)))
+    request_seconds: float = checked(600.0, real(0.001, 86400.0))
+    hung_seconds: float = checked(60.0, real(1.0, 86400.0))
+    stream_interval: float | None = checked(None, unless_none(real(0.0, 1.0)))
 
     def __post_init__(self) -> None:
-        check_int("handler.max_new_tokens", self.max_new_tokens, 1, 1 << 22)
-        if self.max_waiting is not None:
-            check_int("handler.max_waiting", self.max_waiting, 0, 1 << 16)
-        check_float("handler.request_seconds", self.request_seconds, 0.001, 86400.0)
-        check_float("handler.hung_seconds", self.hung_seconds, 1.0, 86400.0)
-        if self.stream_interval is not None:
-            check_float("handler.stream_interval", self.stream_interval, 0.0, 1.0)
-        if not isinstance(self.stream, bool):
-            raise ConfigError("handler.stream", "must be true or false", got=self.stream)
+        check_fields(self, where="handler.")
 
 
 def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineConfig, ServeConfig]:
@@ -82,9 +84,11 @@ def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineCo
 
 
 def queue_places(batch_size: int, *, slots: int, wanted: int | None) -> int:
-    """How many sequences may wait for a slot. The rest of batchSize is for requests that are told 429 at once:
+    """How many sequences may wait for a slot: `wanted`, else half of what batchSize leaves beside the slots.
 
-    TorchServe hands the handler no more requests than batchSize, and keeps the others in a queue nobody can answer.
+    batchSize = running slots + waiting places + spare. Requests that get a spare place are refused at once with 429.
+    TorchServe hands the handler no more than batchSize requests; those beyond it wait in TorchServe's own queue, where
+    nobody can answer them.
     """
     check_int("batchSize", batch_size, 1, 1 << 16)
     spare = batch_size - slots

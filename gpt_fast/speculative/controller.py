@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gpt_fast.speculative.costs import LATE, PLAIN, BatchShape, CatchUp, Choice, Costs
 
@@ -20,7 +19,7 @@ def expected_tokens(rate: float, count: int) -> float:
 
 @dataclass
 class Acceptance:
-    """Accepted and evaluated proposals (those up to the first refusal), old ones fading."""
+    """Accepted and evaluated proposals (those up to the first rejected one), old ones fading."""
 
     accepted: float = 0.0
     evaluated: float = 0.0
@@ -35,30 +34,16 @@ class Acceptance:
 
 @dataclass
 class Candidate:
-    """A row as the controller sees it under one arm. chance: that there will be proposals, where not all is known."""
+    """A row as the controller sees it under one arm (proposer).
+
+    limit: proposals it can use. rate: how likely each is accepted. behind: tokens that the proposer must be fed first.
+    probability: that there will be proposals at all; below 1 where the step is decided before its last token is known.
+    """
 
     limit: int
     rate: float
-    lag: int = 0
-    chance: float = 1.0
-
-
-class Fixed:
-    """Always chooses the same (None: plain decode): what a report or a proof of correctness measures."""
-
-    foresees = False
-
-    def __init__(self, choice: Choice | None, counts: list[int]) -> None:
-        self.choice, self.counts, self.costs, self.probing = choice, counts, Costs(), False
-
-    def choose(self, batch: BatchShape, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
-        return self.choice
-
-    def learn(self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, **details: Any) -> None:
-        pass
-
-    def rest(self, idle: int) -> int:
-        return 0
+    behind: int = 0
+    probability: float = 1.0
 
 
 @dataclass
@@ -68,11 +53,11 @@ class Controller:
     S = tau / (k c + v + o): expected tokens a row over the cost of a speculative step in plain steps. Costs are whole
     measured steps (drafts, verification and overhead together). Where no S is above 1, a probe keeps the estimates
     alive, paid from an account: plain steps pay in `allowance` of their time, speculative steps pay in what they gain
-    and take out what they lose, against plain steps that begin ahead. An overdrawn account means plain decode,
-    whatever is predicted, so the loss stays below `allowance` of the time plus `overdraft` steps and one catching up,
-    for what a draft was fed may be earned back first.
+    and take out what they lose, against plain steps that overlap with the host's work. An overdrawn account means
+    plain decode, whatever is predicted, so the loss stays below `allowance` of the time plus `overdraft` steps, plus
+    one catch-up: the cost of feeding a draft is charged only after it had `stay` steps to pay off.
 
-    That holds if plain steps are known well, and the choice itself stands against it: speculation that only seems to
+    That holds if plain steps are known well, and the choice itself works against it: speculation that only seems to
     pay, because plain steps happened to look slow, goes on and measures no plain step. So plain steps are compared the
     more often the less is gained: a comparison takes `allowance` of what the steps since the last one brought.
     """
@@ -86,17 +71,16 @@ class Controller:
     costs: Costs = field(default_factory=Costs)
     catching_up: dict[str, CatchUp] = field(default_factory=dict)  # by arm
     balance: float = 0.0  # seconds
-    since_plain: int = 0  # steps without one that could begin ahead
+    since_plain: int = 0  # steps since a plain one that did not begin late
     comparing: int = 0  # plain steps to come, which keep the comparison honest
     invested: float = 0.0  # seconds of catching up that the steps after it have not had the time to earn back
     wanted: float = 0.0  # seconds that the cheapest probe is expected to lose, as of the last choice
     probing: bool = False  # the last choice was a probe, or none
 
-    foresees = True  # whether a step that it will leave plain can be known one step before
     REST_SHARE, REST = 0.25, 8  # of the idle steps in a row, and at most: plain steps between two looks
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     UNKNOWN_TOKEN = 0.1  # the same of a token that a draft must be fed first
-    COMPARED = 3  # plain steps a comparison, after one that could not begin ahead
+    COMPARED = 3  # plain steps a comparison, after one that began late
     COMPARE_EVERY = 64  # steps at most between two
 
     def choose(self, batch: BatchShape, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
@@ -110,11 +94,11 @@ class Controller:
         best, best_speedup = None, self.margin
         probe, least = None, math.inf
         for arm in (arm for arm in offers if any(c.limit for c in offers[arm])):
-            for choice, tau, cost, lag in self._outlooks(arm, batch, offers[arm], plain):
-                speedup = tau / (cost + lag / self._catch_up(arm, plain).stay)
-                if speedup > best_speedup and (credit >= 0 or not lag):
+            for choice, tau, cost, feeding in self._outlooks(arm, batch, offers[arm], plain):
+                speedup = tau / (cost + feeding / self._catch_up(arm, plain).stay)
+                if speedup > best_speedup and (credit >= 0 or not feeding):
                     best, best_speedup = choice, speedup
-                if (loss := cost + lag - tau) < least:
+                if (loss := cost + feeding - tau) < least:
                     probe, least = choice, loss
         self.wanted, self.probing = least * plain if probe else self.wanted, best is None
         if best and self.since_plain >= self._compare_every(best_speedup):
@@ -125,15 +109,17 @@ class Controller:
     def _outlooks(
         self, arm: str, batch: BatchShape, candidates: Sequence[Candidate], plain: float
     ) -> Iterator[tuple[Choice, float, float, float]]:
-        """Of every k: tokens a row, the cost of the step and of catching up first, in plain steps. Where no row may
-        have proposals after all, the step is a late one."""
+        """For every k: tokens a row, the cost of the step, and the cost of catching up first, both in plain steps. If
+        no row has proposals after all, the step is a plain one that began late."""
         known, late = self.costs.relative(arm, batch), self.costs.relative(LATE.arm, batch).get(0, 1.0)
-        none = math.prod(1 - c.chance for c in candidates)
-        lag = self._catch_up(arm, plain).token * sum(c.lag for c in candidates) / plain
+        none = math.prod(1 - c.probability for c in candidates)
+        feeding = self._catch_up(arm, plain).token * sum(c.behind for c in candidates) / plain
         for k in self.counts:
-            tau = sum(1 + c.chance * (expected_tokens(c.rate, min(k, c.limit)) - 1) for c in candidates) / batch.rows
+            tau = (
+                sum(1 + c.probability * (expected_tokens(c.rate, min(k, c.limit)) - 1) for c in candidates) / batch.rows
+            )
             cost = (1 - none) * known.get(k, 1 + self.UNKNOWN * k) + none * late
-            yield Choice(arm, k), tau, cost, lag
+            yield Choice(arm, k), tau, cost, feeding
 
     def _compare_every(self, speedup: float) -> float:
         """Steps until COMPARED plain ones lose `allowance` of the time, each what speculation would have gained."""
@@ -145,16 +131,16 @@ class Controller:
     def rest(self, idle: int) -> int:
         """How many plain steps may pass before the next look, after `idle` steps in which nothing paid.
 
-        Looking costs the host some time, and a step that is known to be plain can begin ahead.
+        Looking costs the host some time, and a step that is known to be plain can begin before it is planned.
         """
         return min(int(idle * self.REST_SHARE), self.REST)
 
     def learn(
         self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, *, caught_up: int = 0,
-        lagging: int = 0, late: bool = False,
+        rows_behind: int = 0, late: bool = False,
     ) -> None:  # fmt: skip
-        """What a step brought and cost, `caught_up` tokens of `lagging` rows fed to a draft included. late: a plain
-        step that would have begun ahead without a speculator."""
+        """What a step brought and cost, `caught_up` tokens of `rows_behind` rows fed to a draft included. late: a plain
+        step that began late, and would not have without a speculator."""
         kind = choice or (LATE if late else PLAIN)
         if caught_up:
             seconds = self._learn_catching_up(kind, batch, seconds, caught_up)
@@ -164,7 +150,7 @@ class Controller:
         plain = self.costs.plain(batch) or seconds
         self._count(kind)
         if choice:
-            self._catch_up(choice.arm, plain).used(batch.rows, lagging)
+            self._catch_up(choice.arm, plain).used(batch.rows, rows_behind)
             self.invested *= 1 - 1 / self._catch_up(choice.arm, plain).stay
         gained = plain * tokens / batch.rows - seconds if kind != PLAIN else 0.0
         earned = gained + (self.allowance * plain if choice is None else 0.0)

@@ -15,12 +15,15 @@ class Choice(NamedTuple):
 
 
 PLAIN = Choice("plain", 0)
-LATE = Choice("late", 0)  # a plain step that could not begin ahead, for proposals had been hoped for
+LATE = Choice("late", 0)  # a plain step that began late: the runner waited, for there might have been proposals
 
 
 class BatchShape(NamedTuple):
-    """What a step's cost depends on beside the choice. sampled: some row is, which takes the host's time, lets no step
-    begin before the last one's tokens are known, and a draft's neither."""
+    """What a step's cost depends on beside the choice.
+
+    sampled: not all rows are greedy. Sampling takes the host's time, and neither the next step nor a draft's can begin
+    before the tokens are known.
+    """
 
     rows: int
     sampled: bool = False
@@ -66,7 +69,7 @@ class Costs:
 
     def relative(self, arm: str, batch: BatchShape) -> dict[int, float]:
         """k c + v + o by k: the arm's steps in plain steps. None is below 1 or above that of a larger k, which do
-        more: what chance measured otherwise is averaged."""
+        more: measurements that say otherwise are averaged."""
         arms = sorted(choice for choice in self.seconds if choice.arm == arm)
         found = [self._measured(choice, batch) for choice in arms]
         return {choice.k: max(1.0, cost) for choice, cost in zip(arms, rising(found), strict=True)}

@@ -1,4 +1,4 @@
-"""A draft model as a proposer: it decodes ahead of the target, in a cache that mirrors the target's slots.
+"""A draft model as a proposer: it decodes the next tokens first, in a cache that mirrors the target's slots.
 
 Shapes: B rows, K proposals of a row, V vocabulary.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gpt_fast.model.forward import Startable
-from gpt_fast.request import PrefixCopy, Request
+from gpt_fast.request import PrefixCopy, Request, common_prefix
 from gpt_fast.sampling import normalized, on_device, sample, sampling_tensors, weights
 from gpt_fast.speculative.greedy_chain import GreedyChain
-from gpt_fast.speculative.proposer import Offer
+from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched
 
 
@@ -52,7 +52,7 @@ class DraftRunner(Protocol):
     ) -> Tensor: ...
 
 
-class DraftProposer:
+class DraftProposer(Proposer):
     """A smaller model proposes by decoding; its cache mirrors the target's slots and catches up when asked to.
 
     startable: the draft itself, where its steps can be begun; greedy proposals are then a GreedyChain, and a
@@ -74,7 +74,8 @@ class DraftProposer:
         room = self.runner.cache.max_seq_len + 1
         limits = [max(0, min(limit, room - r.length)) for r, limit in zip(requests, limits, strict=True)]
         return [
-            Offer(limit, lag=self._lag(r)) if limit else Offer(0) for r, limit in zip(requests, limits, strict=True)
+            Offer(limit, behind=self._behind(r)) if limit else Offer(0)
+            for r, limit in zip(requests, limits, strict=True)
         ]
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
@@ -99,9 +100,9 @@ class DraftProposer:
         )
 
     def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None:
-        for request, count, stood in zip(requests, self.counts, accepted, strict=True):
+        for request, count, length in zip(requests, self.counts, accepted, strict=True):
             if count:  # called before the accepted tokens join the request
-                self._hold(request, request.length + min(stood, count - 1), request.length + count - 1)
+                self._hold(request, request.length + min(length, count - 1), request.length + count - 1)
 
     def copied(self, copy: PrefixCopy) -> None:
         held = self.held.get(copy.source)
@@ -111,17 +112,21 @@ class DraftProposer:
             written = max(copy.length, before.written if before else 0)
             self.held[copy.target] = Held(held.request, min(held.count, copy.length), written)
 
+    def forget_slots(self) -> None:
+        for held in self.held.values():
+            held.count = 0
+
     def _known(self, request: Request) -> int:
         """How many of the request's first tokens the draft's slot already holds."""
         held = self.held.get(request.slot)
         if held is None:
             return 0
         if held.request is not request:
-            self._mend(request.slot, held.written)
+            self.runner.cache.remove_nan(request.slot, held.written)  # target or draft may have overflowed here
             self.held[request.slot] = held = Held(request, shared(request, held))
         return held.count
 
-    def _lag(self, request: Request) -> int:
+    def _behind(self, request: Request) -> int:
         """Tokens that it must be fed before it can propose; the last two are never among them."""
         lacking = request.length - self._known(request)
         return lacking - 2 if lacking > self.first else 0
@@ -134,19 +139,12 @@ class DraftProposer:
         before = self.held.get(request.slot)
         self.held[request.slot] = Held(request, count, max(written, before.written if before else 0))
 
-    def _mend(self, slot: int, written: int) -> None:
-        """Whether target or draft overflowed here: NaN would spread to the next request even from positions that a
-        mask hides (0 * NaN)."""
-        for buffer in self.runner.cache.buffers():
-            if buffer.is_floating_point():
-                buffer[:, slot, :, :written].nan_to_num_(0.0, 0.0, 0.0)
-
     def _catch_up(self, requests: Sequence[Request], counts: Sequence[int]) -> tuple[list[int], int]:
         """Feed rows what they lack, at most a chunk in all so that no step stalls. The rest propose nothing."""
         budget, ready = self.runner.chunks[-1], []
         for request, count in zip(requests, counts, strict=True):
-            known, lag = self._known(request), self._lag(request)
-            fed = min(lag, budget) if count else 0
+            known, behind = self._known(request), self._behind(request)
+            fed = min(behind, budget) if count else 0
             if fed > 0:
                 budget -= fed
                 size = next(size for size in self.runner.chunks if size >= fed)
@@ -154,7 +152,7 @@ class DraftProposer:
                 self.runner.forward(self.runner.prefill, [tokens], [known], [request.slot], size=size)
                 known += fed
                 self._hold(request, known, known)
-            ready.append(count if fed == lag else 0)
+            ready.append(count if fed == behind else 0)
         return ready, self.runner.chunks[-1] - budget
 
     def _decode(self, requests: Sequence[Request], counts: list[int], caught_up: int) -> Proposal:
@@ -182,7 +180,7 @@ class DraftProposer:
                 fed_BK=drafts[-1][:, None] if step else None,
             )
             weight_BV = None if params is None else weights(logits_BV, params)
-            # NO_TOKEN becomes a token that will not stand, for its q is not a number either.
+            # NO_TOKEN becomes a token that will be rejected, for its q is not a number either.
             drafts.append(sample(logits_BV, params, uniform_BK[:, step], weight_BV).clamp(min=0))
             if weight_BV is not None and not all(matched):
                 dists.append(normalized(weight_BV))
@@ -194,6 +192,4 @@ def shared(request: Request, held: Held) -> int:
     """How many of what the slot holds are the first tokens of a request that may read them."""
     if held.request.owner != request.owner:
         return 0
-    mine, theirs = request.tokens(0, held.count), held.request.tokens(0, held.count)
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+    return common_prefix(request.tokens(0, held.count), held.request.tokens(0, held.count))

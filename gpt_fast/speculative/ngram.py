@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gpt_fast.request import PrefixCopy, Request
+from gpt_fast.request import Request
 from gpt_fast.sampling import on_device
-from gpt_fast.speculative.proposer import Offer
+from gpt_fast.speculative.proposer import Offer, Proposer
 from gpt_fast.speculative.verify import Proposal
 
 
@@ -66,32 +66,30 @@ class NGramIndex:
         return length
 
 
-class NGramProposer:
+class NGramProposer(Proposer):
     """Prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding): what followed last time follows again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.indices: dict[Request, NGramIndex] = {}
-        self.found: list[list[int]] = []
+        self.found: dict[Request, list[int]] = {}
 
     def offers(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Offer]:
-        # Every decoding request is in every step, so one that is missing has ended.
-        self.indices = {r: self.indices.get(r) or NGramIndex() for r in requests}
-        offers, self.found = [], []
+        offers, self.found = [], {}
         for request, limit in zip(requests, limits, strict=True):
-            index = self.indices[request]
+            index = self.indices.setdefault(request, NGramIndex())
             index.extend(request.tokens(len(index.tokens), request.length))
             tokens, length = index.propose(limit)
-            self.found.append(tokens)
+            self.found[request] = tokens
             # Lengths 1, 2-3, 4-7, 8-15, ...
-            offers.append(Offer(len(tokens), kind=length.bit_length(), then=(length + 1).bit_length()))
+            offers.append(Offer(len(tokens), kind=length.bit_length(), kind_if_expected=(length + 1).bit_length()))
         return offers
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Proposal:
         K = max(counts)
-        rows = [tokens[:count] + [0] * (K - count) for tokens, count in zip(self.found, counts, strict=True)]
+        found = [self.found[r][:count] for r, count in zip(requests, counts, strict=True)]
+        rows = [tokens + [0] * (K - len(tokens)) for tokens in found]
         return Proposal(on_device(rows, self.device), list(counts))
 
-    def learn(self, requests: Sequence[Request], accepted: Sequence[int]) -> None: ...
-
-    def copied(self, copy: PrefixCopy) -> None: ...
+    def ended(self, request: Request) -> None:
+        self.indices.pop(request, None)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.request import PrefixCopy, Request
-from gpt_fast.sampling import needs_edit
-from gpt_fast.speculative.controller import Acceptance, Candidate, Controller, Fixed
+from gpt_fast.sampling import SamplingTensors, needs_edit
+from gpt_fast.speculative import accept
+from gpt_fast.speculative.controller import Acceptance, Candidate, Controller
 from gpt_fast.speculative.costs import PLAIN, BatchShape, Choice
 from gpt_fast.speculative.proposer import Offer, Proposer
-from gpt_fast.speculative.verify import Proposal, verify
+from gpt_fast.speculative.verify import Accepted, Draws, Proposal
 
 
 @dataclass
 class Totals:
     """What speculation did.
 
-    blocks[n] counts the verified blocks of which n proposals stood; positions[i] counts [evaluated, accepted]
+    blocks[n] counts the verified blocks of which n proposals were accepted; positions[i] counts [evaluated, accepted]
     proposals with i others before them.
     """
 
@@ -43,23 +46,27 @@ class Totals:
 
 
 class Decision(NamedTuple):
-    """What the next step of `rows`, each of a request and the length it will have, does; choice None: plain."""
+    """What a step does. rows: its requests, and how long each is when the step runs; choice None: plain decode.
+
+    early: decided one step before, when the last token of each row was not known yet.
+    """
 
     rows: list[tuple[Request, int]]
     choice: Choice | None
     offers: Sequence[Offer]
-    foreseen: bool = False  # one step before, so that it begins while its last tokens are unknown
+    early: bool = False
 
     @property
-    def lagging(self) -> int:
-        """Rows of which the proposer lacks tokens."""
-        return sum(offer.lag > 0 for offer in self.offers)
+    def behind(self) -> int:
+        """Rows that the proposer must first be fed tokens of."""
+        return sum(offer.behind > 0 for offer in self.offers)
 
 
 class Speculator:
     """Proposers, controller and acceptance estimates of one engine. `propose` before a decode step, `learn` after.
 
-    A runner that can begin a plain step ahead asks `plain_next` first.
+    A runner that can begin a plain step before it is planned asks `plain_next` first. always: a choice that every step
+    takes (PLAIN: plain decode) and of which the controller hears nothing, to measure or to prove; None: as it chooses.
     """
 
     PRIOR = 0.6  # acceptance assumed before anything is known: worth a try
@@ -70,26 +77,45 @@ class Speculator:
     def __init__(
         self,
         proposers: Mapping[str, Proposer],
-        controller: Controller | Fixed,
+        controller: Controller,
         *,
         max_seq_len: int,
-        verify: Callable[..., Any] = verify,
+        always: Choice | None = None,
     ) -> None:
-        self.proposers, self.controller, self.max_seq_len, self.verify = proposers, controller, max_seq_len, verify
+        self.proposers, self.controller, self.max_seq_len, self.always = proposers, controller, max_seq_len, always
         self.totals = Totals()
         self.pool: dict[tuple[str, int], Acceptance] = {}
         self.acceptances: dict[Request, dict[tuple[str, int], Acceptance]] = {}
         self.next: Decision | None = None  # where it is made before the step
         self.last = Decision([], None, ())
         self.chains = False  # whether the runner can begin a greedy step before the last one's tokens are known
-        self.idle = 0  # plain steps and vain probes in a row
+        self.idle = 0  # steps in a row that brought no accepted proposal
         self.resting = 0  # steps until the next look
-        self.gap, self.ended = 0.0, 0.0  # seconds between the last two steps; when the last one had its tokens
+        self.gap, self.tokens_at = 0.0, 0.0  # seconds between the last two steps; when the last one had its tokens
+
+    @property
+    def counts(self) -> list[int]:
+        """How many proposals a row of a step may be padded to, ascending."""
+        return self.controller.counts
+
+    def accept(
+        self,
+        logits_BSV: Tensor,
+        params: SamplingTensors | None,
+        proposal: Proposal,
+        draws: Draws,
+        best_BS: Tensor | None,
+    ) -> Accepted:
+        """How many of each row's proposals are accepted, and the token after them."""
+        return accept.accept(logits_BSV, params, proposal, draws, best_BS)
 
     def plain_next(self, requests: Sequence[Request], *, unknown: int) -> bool:
-        """Whether the next step of these requests is plain, so that it may begin now; then it will be. `unknown`: how
-        many tokens each is to get before: with 1 it is foreseen from what may be proposed after the likely token."""
-        if not self.controller.foresees:
+        """Whether the next step of these requests is plain, so that it may begin now; if so, it will be.
+
+        unknown: how many tokens each row gets before that step, 0 or 1. With 1 it is decided early, from what could be
+        proposed if each row's next token is the expected one.
+        """
+        if self.always:
             return False
         self.chains = self.chains or unknown > 0
         found = self._look(requests, unknown)
@@ -99,7 +125,7 @@ class Speculator:
 
     def propose(self, requests: Sequence[Request]) -> Proposal | None:
         """This step's proposals; None for a plain step."""
-        self.gap = time.perf_counter() - self.ended
+        self.gap = time.perf_counter() - self.tokens_at
         made = self.next is not None and self.next.rows == [(r, r.length) for r in requests]
         self.last, self.next = self.next if self.next and made else self._look(requests, 0), None
         if self.last.choice is None:
@@ -111,13 +137,17 @@ class Speculator:
     def _look(self, requests: Sequence[Request], unknown: int) -> Decision:
         """What the proposers could do, and what the controller makes of it. After idle steps it looks less often."""
         rows = [(r, r.length + unknown) for r in requests]
-        if self.resting and all(r in self.acceptances for r in requests):
+        if self.resting and not self.always and all(r in self.acceptances for r in requests):
             self.resting -= 1
             return Decision(rows, None, (), unknown > 0)
-        # Every decoding request is in every step, so one that is missing has ended.
-        self.acceptances = {r: self.acceptances.get(r, {}) for r in requests}
+        for request in requests:
+            self.acceptances.setdefault(request, {})
         limits = [self._limit(r) for r in requests]
         offers = {arm: proposer.offers(requests, limits) for arm, proposer in self.proposers.items()}
+        if self.always:
+            self.idle = self.resting = 0
+            choice = None if self.always == PLAIN else self.always
+            return Decision(rows, choice, offers[choice.arm] if choice else ())
         candidates = {arm: self._candidates(arm, requests, offers[arm], unknown) for arm in offers}
         choice = self.controller.choose(batch_of(requests), candidates)
         if choice is None or not unknown:
@@ -128,43 +158,57 @@ class Speculator:
     def learn(
         self, requests: Sequence[Request], proposal: Proposal | None, accepted: Sequence[int], seconds: float
     ) -> None:
-        """What became of them; called before the accepted tokens join their requests."""
-        self.ended = time.perf_counter()
+        """What became of the last proposals; called before the accepted tokens join their requests."""
+        self.tokens_at = time.perf_counter()
         tokens = sum(accepted) + len(accepted)
         self.idle = 0 if any(accepted) else self.idle + 1
         batch, choice = batch_of(requests), self.last.choice
         seconds += min(self.gap, self.GAP * (self.controller.costs.plain(batch) or 0.0))
         if proposal is None or choice is None:
-            late = self.chains and not batch.sampled and not self.last.foreseen
-            self.controller.learn(None, batch, tokens, seconds, late=late)
+            late = self.chains and not batch.sampled and not self.last.early
+            if not self.always:
+                self.controller.learn(None, batch, tokens, seconds, late=late)
             return
-        lagging = self.last.lagging if proposal.caught_up else 0
-        self.controller.learn(choice, batch, tokens, seconds, caught_up=proposal.caught_up, lagging=lagging)
+        rows_behind = self.last.behind if proposal.caught_up else 0
+        if not self.always:
+            self.controller.learn(choice, batch, tokens, seconds, caught_up=proposal.caught_up, rows_behind=rows_behind)
         self.proposers[choice.arm].learn(requests, accepted)
-        for request, offer, count, stood in zip(requests, self.last.offers, proposal.counts, accepted, strict=True):
+        for request, offer, count, length in zip(requests, self.last.offers, proposal.counts, accepted, strict=True):
             if count:
-                self._learn_row(request, (choice.arm, offer.kind), count, stood)
+                self._learn_row(request, (choice.arm, offer.kind), count, length)
 
     def measure(self, decode: Callable[[list[Request]], object], rows: int) -> None:
-        """Time plain decode and every choice on `rows` made-up requests; the controller starts from that.
+        """Time plain decode and every choice on as many requests as `rows`; the controller starts from that.
 
         decode runs one step of requests and reports to this speculator, as always.
         """
-        requests = made_up(rows, min(32, self.max_seq_len // 2))
-        controller = self.controller
-        for choice in (PLAIN, *(Choice(arm, k) for arm in self.proposers for k in controller.counts)):
-            self.controller = Fixed(choice if choice.k else None, controller.counts)
+        requests = timing_requests(rows, min(32, self.max_seq_len // 2))
+        always = self.always
+        for choice in (PLAIN, *(Choice(arm, k) for arm in self.proposers for k in self.counts)):
+            self.always = choice
             times = []
             for _ in range(3):  # the first compiles, or feeds a draft its prompt
                 started = time.perf_counter()
                 decode(requests)
                 times.append(time.perf_counter() - started)
-            controller.costs.learn(choice, BatchShape(rows), min(times[1:]))
-        self.controller, self.totals, self.pool = controller, Totals(), {}
+            self.controller.costs.learn(choice, BatchShape(rows), min(times[1:]))
+        for request in requests:
+            self.ended(request)
+        self.always, self.totals, self.pool = always, Totals(), {}
 
     def copied(self, copy: PrefixCopy) -> None:
         for proposer in self.proposers.values():
             proposer.copied(copy)
+
+    def ended(self, request: Request) -> None:
+        """It will be in no further step."""
+        self.acceptances.pop(request, None)
+        for proposer in self.proposers.values():
+            proposer.ended(request)
+
+    def forget_slots(self) -> None:
+        for proposer in self.proposers.values():
+            proposer.forget_slots()
 
     def _limit(self, request: Request) -> int:
         """Proposals the row can use: what is left to say, less the token that follows them. 0 where logits are edited,
@@ -172,7 +216,7 @@ class Speculator:
         if needs_edit(request.params, len(request.output)):
             return 0
         left = min(self.max_seq_len - request.length, request.params.max_new_tokens - len(request.output))
-        return min(left - 1, self.controller.counts[-1])
+        return min(left - 1, self.counts[-1])
 
     def _candidates(
         self, arm: str, requests: Sequence[Request], offers: Sequence[Offer], unknown: int
@@ -181,9 +225,11 @@ class Speculator:
 
     def _candidate(self, arm: str, request: Request, offer: Offer, unknown: int) -> Candidate:
         rate = self._rate(request, (arm, offer.kind))
-        if not unknown or offer.then is None:
-            return Candidate(offer.limit, rate, offer.lag)
-        return Candidate(offer.limit, self._rate(request, (arm, offer.then)), offer.lag, chance=rate)
+        if not unknown or offer.kind_if_expected is None:
+            return Candidate(offer.limit, rate, offer.behind)
+        return Candidate(
+            offer.limit, self._rate(request, (arm, offer.kind_if_expected)), offer.behind, probability=rate
+        )
 
     def _rate(self, request: Request, key: tuple[str, int]) -> float:
         pooled = self.pool.get(key, Acceptance()).rate(prior=self.PRIOR, weight=self.POOL_WEIGHT)
@@ -202,10 +248,10 @@ def batch_of(requests: Sequence[Request]) -> BatchShape:
     return BatchShape(len(requests), any(r.params.temperature > 0 for r in requests))
 
 
-def made_up(rows: int, length: int, *, temperature: float = 0.0) -> list[Request]:
+def timing_requests(rows: int, length: int, *, temperature: float = 0.0) -> list[Request]:
     """Requests of `length` equal tokens in the slots from 0 on, to time steps with; a lookup finds matches in them."""
     params = SamplingParams(max_new_tokens=1 << 20, temperature=temperature)
     return [
-        Request(f"made-up-{slot}", [0] * (length - 1), params, 0, output=[0], slot=slot, computed=length - 1)
+        Request(f"timing-{slot}", [0] * (length - 1), params, 0, output=[0], slot=slot, computed=length - 1)
         for slot in range(rows)
     ]

@@ -27,8 +27,8 @@ SAMPLE, ACCEPT, RESIDUAL, PROPOSE = 0, 1, 2, 3
 # ------------------------------------------------------------------------------------------- verify
 
 
-class Verdict(NamedTuple):
-    accepted_B: Tensor  # int64: how many of the row's proposals stand
+class Accepted(NamedTuple):
+    accepted_B: Tensor  # int64: how many of the row's proposals were accepted
     next_B: Tensor  # int64: the token that follows them
 
 
@@ -49,7 +49,7 @@ def draws_of(requests: Sequence[Request], device: torch.device) -> Draws:
     return Draws(on_device([r.seed for r in requests], device), on_device([r.length for r in requests], device))
 
 
-def verify(p_BSV: Tensor, q_BKV: Tensor, draft_BK: Tensor, count_B: Tensor, draws: Draws) -> Verdict:
+def verify(p_BSV: Tensor, q_BKV: Tensor, draft_BK: Tensor, count_B: Tensor, draws: Draws) -> Accepted:
     """Exact rejection sampling: accept draft d with probability min(1, p(d)/q(d)), else draw from (p - q)+.
 
     Args:
@@ -69,7 +69,7 @@ def verify(p_BSV: Tensor, q_BKV: Tensor, draft_BK: Tensor, count_B: Tensor, draw
     rejected_B = accepted_B < count_B
     residual_BV = torch.where(rejected_B[:, None], residual(p_BV, q_BV), p_BV)
     stream_BS = torch.where(rejected_B[:, None], draws.uniform(RESIDUAL, K + 1), draws.uniform(SAMPLE, K + 1))
-    return Verdict(accepted_B, invert_cdf(residual_BV, stream_BS[rows_B, accepted_B]))
+    return Accepted(accepted_B, invert_cdf(residual_BV, stream_BS[rows_B, accepted_B]))
 
 
 def residual(p_NV: Tensor, q_NV: Tensor) -> Tensor:
@@ -78,19 +78,19 @@ def residual(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return torch.where(rest_NV.sum(-1, keepdim=True) > 0, rest_NV, p_NV)
 
 
-def match(target_BS: Tensor, draft_BK: Tensor, count_B: Tensor) -> Verdict:
+def match(target_BS: Tensor, draft_BK: Tensor, count_B: Tensor) -> Accepted:
     """Accept proposals while they are what the target draws anyway; the next token is the target's next draw.
 
-    Rejection sampling with a one-hot q: draft d stands with probability p(d), a refused one leaves the target's other
-    tokens. The text is plain decode's, token for token.
+    Rejection sampling with a one-hot q: draft d is accepted with probability p(d), a rejected one leaves the target's
+    other tokens. The text is plain decode's, token for token.
     """
     K = draft_BK.shape[1]
     accepted_B = leading(draft_BK == target_BS[:, :K], count_B)
-    return Verdict(accepted_B, target_BS.gather(1, accepted_B[:, None])[:, 0])
+    return Accepted(accepted_B, target_BS.gather(1, accepted_B[:, None])[:, 0])
 
 
 def leading(accept_BK: Tensor, count_B: Tensor) -> Tensor:
-    """How many of each row's first `count` are accepted before the first refusal."""
+    """How many of each row's first `count` are accepted before the first rejection."""
     real_BK = torch.arange(accept_BK.shape[1], device=accept_BK.device) < count_B[:, None]
     return (accept_BK & real_BK).long().cumprod(-1).sum(-1)
 

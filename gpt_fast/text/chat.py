@@ -11,7 +11,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     import jinja2
 
 MAX_PROMPT_CHARS = 16 * 2**20
+# What the call itself gives a template or decides about it; chat_template_kwargs may not.
+CALL_NAMES = frozenset({
+    "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize",
+})  # fmt: skip
+TAG = "CONTINUE_FINAL_MESSAGE "  # its space shows whether the template trims messages
 
 
 class ChatTemplateError(ValueError):
@@ -50,24 +56,27 @@ def read_tool_format(source: str) -> ToolFormat | None:
 class ChatTemplate:
     """One checkpoint's chat template.
 
-    source: the Jinja text; tool_source: the one for requests with tools, where a checkpoint has its own for them.
+    source: the Jinja text, None where the checkpoint has no default one; tool_source: the one for requests with tools,
+    where a checkpoint has its own for them. names: of all its templates, for messages.
     special_tokens: the variables bos_token, eos_token, ... A rendering longer than max_chars is refused.
     tool_format: how the model writes calls; None where the template takes no tools.
     """
 
     def __init__(
         self,
-        source: str,
+        source: str | None,
         *,
         tool_source: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         max_chars: int = MAX_PROMPT_CHARS,
+        names: Sequence[str] = (),
     ) -> None:
-        self._template = compile_template(source)
-        self._tool_template = compile_template(tool_source) if tool_source is not None else self._template
-        self.tool_format = read_tool_format(tool_source or source)
+        self._template = None if source is None else CompiledTemplate(source)
+        self._tool_template = self._template if tool_source is None else CompiledTemplate(tool_source)
+        self.tool_format = read_tool_format(tool_source or source or "")
         self._special_tokens = dict(special_tokens or {})
         self._max_chars = max_chars
+        self._names = names
 
     def render(
         self,
@@ -76,30 +85,29 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. variables: what else the template asks for, such as Qwen3's enable_thinking."""
+        """The prompt's text.
+
+        continue_final_message: the prompt ends where the last message's content does, for the model to go on.
+        chat_template_kwargs: what else the template asks for, such as Qwen3's enable_thinking.
+        """
         template = self._template if tools is None else self._tool_template
-        chunks = template.generate(
-            self._special_tokens | variables,
-            messages=messages,
+        if template is None:
+            has = ", ".join(self._names)
+            raise ChatTemplateError(f'chat template: this checkpoint has none named "default" (got {has})')
+        check_options(chat_template_kwargs or {}, add_generation_prompt and continue_final_message)
+        messages = [template.with_content(message) for message in messages]
+        chunks = template.jinja.generate(
+            self._special_tokens | dict(chat_template_kwargs or {}),
+            messages=tagged(messages) if continue_final_message else messages,
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
         )
-        text: list[str] = []
-        room = self._max_chars
-        try:
-            for chunk in chunks:
-                room -= len(chunk)
-                if room < 0:
-                    raise ChatTemplateError(f"chat template: more than {self._max_chars} characters")
-                text.append(chunk)
-        except ChatTemplateError:
-            raise
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ChatTemplateError(f"chat template: {one_line(error)}") from None
-        return "".join(text)
+        text = collect(chunks, self._max_chars)
+        return until_tag(text, last_text(messages)) if continue_final_message else text
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The prompt's token ids; options are render's. Control tokens in messages, tools and documents are text."""
@@ -111,26 +119,122 @@ class ChatTemplate:
         return tokenizer.encode_with_specials(text, literal=literal)
 
 
-def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
-    """chat_template.jinja, else tokenizer_config.json's "chat_template" (one, or a list of named ones); None: neither.
+class CompiledTemplate:
+    """A template ready to render, and the form of content that it takes."""
 
-    Of named ones, "default" is used, and "tool_use" for requests with tools.
+    def __init__(self, source: str) -> None:
+        self.jinja = compile_template(source)
+        from gpt_fast.text.content_format import content_format  # jinja2 is imported for those who have a template
+
+        self.content_format = content_format(self.jinja.environment.parse(source))
+
+    def with_content(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The message with its content in the template's form. What is neither text nor text parts stays as it is."""
+        content = message.get("content")
+        if isinstance(content, str) and self.content_format == "parts":
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list) and content and self.content_format == "string" and all(map(is_text, content)):
+            return {**message, "content": "".join(part["text"] for part in content)}
+        return message
+
+
+def is_text(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def check_options(chat_template_kwargs: Mapping[str, Any], both: bool) -> None:
+    """both: whether a new answer and more of the last message are asked for at once."""
+    for name in chat_template_kwargs:
+        if name in CALL_NAMES:
+            raise ChatTemplateError(f"chat_template_kwargs: {name} is set by the request itself")
+    if both:
+        raise ChatTemplateError("continue_final_message: does not go with add_generation_prompt, set one to false")
+
+
+def collect(chunks: Iterator[str], max_chars: int) -> str:
+    """The joined chunks of a rendering; what a template raises, and too much text, is a ChatTemplateError."""
+    text: list[str] = []
+    room = max_chars
+    try:
+        for chunk in chunks:
+            room -= len(chunk)
+            if room < 0:
+                raise ChatTemplateError(f"chat template: more than {max_chars} characters")
+            text.append(chunk)
+    except ChatTemplateError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ChatTemplateError(f"chat template: {one_line(error)}") from None
+    return "".join(text)
+
+
+# ------------------------------------------------------------ the last message, for the model to go on
+# As transformers does it: a tag behind the content shows where the rendered content ends.
+
+
+def last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text to go on from: the last message's content, or its last text part."""
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, list):
+        content = next((part["text"] for part in reversed(content) if "text" in part), None)
+    if not isinstance(content, str):
+        raise ChatTemplateError("continue_final_message: the last message has no text to continue")
+    return content
+
+
+def tagged(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with the tag behind the last one's text."""
+    text = last_text(messages)
+    content = messages[-1]["content"]
+    if isinstance(content, list):
+        at = max(index for index, part in enumerate(content) if "text" in part)
+        content = [*content[:at], {**content[at], "text": text + TAG}, *content[at + 1 :]]
+    else:
+        content = text + TAG
+    return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+def until_tag(rendered: str, text: str) -> str:
+    """What stands before the tag; without the spaces at its end where the template trims its messages."""
+    at = rendered.rfind(TAG.strip())
+    if at < 0 or text.strip() not in rendered:
+        raise ChatTemplateError("continue_final_message: the chat template does not render the last message whole")
+    before = rendered[:at]
+    return before if rendered.startswith(TAG, at) else before.rstrip()
+
+
+# -------------------------------------------------------------------------- from the checkpoint's files
+
+
+def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
+    """The checkpoint's chat templates: "default" is used, and "tool_use" for requests with tools. None: it has none.
+
+    chat_template.jinja is the default one and additional_chat_templates/NAME.jinja are the others; else
+    tokenizer_config.json's "chat_template", one or a list of named ones.
     """
     directory = Path(checkpoint_dir)
+    config = directory / "tokenizer_config.json"
+    found = read_json_object(config, optional=True).get("chat_template")
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        found: Any = path.read_text(encoding="utf-8")
-    else:
-        path = directory / "tokenizer_config.json"
-        found = read_json_object(path, optional=True).get("chat_template")
-    if found is None:
-        return None
     try:
-        named = {"default": found} if isinstance(found, str) else {each["name"]: each["template"] for each in found}
-        source, tool_source = named["default"], named.get("tool_use")
+        if found is None or path.is_file():
+            named = {}
+        else:
+            named = {"default": found} if isinstance(found, str) else {each["name"]: each["template"] for each in found}
+        for file in [path, *sorted((directory / "additional_chat_templates").glob("*.jinja"))]:
+            if file.is_file():
+                named["default" if file == path else file.stem] = file.read_text(encoding="utf-8")
+        for name, source in named.items():
+            if not isinstance(source, str):
+                raise TypeError(f"{name} is no text")
     except (TypeError, KeyError) as error:
-        raise ChatTemplateError(f"{path}: chat_template is neither text nor a list of named ones ({error})") from None
-    return ChatTemplate(source, tool_source=tool_source, special_tokens=read_special_tokens(directory))
+        raise ChatTemplateError(f"{config}: chat_template is neither text nor a list of named ones ({error})") from None
+    if not named:
+        return None
+    special_tokens, names = read_special_tokens(directory), sorted(named)
+    return ChatTemplate(
+        named.get("default"), tool_source=named.get("tool_use"), special_tokens=special_tokens, names=names
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -123,7 +123,7 @@ def available() -> bool:
 
 def matcher_class() -> Any:
     if not available():
-        raise GuideError("the server needs `pip install gpt-fast[structured]`")
+        raise GuideError("the server needs `pip install 'llguidance>=1.3'`")
     from llguidance import LLMatcher
 
     return LLMatcher

@@ -19,12 +19,14 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.files import read_json_object
+from gpt_fast.text.added_tokens import AddedToken, add_text_template, add_tokens, read_added_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
+from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
 
 __all__ = ["Detokenizer", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
 
@@ -162,17 +164,17 @@ class SideFacts:
 
     special_tokens: dict[str, str]  # "bos_token" -> "<s>", ...
     eos_ids: frozenset[int]  # generation_config.json
-    add_bos: bool  # SentencePiece files do not say; tokenizer_config.json may
+    add_bos: bool | None  # None: not said; SentencePiece then adds it
+    add_eos: bool = False
+    is_llama: bool = False  # tokenizer_class LlamaTokenizer or LlamaTokenizerFast
+    added_tokens: tuple[AddedToken, ...] = ()
+    legacy: bool = False  # transformers' word: with SentencePiece, a space begins the text after every added token
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """The checkpoint's tokenizer: tokenizer.json, else tokenizer.model, told apart by its content."""
     directory = Path(checkpoint_dir)
-    facts = SideFacts(
-        read_special_tokens(directory),
-        as_ids(read_json_object(directory / "generation_config.json", optional=True).get("eos_token_id")),
-        read_json_object(directory / "tokenizer_config.json", optional=True).get("add_bos_token") is not False,
-    )
+    facts = read_side_facts(directory)
     if (path := directory / "tokenizer.json").is_file():
         return load_hugging_face(path, facts)
     if not (path := directory / "tokenizer.model").is_file():
@@ -181,6 +183,25 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return load_llama3(path, content, facts)
     return load_sentencepiece(path, content, facts)
+
+
+def read_side_facts(directory: Path) -> SideFacts:
+    config = read_json_object(directory / "tokenizer_config.json", optional=True)
+    names = ("special_tokens_map.json", "added_tokens.json")
+    side_files = [read_json_object(directory / name, optional=True) for name in names]
+    try:
+        added = read_added_tokens(config, *side_files)
+    except ValueError as error:
+        raise TokenizerError(f"{directory / 'tokenizer_config.json'}: {error}") from None
+    return SideFacts(
+        read_special_tokens(directory),
+        as_ids(read_json_object(directory / "generation_config.json", optional=True).get("eos_token_id")),
+        add_bos=None if config.get("add_bos_token") is None else config["add_bos_token"] is True,
+        add_eos=config.get("add_eos_token") is True,
+        is_llama=str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer",
+        added_tokens=tuple(added),
+        legacy=config.get("legacy") is True,
+    )
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
@@ -209,9 +230,24 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
-    # As the file has it, from the library's pickled state: not to read megabytes of JSON a second time.
-    decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
-    return HuggingFaceTokenizer(backend, decoder, facts, where=str(path))
+    if facts.is_llama and says_nothing(backend.post_processor):
+        ends = [facts.special_tokens.get(name) for name in ("bos_token", "eos_token")]
+        bos, eos = (token if token and backend.token_to_id(token) is not None else None for token in ends)
+        add_text_template(backend, bos if facts.add_bos else None, eos if facts.add_eos else None)
+    return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
+
+
+def says_nothing(post_processor: Any) -> bool:
+    """Whether a tokenizer.json leaves the tokens around a text to others. LlamaTokenizerFast put them there as
+    tokenizer_config.json says (DeepSeek-R1-Distill-Qwen counts on it); where the file has a template, that holds."""
+    state = {} if post_processor is None else json.loads(post_processor.__getstate__())
+    steps = state.get("processors", [state])
+    return all(step.get("type", "ByteLevel") == "ByteLevel" for step in steps)
+
+
+def decoder_of(backend: Any) -> Any:
+    """The decoder as tokenizer.json has it, from the library's pickled state: not to read megabytes a second time."""
+    return None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -294,7 +330,36 @@ def load_sentencepiece(path: Path, content: bytes, facts: SideFacts) -> Tokenize
         model.LoadFromSerializedProto(content)
     except RuntimeError as error:
         raise TokenizerError(f"{path}: neither a SentencePiece model nor a tiktoken file ({error})") from None
-    return SentencePieceTokenizer(model, facts)
+    if all(is_control(model, token) for token in facts.added_tokens):
+        return SentencePieceTokenizer(model, facts)
+    table = read_piece_table(content)
+    if all(is_control(model, token) or table.defines(token) for token in facts.added_tokens):
+        return SentencePieceTokenizer(model, facts)
+    return load_extended_sentencepiece(path, table, facts)
+
+
+def is_control(model: Any, token: AddedToken) -> bool:
+    """Whether an added token is a control piece (or the unknown one) of a SentencePiece model, under the same id."""
+    token_id = model.piece_to_id(token.content)
+    known = model.id_to_piece(token_id) == token.content and token.id in (None, token_id)
+    return known and (model.is_control(token_id) or model.is_unknown(token_id))
+
+
+def load_extended_sentencepiece(path: Path, table: PieceTable, facts: SideFacts) -> Tokenizer:
+    """A SentencePiece model and the tokens that JSON files add to it."""
+    try:
+        backend = sentencepiece_backend(table, legacy=facts.legacy)
+        add_tokens(backend, list(facts.added_tokens))
+    except ValueError as error:
+        raise TokenizerError(
+            f"{path}: cannot take the tokens that the JSON files beside it add ({error}); a tokenizer.json, as "
+            "transformers' save_pretrained writes, can"
+        ) from None
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | facts.special_tokens
+    facts = replace(facts, special_tokens={name: text for name, text in names.items() if backend.token_to_id(text)})
+    bos, eos = (facts.special_tokens.get(name) for name in ("bos_token", "eos_token"))
+    add_text_template(backend, bos if facts.add_bos is not False else None, eos if facts.add_eos else None)
+    return HuggingFaceTokenizer(backend, decoder_of(backend), facts, where=str(path))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -308,7 +373,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.control_tokens = tuple(self._controls)
         self._split = re.compile(f"({control_pattern(self.control_tokens).pattern})")
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        self._prefix = [model.bos_id()] if facts.add_bos and model.bos_id() >= 0 else []
+        self._prefix = [model.bos_id()] if facts.add_bos is not False and model.bos_id() >= 0 else []
+        self._suffix = [model.eos_id()] if facts.add_eos and model.eos_id() >= 0 else []
         self.eos_ids = facts.eos_ids | ({model.eos_id()} if model.eos_id() >= 0 else set())
         # The normalizer's flags are not in the library's interface: ask what one and two spaced pieces decode to.
         spaced = next((i for i in range(self.vocab_size) if model.id_to_piece(i) == SPACE), None)
@@ -319,7 +385,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = list(self._prefix) if add_bos else []
         for part in self._split.split(text) if specials else [text]:
             ids += [self._controls[part]] if specials and part in self._controls else self._model.encode(part)
-        return ids
+        return ids + self._suffix if add_bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._model.decode([i for i in ids if 0 <= i < self.vocab_size]))
@@ -361,7 +427,7 @@ def load_llama3(path: Path, content: bytes, facts: SideFacts) -> Tokenizer:
     try:
         import tiktoken
     except ImportError:
-        raise TokenizerError(f"{path}: a tiktoken file needs `pip install gpt-fast[tiktoken]`") from None
+        raise TokenizerError(f"{path}: a tiktoken file needs `pip install 'tiktoken>=0.12'`") from None
     ranks = read_ranks(path, content)
     specials = {token: len(ranks) + n for n, token in enumerate(LLAMA3_SPECIALS)}
     encoding = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials)

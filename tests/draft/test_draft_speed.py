@@ -15,7 +15,7 @@ from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
 from gpt_fast.draft import speed
 from gpt_fast.draft.__main__ import main
-from gpt_fast.draft.judge import judge_draft
+from gpt_fast.draft.assess import assess_draft
 from gpt_fast.draft.prompts import Prompt
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.synthetic import force_acceptance
@@ -117,12 +117,12 @@ def test_measured_acceptance_is_the_rate_that_was_asked_for(make_core, tiny_mode
     draft = make_core(tiny_model(seed=5, vocab_size=257), slots=4).runner
     engine.core.runner.speculator = Speculator({"draft": DraftProposer(draft)}, Controller([1, 4]), max_seq_len=128)
     force_acceptance(engine.core, rate)
-    judged = judge_draft(engine.core, "forced", PROMPTS, batch_sizes=[2], temperatures=[1.0], max_new_tokens=60)
-    for row in judged.acceptance:
+    assessed = assess_draft(engine.core, "forced", PROMPTS, batch_sizes=[2], temperatures=[1.0], max_new_tokens=60)
+    for row in assessed.acceptance:
         for found, low, high in row.rates:
             assert low - 0.12 <= rate <= high + 0.12 and (found == rate or 0 < rate < 1)
-    k = judged.speeds[0].k
-    assert judged.speeds[0].tau_measured == pytest.approx(sum(rate**i for i in range(k + 1)), rel=0.2)
+    k = assessed.speeds[0].k
+    assert assessed.speeds[0].tau_measured == pytest.approx(sum(rate**i for i in range(k + 1)), rel=0.2)
 
 
 def test_only_a_share_and_only_drafts_can_be_forced(core):

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.draft.verify import check_greedy, check_sampled
+from gpt_fast.draft.lossless import check_greedy, check_sampled
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure import significance
+from gpt_fast.speculative.accept import accept_at_once
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
-from gpt_fast.speculative.verify import Proposal, Verdict, verify
+from gpt_fast.speculative.verify import Accepted, Proposal
 from support import speculation as language
 
 K = 3
@@ -26,14 +27,14 @@ def models(tiny_model):
 
 @pytest.fixture(scope="module")
 def build(models, make_core):
-    """build(verify=..., proposer=...): a core that speculates with the other model."""
+    """build(speculator=..., proposer=...): a core that speculates with the other model."""
 
-    def make(*, verify=verify, proposer=DraftProposer, target=models[0], arm="draft"):
+    def make(*, speculator=Speculator, proposer=DraftProposer, target=models[0], arm="draft"):
         core = make_core(target, slots=32)
         proposers = {"ngram": NGramProposer(torch.device("cpu"))}
         if arm == "draft":
             proposers = {"draft": proposer(make_core(models[1], slots=32).runner)}
-        core.runner.speculator = Speculator(proposers, Controller([1, 2, K]), max_seq_len=128, verify=verify)
+        core.runner.speculator = speculator(proposers, Controller([1, 2, K]), max_seq_len=128)
         return core
 
     return make
@@ -62,16 +63,27 @@ def test_prompt_lookup_passes(build):
 class AnotherTemperature(DraftProposer):
     """Draws from its distribution at 1 and declares it at 0.5."""
 
-    def propose(self, sequences, counts):
-        proposal = super().propose(sequences, counts)
+    def propose(self, requests, counts):
+        proposal = super().propose(requests, counts)
         declared = proposal.q_BKV.square() / proposal.q_BKV.square().sum(-1, keepdim=True)
         return Proposal(proposal.draft_BK, proposal.counts, declared, proposal.matched_B, proposal.caught_up)
 
 
+class AtOnce(Speculator):
+    """Verifies on the CPU as on a GPU."""
+
+    def accept(self, logits_BSV, params, proposal, draws, best_BS):
+        return accept_at_once(logits_BSV, params, proposal, draws)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [*language.FAULTS, AnotherTemperature])
-def test_planted_faults_fail(build, fault):
-    core = build(proposer=fault) if isinstance(fault, type) else build(verify=fault)
+def test_planted_faults_fail(build, fault, monkeypatch):
+    if isinstance(fault, type):
+        core = build(proposer=fault)
+    else:
+        core = build(speculator=AtOnce)
+        monkeypatch.setattr("gpt_fast.speculative.accept.verify", fault)
     # Only a block that is accepted whole has a bonus token; of one proposal that is less rare.
     rare = fault is language.bonus_dropped
     checks = sampled(core, Choice("draft", 1), answers=900) if rare else sampled(core)
@@ -87,7 +99,7 @@ def test_greedy_passes_and_a_wrong_token_fails(build, monkeypatch):
 
     def accepts_one_too_many(target_BS, draft_BK, count_B):
         accepted_B = torch.minimum((draft_BK[:, :1] >= 0).sum(-1), count_B)
-        return Verdict(accepted_B, target_BS.gather(1, accepted_B[:, None])[:, 0])
+        return Accepted(accepted_B, target_BS.gather(1, accepted_B[:, None])[:, 0])
 
     monkeypatch.setattr("gpt_fast.speculative.accept.match", accepts_one_too_many)
     check = check_greedy(build(), DRAFT, prompts, max_new_tokens=20)

@@ -49,7 +49,7 @@ def prefill(budget, seconds, length, decodes, start=0):
 @examples(40)
 def test_joined_steps_stay_below_twice_the_usual_where_a_machine_can(seconds, decodes):
     """But for the chunk that its smallest is tried from, where tokens are dear."""
-    budget, usual = JoinedBudget(512), seconds(decodes, 0, 0)
+    budget, usual = JoinedBudget([512]), seconds(decodes, 0, 0)
     for count, took in prefill(budget, seconds, 3000, decodes):
         assert took <= 2 * usual or count <= JoinedBudget.LEAST + 1
 
@@ -58,7 +58,7 @@ def test_joined_steps_stay_below_twice_the_usual_where_a_machine_can(seconds, de
 @examples(40)
 def test_joined_steps_use_the_time_they_have(seconds, decodes):
     """Once found out, a step is as long as allowed, but for less than the two tokens more that would be too many."""
-    budget, usual = JoinedBudget(512), seconds(decodes, 0, 0)
+    budget, usual = JoinedBudget([512]), seconds(decodes, 0, 0)
     done = 0
     for index, (count, took) in enumerate(prefill(budget, seconds, 3000, decodes)):
         if index > 60 and 0 < count < min(512, 3000 - done):
@@ -69,7 +69,7 @@ def test_joined_steps_use_the_time_they_have(seconds, decodes):
 @given(seconds=MACHINES, streams=st.lists(st.integers(1, 16), min_size=2, max_size=6))
 @examples(40)
 def test_streams_that_come_and_go_wait_hardly_longer(seconds, streams):
-    budget = JoinedBudget(512)
+    budget = JoinedBudget([512])
     for decodes in streams:
         usual = seconds(decodes, 0, 0)
         for count, took in prefill(budget, seconds, 600, decodes):
@@ -77,7 +77,7 @@ def test_streams_that_come_and_go_wait_hardly_longer(seconds, streams):
 
 
 @given(
-    kind=st.sampled_from([lambda: ChunkBudget(SIZES), lambda: JoinedBudget(512), lambda: JoinedBudget(1)]),
+    kind=st.sampled_from([lambda: ChunkBudget(SIZES), lambda: JoinedBudget([512]), lambda: JoinedBudget([1])]),
     steps=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 16), st.floats(1e-6, 10)), max_size=60),
     decodes=st.integers(1, 16),
 )
@@ -93,7 +93,7 @@ def test_whatever_was_measured_prompts_advance_within_the_largest_chunk(kind, st
 
 def test_a_lone_step_without_a_prompt_does_not_change_what_is_usual():
     steady = machine()
-    budget = JoinedBudget(512)
+    budget = JoinedBudget([512])
     prefill(budget, steady, 2000, 1)
     usual = budget.usual[1]
     budget.learn(prompt_tokens=0, decodes=1, seconds=3 * usual)
@@ -104,7 +104,7 @@ def test_a_lone_step_without_a_prompt_does_not_change_what_is_usual():
 
 def test_a_hiccup_is_soon_forgotten():
     steady = machine()
-    budget = JoinedBudget(512)
+    budget = JoinedBudget([512])
     usual_count = prefill(budget, steady, 2000, 1)[-2][0]
     budget.learn(prompt_tokens=usual_count, decodes=1, seconds=3.0)
     budget.learn(prompt_tokens=0, decodes=1, seconds=3.0)
@@ -115,7 +115,7 @@ def test_a_hiccup_is_soon_forgotten():
 def test_a_short_last_chunk_teaches_nothing():
     """Its forward took as long as any, so its tokens look dear."""
     steady = machine()
-    budget = JoinedBudget(512)
+    budget = JoinedBudget([512])
     prefill(budget, steady, 2000, 1)
     before = budget.tokens(1)
     for _ in range(10):
@@ -140,7 +140,7 @@ def test_separate_chunks_hold_what_is_computed_in_the_time_that_any_takes(fixed,
 
 
 def test_nothing_is_known_at_first():
-    for budget, least in ((ChunkBudget(SIZES), 16), (JoinedBudget(512), 2), (JoinedBudget(1), 1)):
+    for budget, least in ((ChunkBudget(SIZES), 16), (JoinedBudget([512]), 2), (JoinedBudget([1]), 1)):
         assert budget.tokens(3) == 0  # one step shows what is usual
         budget.learn(prompt_tokens=0, decodes=3, seconds=0.01)
         assert budget.tokens(3) == least

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
+from gpt_fast.engine.chunk_budget import JoinedBudget
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
@@ -41,7 +42,7 @@ def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
 @pytest.mark.slow
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), threads=st.integers(1, 3), reuse=st.booleans())
 @examples(40)
-def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, reuse):
+def test_steps_that_begin_before_they_are_planned_change_no_token(tiny_model, seed, slots, threads, reuse):
     """On the fused decoder the next step begins before this one's tokens are known; some guesses prove wrong."""
     model = tiny_model(n_layer=2, head_dim=16)
     rng = random.Random(seed)
@@ -49,7 +50,9 @@ def test_steps_that_run_ahead_change_no_token(tiny_model, seed, slots, threads, 
     def core(slots, reuse_prefix=True):
         fused = CpuDecoder(model, weights="int8", threads=threads)
         cache = KVCache(model.config, slots=slots, max_seq_len=120, dtype=torch.float32, device=torch.device("cpu"))
-        runner = AheadRunner(decode=fused, prefill=fused, cache=cache, eos_ids={EOS, 7, 8}, prefill_chunk=32)
+        runner = OverlapRunner(
+            decode=fused, prefill=fused, cache=cache, eos_ids={EOS, 7, 8}, prefill_chunk=32, budget=JoinedBudget([32])
+        )
         return EngineCore(runner, reuse_prefix=reuse_prefix)
 
     requests = random_requests(rng, 8)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.chunk_budget import JoinedBudget
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.cpu import CpuDecoder, build
-from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -47,7 +47,7 @@ class Counting:
         return self.start(batch).result()
 
 
-class Watching(AheadRunner):
+class Watching(OverlapRunner):
     """Notes of each step its plan, and how many forwards it began while it ran."""
 
     def __init__(self, **options):
@@ -69,7 +69,7 @@ class AnySize(JoinedBudget):
     """Whatever time says: a random number of tokens, so that chunks end anywhere."""
 
     def __init__(self, rng, most):
-        super().__init__(most)
+        super().__init__([most])
         self.rng = rng
 
     def tokens(self, decodes):
@@ -78,7 +78,7 @@ class AnySize(JoinedBudget):
 
 class Always(JoinedBudget):
     def __init__(self, count):
-        super().__init__(32)
+        super().__init__([32])
         self.count = count
 
     def tokens(self, decodes):
@@ -103,9 +103,14 @@ def core_of(decoder, *, slots=4, dtype=torch.float32, max_seq_len=120, reuse_pre
     counting = Counting(decoder)
     cache = KVCache(decoder.config, slots=slots, max_seq_len=max_seq_len, dtype=dtype, device=CPU)
     runner = Watching(
-        decode=counting, prefill=counting, cache=cache, eos_ids=eos_ids, prefill_chunk=32, speculator=speculator
+        decode=counting,
+        prefill=counting,
+        cache=cache,
+        eos_ids=eos_ids,
+        prefill_chunk=32,
+        speculator=speculator,
+        budget=budget or JoinedBudget([32]),
     )
-    runner.budget = budget or runner.budget
     return EngineCore(runner, reuse_prefix=reuse_prefix)
 
 
@@ -156,8 +161,9 @@ def speculator_of(kind, decoder, slots, k):
         proposer = DraftProposer(core_of(decoder, slots=slots).runner)
     else:
         proposer = NGramProposer(CPU)
-    control = Controller(counts=[1, 2, k + 2]) if kind == "controlled" else Fixed(Choice(kind, k), [k])
-    return Speculator({kind: proposer}, control, max_seq_len=120)
+    if kind == "controlled":
+        return Speculator({kind: proposer}, Controller([1, 2, k + 2]), max_seq_len=120)
+    return Speculator({kind: proposer}, Controller([k]), max_seq_len=120, always=Choice(kind, k))
 
 
 def test_a_draft_still_stands_after_steps_that_it_did_not_see(fused):
@@ -225,17 +231,17 @@ def test_a_step_that_has_begun_brings_its_tokens_before_a_prompt_joins(fused):
     core = core_of(decoder, budget=Always(5))
     core.add("stream", prompt_of(rng, 6), GREEDY)
     run(core, until=("stream", 5))
-    assert core.runner.ahead
+    assert core.runner.begun
     core.add("prompt", prompt_of(rng, 30), SamplingParams(max_new_tokens=5, ignore_eos=True))
     begun = core.runner.decode.begun
     core.step()
     plan, _ = core.runner.seen[-1]
-    assert not plan.chunks and plan.more and core.runner.decode.begun == begun and core.runner.ahead is None
+    assert not plan.chunks and plan.more and core.runner.decode.begun == begun and core.runner.begun is None
     for _ in range(6):  # 30 tokens
-        assert core.runner.ahead is None
+        assert core.runner.begun is None
         core.step()
         assert core.runner.seen[-1][1] == 1 and core.runner.seen[-1][0].chunks
-    assert core.runner.ahead and len(core.runner.ahead.rows) == 2
+    assert core.runner.begun and len(core.runner.begun.rows) == 2
 
 
 def test_an_abort_between_steps_frees_the_slot_for_a_prompt_that_joins_the_rest(fused):

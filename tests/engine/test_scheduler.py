@@ -395,3 +395,19 @@ def commit(scheduler):
     plan = scheduler.schedule(chunk=4096, chunk_beside_decode=4096)
     ids = [c.request.id for c in plan.chunks if c.last] + [s.id for s in plan.decodes]
     scheduler.commit(plan, {i: [SampledToken(5)] for i in ids})
+
+
+def test_slots_are_forgotten_but_for_those_in_use():
+    """A prompt that came before is computed anew; one that runs keeps what it has."""
+    scheduler = Scheduler(slots=2, max_seq_len=64, eos_ids=[])
+    prompt = list(range(40))
+    for name in ("first", "again"):
+        request = Request(name, prompt, SamplingParams(max_new_tokens=1), seed=0)
+        scheduler.add(request)
+        plan = scheduler.schedule(chunk=64, chunk_beside_decode=64)
+        assert request.reused == 0 and scheduler.load() == (1, 0, 0.0)
+        scheduler.forget_slots()
+        scheduler.commit(plan, {name: [SampledToken(5)]})
+        assert request.computed == 40 and scheduler.slots[request.slot].tokens == prompt
+        scheduler.forget_slots()
+        scheduler.check_integrity()

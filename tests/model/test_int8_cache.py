@@ -18,13 +18,14 @@ from gpt_fast.load.sizes import build_cache
 from gpt_fast.measure.texts import default_text, held_out_part, windows
 from gpt_fast.model.cache import KVCache, quantize_heads
 from gpt_fast.model.forward import Batch
-from gpt_fast.ops.cpu import CpuDecoder, build, reference
-from gpt_fast.speculative.controller import Fixed
+from gpt_fast.ops.cpu import CpuDecoder, build
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.text.tokenizer import load_tokenizer
+from support import cpu_twin
 from support.cpu_models import (
     MAX_SEQ_LEN,
     activations_unrounded,
@@ -156,10 +157,10 @@ def test_logits_are_near_those_of_a_float_cache():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
 def test_fused_rows_out_of_order_equal_plain_ones():
     model = small_model()
-    fused, plain = CpuDecoder(model, weights="int8", threads=2).forward, reference.twin(model, weights="int8")
+    fused, plain = CpuDecoder(model, weights="int8", threads=2).forward, cpu_twin.twin(model, weights="int8")
     tokens, slots_B = random_tokens(model, 2, 151), torch.tensor([3, 1])
     caches = [new_cache(model, dtype=torch.int8) for _ in range(2)]
 
@@ -213,7 +214,7 @@ def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
 def test_speculation_changes_no_token(tiny_model, proposer):
     model, prompts = tiny_model(), some_prompts(5)
     proposes = NGramProposer(CPU) if proposer == "ngram" else DraftProposer(runner_of(tiny_model(seed=3)))
-    speculator = Speculator({proposer: proposes}, Fixed(Choice(proposer, 3), [3]), max_seq_len=128)
+    speculator = Speculator({proposer: proposes}, Controller([3]), max_seq_len=128, always=Choice(proposer, 3))
     core = EngineCore(runner_of(model, speculator=speculator))
     assert answers(core, prompts) == answers(EngineCore(runner_of(model)), prompts)
 
@@ -273,7 +274,7 @@ def test_the_default_models_predictions_hardly_change(default_checkpoint):
 
 
 @pytest.mark.model
-@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+@pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
 def test_the_default_model_fused_says_the_same_with_proposals_and_nearly_the_same_as_with_floats(default_checkpoint):
     prompts = ["The capital of France is", "Once upon a time, in a small village by the sea,", "Water boils at"]
     params = [SamplingParams(max_new_tokens=16, ignore_eos=True)] * len(prompts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +22,13 @@ from hypothesis import strategies as st
 
 from gpt_fast.model import huge_pages
 from gpt_fast.model.forward import Batch
-from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, reference, unsupported
+from gpt_fast.ops import rounding
+from gpt_fast.ops.cpu import CpuDecoder, build, decoder, pack, structs, unsupported
 from gpt_fast.ops.cpu.structs import Linear, load_library
 from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
+from gpt_fast.ops.int8 import expand_groups
+from support import cpu_twin
 from support.cpu_models import (
     MAX_SEQ_LEN,
     activations_unrounded,
@@ -37,10 +42,10 @@ from support.cpu_models import (
 from support.examples import examples
 from support.quantized import quantized_model
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2")
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
 
 FORMATS = ("bfloat16", "int8", "int4", "int8_groups")
-ISAS = [name for name, (needs, _) in build.ISAS.items() if build.cpu_flags().issuperset(needs.split())]
+ISAS = build.isas_here()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,10 +76,10 @@ def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, we
     A sum of K products is off by at most K roundings of the sum of their sizes, in whatever order it is taken; scales,
     minima and the twin's own numbers make a few more.
     """
-    x, w = reference.round_activations(x_MK, weights).double(), reference.round_weight(w_NK, weights, group).double()
+    x, w = cpu_twin.round_activations(x_MK, weights).double(), cpu_twin.round_weight(w_NK, weights, group).double()
     sizes_NK = w.abs()
     if weights == "int4":  # codes * scale and the minimum are multiplied by themselves
-        minimum_NK = pack.expand_groups(pack.int4_groups(w_NK, group)[2], group, w.shape[1])
+        minimum_NK = expand_groups(rounding.int4_groups(w_NK, group)[2].float(), w.shape[1], group)
         sizes_NK = sizes_NK + 2 * minimum_NK.double().abs()
     bound_MN = (w.shape[1] + 8) * 2.0**-24 * (x.abs() @ sizes_NK.T)
     assert ((got.double() - x @ w.T).abs() <= bound_MN).all()
@@ -113,15 +118,6 @@ def test_product_of_a_row_is_the_same_bits_in_any_batch(weights: str) -> None:
 def test_int4_groups(group: int) -> None:
     w_NK, x_MK = torch.randn(33, 576), torch.randn(3, 576)  # 576 = 4.5 groups of 128
     assert_product(multiply(w_NK, x_MK, "int4", group), w_NK, x_MK, "int4", group)
-
-
-def test_stored_q4_1_comes_back_without_loss() -> None:
-    scale, minimum = torch.rand(16, 2).half(), torch.randn(16, 2).half()
-    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
-    codes[:, ::32], codes[:, 1::32] = 0, 15  # as a quantizer leaves them: both ends are used
-    w_NK = codes * scale.float().repeat_interleave(32, 1) + minimum.float().repeat_interleave(32, 1)
-    for got, expected in zip(pack.int4_groups(w_NK, 32), (codes, scale, minimum), strict=True):
-        assert torch.equal(got, expected)
 
 
 def test_int4_refuses_an_unknown_group() -> None:
@@ -181,7 +177,7 @@ SHAPES = {
 def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
     model = small_model(**SHAPES[shape])
     fused = CpuDecoder(model, weights=weights, threads=2, isa=isa)
-    plain = reference.twin(model, weights=weights)
+    plain = cpu_twin.twin(model, weights=weights)
     tokens = random_tokens(model, 150)
     sizes = [100, 1, 5, 1, 43]
     cache, cache_plain, cache_exact = new_cache(model, fill=torch.nan), new_cache(model), new_cache(model)
@@ -208,7 +204,7 @@ def test_forward_equals_twin(shape: str, weights: str, isa: str) -> None:
 def test_narrow_caches_equal_twin(head_dim: int, cache_type: torch.dtype, isa: str) -> None:
     model = small_model(head_dim=head_dim)
     fused = CpuDecoder(model, weights="int8", threads=2, isa=isa)
-    plain = reference.twin(model, weights="int8")
+    plain = cpu_twin.twin(model, weights="int8")
     tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
     cache, cache_plain = (new_cache(model, dtype=cache_type, fill=fill) for fill in (torch.nan, 0.0))
     got = run_chunks(fused.forward, tokens, cache, sizes, slot=3)
@@ -467,9 +463,51 @@ def test_an_unusable_cache_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_processor_choice() -> None:
-    assert build.best_isa(frozenset(build.AVX512[0].split())) == "avx512"
-    assert build.best_isa(frozenset({"avx2", "fma", "f16c"})) == "avx2"
-    assert build.best_isa(frozenset({"sse2"})) is None
+    avx2 = {"sse2", "avx2", "fma", "f16c"}
+    assert build.supported_isas("x86_64", build.AVX512_VNNI | avx2) == ["avx512", "avx2"]
+    assert build.supported_isas("x86_64", frozenset(avx2)) == ["avx2"]
+    assert build.supported_isas("x86_64", frozenset({"sse2"})) == []
+    assert build.supported_isas("aarch64", build.AVX512_VNNI | avx2) == []
+
+
+def test_a_processor_without_a_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    assert build.unavailable() == (
+        "this riscv64 processor has none of the instruction sets avx512_bf16, avx512, avx2_vnni, avx2"
+    )
+
+
+def test_the_librarys_key_is_of_its_own_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    names = {path.relative_to(sources.resolve()).as_posix() for path in build.sources_of(build.LIBRARY_SOURCE)}
+    assert names >= {"decoder.cpp", "decoder.h", "simd.h", "simd/avx512.h", "simd/avx2.h", "simd/x86.h"}
+    before = build.source_key("avx2")
+    (sources / "check.cpp").write_text("// changed")
+    assert build.source_key("avx2") == before
+    (sources / "simd" / "x86.h").write_text("// changed")
+    assert build.source_key("avx2") != before
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_in_the_compile_is_warned_of(isa: str, tmp_path: Path) -> None:
+    build.compile_sources(tmp_path / "decoder.so", isa, [build.LIBRARY_SOURCE], ["-shared", "-O0", "-Werror"])
+
+
+def test_ctypes_twins_lie_as_the_structures_do() -> None:
+    count = ctypes.c_int()
+    fields = load_library().gf_layout(byref(count))
+    twins = (structs.Linear, structs.Screen, structs.LayerWeights, structs.ModelWeights, structs.Fetch, structs.Tuning,
+             structs.StepInput)  # fmt: skip
+    expected = []
+    for twin in twins:
+        expected.append((twin.__name__, "", 0, ctypes.sizeof(twin)))
+        for name, *_ in twin._fields_:
+            place = getattr(twin, name)
+            expected.append((twin.__name__, name, place.offset, place.size))
+    got = [(f.structure.decode(), f.name.decode(), f.offset, f.size) for f in fields[: count.value]]
+    assert got == expected
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import EngineConfig, SamplingParams
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.graph_runner import BurstRunner
+from gpt_fast.engine.graph_runner import GraphRunner
 from gpt_fast.engine.runner import Runner
 from gpt_fast.load import path as load_path
 from gpt_fast.model.cache import KVCache
@@ -259,7 +259,7 @@ def test_path_choice_says_why_not(model):
     bfloat16 = {"slots": 2, "max_seq_len": 40, "dtype": torch.bfloat16, "device": CPU}
     runner = path.runner(decode=path.decode, prefill=path.prefill, cache=KVCache(model.config, **bfloat16),
                          eos_ids=(EOS,), prefill_chunk=16, speculator=None)  # fmt: skip
-    assert isinstance(runner, BurstRunner)
+    assert isinstance(runner, GraphRunner)
     assert load_path.gpu_path(EngineConfig(checkpoint_path="x", kv_cache="int8"), model, 1).name == "fused GPU decoder"
     narrow = EngineConfig(checkpoint_path="x", kv_cache="bfloat16")
     odd = quantized_model(small_model(dim=80), mode="int4", groupsize=32)
@@ -527,7 +527,7 @@ def test_processors_are_assumed_where_none_are(decoder):
 def burst_core(decoder, model, *, slots=4, steps=3, max_seq_len=MAX_SEQ_LEN - 1, dtype=None):
     cache = new_cache(model, slots=slots, max_seq_len=max_seq_len, dtype=dtype)
     return EngineCore(
-        BurstRunner(
+        GraphRunner(
             decoder=decoder, steps=steps, decode=decoder, prefill=model, cache=cache, eos_ids=(EOS,), prefill_chunk=16
         )
     )

@@ -24,13 +24,14 @@ LAYERS = (
     "handler",
 )  # fmt: skip
 CORE = (
-    "config", "request", "model.transformer", "model.rope", "model.attention", "model.cache", "model.parallel",
-    "sampling", "engine.scheduler", "speculative.verify", "engine.runner", "engine.core",
+    "config", "request", "model.transformer", "model.rope", "model.attention", "model.cache", "model.huge_pages",
+    "model.forward", "model.parallel", "sampling", "engine.scheduler", "speculative.verify", "engine.runner",
+    "engine.core",
 )  # fmt: skip
-CORE_LIMIT = 1220  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
+CORE_LIMIT = 1350  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
 TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
-    "serve.body", "serve.request", "serve.chat_request", "serve.response",
+    "serve.body", "serve.endpoints", "serve.request", "serve.chat_request", "serve.response",
 )  # fmt: skip
 
 
@@ -105,6 +106,21 @@ def test_no_import_cycles():
 def test_the_core_needs_torch_and_the_standard_library_only(name):
     assert tops(name) <= {*sys.stdlib_module_names, "torch", "gpt_fast"}
     assert not any(i.startswith(("gpt_fast.serve", "gpt_fast.ops", "gpt_fast.quantize")) for i in imports(name))
+
+
+def reached(names):
+    """These modules and all that they import, and so on."""
+    found, todo = set(names), list(names)
+    while todo:
+        new = own_imports(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_the_core_is_all_that_it_imports():
+    """What its lines are counted by: nothing else is needed to run a model, so nothing else goes uncounted."""
+    assert reached(CORE) == set(CORE)
 
 
 @pytest.mark.parametrize("name", ["config", "request", "engine.scheduler"])

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt_fast.ops.rounding import int4_grid, nearest_int4
 from gpt_fast.quantize import QuantizationError, Scheme, gptq, packed_triangle
 from gpt_fast.quantize.gptq import Hessian, InputSizes, damped_factor, gptq_int4
 from gpt_fast.quantize.gptq_model import BlockRunner, GPTQOptions, gptq_model
 from gpt_fast.quantize.gptq_streaming import HiddenStates
 from gpt_fast.quantize.grid_search import fit_grid
 from gpt_fast.quantize.packed_triangle import Triangle
-from gpt_fast.quantize.rtn import dequantize_weight, int4_grid, nearest_int4, quantize_weight
+from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.structure import plan
 from support.examples import examples
 from support.quantized import FAMILIES, logits_of, model_of_state, quantized_model, random_model, small_config
@@ -234,7 +235,7 @@ def test_a_fitted_grid_costs_no_more_than_the_full_range(seed, groupsize, column
 
     fitted = cost(*fit_grid(weight, importance, groupsize=groupsize))
     # fit_grid compares float32 sums of `groupsize` products of three, each off by as many roundings and two at most.
-    assert fitted <= cost(*int4_grid(weight, groupsize=groupsize)) * (1 + (groupsize + 2) * EPS)
+    assert fitted <= cost(*int4_grid(weight, groupsize)) * (1 + (groupsize + 2) * EPS)
 
 
 # ----------------------------------------------------------------------------------------- whole models

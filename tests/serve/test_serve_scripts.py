@@ -135,19 +135,6 @@ def test_java_comes_from_the_wheel_when_the_machine_has_none():
 # --- archive --------------------------------------------------------------------------------------------------
 
 
-def test_bundle_holds_the_package_as_a_package(tmp_path):
-    archive.stage_bundle(ROOT, tmp_path / "bundle")
-    assert (tmp_path / "bundle/gpt_fast/serve/startup_check.py").is_file()
-    assert not list(tmp_path.rglob("__pycache__"))
-
-
-def test_bundle_without_git(tmp_path):
-    shutil.copytree(ROOT / "gpt_fast", tmp_path / "src" / "gpt_fast")
-    archive.stage_bundle(tmp_path / "src", tmp_path / "bundle")
-    assert (tmp_path / "bundle/gpt_fast/__init__.py").is_file()
-    assert not [p for p in (tmp_path / "bundle").rglob("*") if p.suffix == ".pyc"]
-
-
 def test_model_overrides_the_yaml_and_is_resolved(tmp_path):
     (tmp_path / "checkpoints/org/name").mkdir(parents=True)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))

@@ -14,7 +14,7 @@ from gpt_fast.config import SamplingParams
 from gpt_fast.measure.significance import chi_square, total_variation
 from gpt_fast.request import NO_TOKEN
 from gpt_fast.sampling import invert_cdf, probabilities, sample, sampling_tensors, uniform
-from gpt_fast.speculative.accept import judge
+from gpt_fast.speculative.accept import accept, accept_at_once
 from gpt_fast.speculative.verify import SAMPLE, Draws, Proposal, match, verify
 from support import speculation as language
 
@@ -125,9 +125,9 @@ def test_edge_cases_of_p_and_q():
 def test_a_residual_that_rounds_to_nothing_is_p_not_nan():
     p = torch.tensor([0.25, 0.25, 0.25, 0.25])
     q = p * (1 + 2**-22)  # above p everywhere by rounding
-    verdict = block(p, q, 1, seeds=2_000_000 // 4)
-    refused_B = verdict.accepted_B == 0
-    assert bool(((verdict.next_B >= 0) & (verdict.next_B < 4)).all())
+    found = block(p, q, 1, seeds=2_000_000 // 4)
+    refused_B = found.accepted_B == 0
+    assert bool(((found.next_B >= 0) & (found.next_B < 4)).all())
     assert int(refused_B.sum()) < 10
     nan = block(p, torch.full((4,), float("nan")), 1)  # an overflowed draft: refused, and p drawn from
     assert not nan.accepted_B.any() and set(nan.next_B.tolist()) == {0, 1, 2, 3}
@@ -165,13 +165,13 @@ def test_matched_rows_say_what_plain_decode_says():
     rows = [SamplingParams(temperature=t, top_k=k, top_p=p) for t, k, p in kinds]
     logits_BSV, _, draft_BK, count_B, draws = random_block(len(rows), 4, 50)
     params = sampling_tensors(rows, torch.device("cpu"))
-    verdict = judge(logits_BSV, params, Proposal(draft_BK, count_B.tolist()), draws)
+    found = accept(logits_BSV, params, Proposal(draft_BK, count_B.tolist()), draws)
     for i, row in enumerate(rows):
         one = sampling_tensors([row], torch.device("cpu"))
         seed, position = draws.seed_B[i : i + 1], draws.position_B[i : i + 1]
         plain = [int(sample(logits_BSV[i, j : j + 1], one, uniform(seed, position + j))) for j in range(5)]
-        accepted = int(verdict.accepted_B[i])
-        assert draft_BK[i, :accepted].tolist() == plain[:accepted] and int(verdict.next_B[i]) == plain[accepted]
+        accepted = int(found.accepted_B[i])
+        assert draft_BK[i, :accepted].tolist() == plain[:accepted] and int(found.next_B[i]) == plain[accepted]
         assert accepted == count_B[i] or draft_BK[i, accepted] != plain[accepted]
 
 
@@ -196,7 +196,7 @@ def test_judge_is_exact_at_every_kind_of_sampling(params):
     draft_BK = invert_cdf(q_V.expand(N, -1), draws.uniform(3, 1)[:, 0])[:, None]
     proposal = Proposal(draft_BK, [1] * N, q_V.expand(N, 1, -1), torch.zeros(N, dtype=torch.bool))
     flat = sampling_tensors([params], torch.device("cpu")).of(torch.zeros(N, dtype=torch.int64))
-    accepted_B, next_B = judge(logits_V.expand(N, 2, -1), flat, proposal, draws)
+    accepted_B, next_B = accept(logits_V.expand(N, 2, -1), flat, proposal, draws)
     first_B = torch.where(accepted_B > 0, draft_BK[:, 0], next_B)
     assert chi_square(torch.bincount(first_B, minlength=12), N * p_V).p_value > language.ALPHA
 
@@ -207,8 +207,8 @@ def test_a_seeded_row_is_matched_beside_rows_that_are_not():
     rows = [SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0)]
     params = sampling_tensors(rows, torch.device("cpu"))
     matched_B = torch.tensor([True, True, False])
-    mixed = judge(logits_BSV, params, Proposal(draft_BK, [4, 4, 4], q_BKV, matched_B), draws)
-    plain = judge(logits_BSV, params, Proposal(draft_BK, [4, 4, 4]), draws)
+    mixed = accept(logits_BSV, params, Proposal(draft_BK, [4, 4, 4], q_BKV, matched_B), draws)
+    plain = accept(logits_BSV, params, Proposal(draft_BK, [4, 4, 4]), draws)
     assert mixed.next_B[:2].tolist() == plain.next_B[:2].tolist()
     assert mixed.accepted_B[:2].tolist() == plain.accepted_B[:2].tolist()
     p_BSV = probabilities(logits_BSV[2], params.of(torch.full((5,), 2)))[None]
@@ -236,19 +236,14 @@ def test_drawing_in_turn_is_drawing_at_once():
         draft_BK = torch.where(stands & (target_BS[:, :4] >= 0), target_BS[:, :4], draft_BK)
         counts = [i % 5 for i in range(12)]
         at_once = match(target_BS, draft_BK, torch.tensor(counts))
-        in_turn = judge(logits_BSV, params, Proposal(draft_BK, counts), draws)
+        in_turn = accept(logits_BSV, params, Proposal(draft_BK, counts), draws)
         assert torch.equal(in_turn.accepted_B, at_once.accepted_B) and torch.equal(in_turn.next_B, at_once.next_B)
         assert in_turn.accepted_B.max() > 1
 
 
-def at_once(*args):
-    """Another function than speculative.verify, so that nothing is judged in turn."""
-    return verify(*args)
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_refusing_in_turn_is_refusing_at_once(seed):
-    """Sampled, seeded, greedy and ill rows, with drafts that stand often or seldom: one verdict on CPU and GPU."""
+    """Sampled, seeded, greedy and ill rows, with drafts that stand often or seldom: one answer on CPU and GPU."""
     kinds = [
         SamplingParams(temperature=1.0),
         SamplingParams(temperature=0.7, top_k=5),
@@ -267,7 +262,7 @@ def test_refusing_in_turn_is_refusing_at_once(seed):
     draft_BK = invert_cdf(q_BKV.flatten(0, 1), torch.rand(len(rows) * 4, generator=generator).double()).view(-1, 4)
     matched_B = torch.tensor([p.temperature == 0 or p.seed is not None for p in rows])
     proposal = Proposal(draft_BK, [i % 5 for i in range(len(rows))], q_BKV, matched_B)
-    in_turn, whole = judge(logits_BSV, params, proposal, draws), judge(logits_BSV, params, proposal, draws, at_once)
+    in_turn, whole = accept(logits_BSV, params, proposal, draws), accept_at_once(logits_BSV, params, proposal, draws)
     assert in_turn.accepted_B.tolist() == whole.accepted_B.tolist()
     assert in_turn.next_B.tolist() == whole.next_B.tolist()
     assert 0 < int(whole.accepted_B.sum()) < sum(proposal.counts)
@@ -280,12 +275,12 @@ def test_logits_that_are_not_numbers_end_the_block_there():
     logits_BSV[:, 1] = float("nan")
     params = sampling_tensors([SamplingParams(temperature=1.0)] * 2, torch.device("cpu"))
     q_BKV[:, 0] = torch.nn.functional.one_hot(draft_BK[:, 0], 20).float()
-    verdict = judge(logits_BSV, params, Proposal(draft_BK, [3, 3], q_BKV, torch.tensor([True, False])), draws)
-    assert verdict.accepted_B.tolist() == [1, 1] and verdict.next_B.tolist() == [NO_TOKEN, NO_TOKEN]
+    found = accept(logits_BSV, params, Proposal(draft_BK, [3, 3], q_BKV, torch.tensor([True, False])), draws)
+    assert found.accepted_B.tolist() == [1, 1] and found.next_B.tolist() == [NO_TOKEN, NO_TOKEN]
 
 
 def test_match_counts_the_leading_run_only():
     target_BS = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     draft_BK = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 9, 3], [1, 2, 3]])
-    verdict = match(target_BS, draft_BK, torch.tensor([3, 3, 3, 1]))
-    assert verdict.accepted_B.tolist() == [3, 0, 1, 1] and verdict.next_B.tolist() == [4, 1, 2, 2]
+    found = match(target_BS, draft_BK, torch.tensor([3, 3, 3, 1]))
+    assert found.accepted_B.tolist() == [3, 0, 1, 1] and found.next_B.tolist() == [4, 1, 2, 2]

@@ -76,7 +76,7 @@ def simulate(
             fed = behind if choice else 0
             spent += machine.mean(choice, sampled) + 0.1 * fed
             seconds = machine.seconds(choice, sampled) + 0.1 * fed
-            controller.learn(choice, batch, (stood + 1) * rows, seconds, caught_up=fed, lagging=rows * (fed > 0))
+            controller.learn(choice, batch, (stood + 1) * rows, seconds, caught_up=fed, rows_behind=rows * (fed > 0))
             done += stood + 1
             if choice:
                 seen = done
@@ -322,7 +322,7 @@ def test_a_useless_proposer_is_asked_less_and_less(guessing):
     assert guessing.controller.balance > -guessing.controller.overdraft - 1
 
 
-def test_a_rest_ends_with_a_new_sequence(guessing):
+def test_a_rest_ends_with_a_new_request(guessing):
     row = new_request()
     decode(guessing, [row], 400)
     while not guessing.resting:
@@ -338,8 +338,8 @@ def test_a_rest_ends_with_a_new_sequence(guessing):
     assert guessing.proposers["draft"].asked == asked + 1
 
 
-def test_a_step_that_is_foreseen_to_be_plain_is_plain(guessing):
-    """Half of the looks come one step before, as a runner asks that begins ahead."""
+def test_a_step_that_is_said_early_to_be_plain_is_plain(guessing):
+    """Half of the looks come one step before, as a runner asks that begins it early."""
     row, plain = new_request(), 0
     for i in range(400):
         promised = i % 2 and guessing.plain_next([row], unknown=0)
@@ -347,7 +347,7 @@ def test_a_step_that_is_foreseen_to_be_plain_is_plain(guessing):
         assert decode(guessing, [row], 1) >= promised
         if i % 2 == 0 and guessing.plain_next([row], unknown=1):
             row.output += [0]
-            assert guessing.propose([row]) is None and guessing.last.foreseen
+            assert guessing.propose([row]) is None and guessing.last.early
             guessing.learn([row], None, [0], 1.0)
     assert plain > 100
     assert guessing.controller.balance > -guessing.controller.overdraft - 1

@@ -11,7 +11,7 @@ from gpt_fast.engine.runner import Runner
 from gpt_fast.measure.significance import chi_square
 from gpt_fast.model.cache import KVCache
 from gpt_fast.sampling import probabilities, sampling_tensors
-from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -31,8 +31,8 @@ def speculating(model, draft, k, *, slots=4, max_seq_len=128, draft_len=None, co
         proposers = {"ngram": NGramProposer(CPU)}
     else:
         proposers = {"draft": DraftProposer(runner_of(draft, slots=slots, max_seq_len=draft_len or max_seq_len))}
-    fixed = Fixed(Choice(next(iter(proposers)), k), [k])
-    speculator = Speculator(proposers, controller or fixed, max_seq_len=max_seq_len)
+    always = None if controller else Choice(next(iter(proposers)), k)
+    speculator = Speculator(proposers, controller or Controller([k]), max_seq_len=max_seq_len, always=always)
     return EngineCore(runner_of(model, slots=slots, max_seq_len=max_seq_len, speculator=speculator))
 
 
@@ -89,7 +89,7 @@ def test_greedy_and_seeded_texts_are_plain_decodes(target, drafts, kind, k):
     spoken = finish(core, requests)
     assert {key: out[0] for key, out in spoken.items()} == {key: out[0] for key, out in plain.items()}
     assert [out[1][-1][0] for out in spoken.values()] == [out[1][-1][0] for out in plain.values()]
-    totals = core.runner.speculator.totals
+    totals = core.speculator.totals
     assert totals.drafted > 0
     if kind == "same":
         assert totals.accepted == totals.drafted
@@ -100,8 +100,24 @@ def test_greedy_and_seeded_texts_are_plain_decodes(target, drafts, kind, k):
 def test_a_sampled_draft_equal_to_its_target_is_always_accepted(target):
     core = speculating(target, target, 4)
     finish(core, {f"r{i}": (p, SamplingParams(max_new_tokens=30, temperature=1.0)) for i, p in enumerate(prompts(4))})
-    totals = core.runner.speculator.totals
+    totals = core.speculator.totals
     assert totals.drafted > 60 and totals.accepted == totals.drafted
+
+
+def test_nothing_is_kept_of_requests_that_ended(target):
+    """Ended by a limit or aborted, with some tokens or with none."""
+    core = speculating(target, "ngram", 4)
+    for i, prompt in enumerate(prompts(6)):
+        core.add(f"r{i}", prompt, SamplingParams(max_new_tokens=20, ignore_eos=True))
+    for _ in range(6):
+        core.step()
+    speculator = core.speculator
+    assert len(speculator.acceptances) == len(speculator.proposers["ngram"].indices) == 4
+    core.abort("r0")
+    assert len(speculator.acceptances) == len(speculator.proposers["ngram"].indices) == 3
+    while not core.idle:
+        core.step()
+    assert not speculator.acceptances and not speculator.proposers["ngram"].indices
 
 
 @pytest.mark.parametrize("kind", ["bad", "same", "ngram"])
@@ -119,7 +135,7 @@ def test_a_draft_with_a_shorter_context_stops_proposing_there(target, tiny_model
     requests = {"r": (prompts(1, longest=30)[0], SamplingParams(max_new_tokens=90, ignore_eos=True))}
     core = speculating(target, draft, 4, draft_len=48)
     assert finish(core, requests)["r"][0] == finish(EngineCore(runner_of(target)), requests)["r"][0]
-    assert core.runner.speculator.totals.accepted == core.runner.speculator.totals.drafted > 8
+    assert core.speculator.totals.accepted == core.speculator.totals.drafted > 8
 
 
 def test_an_end_inside_an_accepted_block_drops_what_follows(target):
@@ -181,7 +197,7 @@ def test_copied_prefixes_and_aborts_leave_no_trace(target, drafts):
         for key, request in asked.items():
             assert out[key] == finish(plain_core, {key: request})[key][0]
         if kind == "same":
-            assert core.runner.speculator.totals.accepted == core.runner.speculator.totals.drafted
+            assert core.speculator.totals.accepted == core.speculator.totals.drafted
 
 
 def test_logprobs_of_accepted_tokens_are_plain_decodes(target, drafts):
@@ -217,7 +233,7 @@ def test_the_draft_cache_holds_what_its_model_computes(target, tiny_model):
     request = core.add("r", prompts(1, seed=3)[0], SamplingParams(max_new_tokens=60, ignore_eos=True))
     while len(request.output) < 50:
         core.step()
-    proposer = core.runner.speculator.proposers["draft"]
+    proposer = core.speculator.proposers["draft"]
     count = min(proposer.held[request.slot].count, request.length - 1)
     assert count >= request.length - 2
     fresh = runner_of(draft)
@@ -244,7 +260,7 @@ def test_unseeded_sampling_has_the_targets_distribution(tiny_model, k):
         expected_VV = count * first_V[:, None] * probabilities(torch.cat(rests), one)
     observed = torch.bincount(pairs[:, 0] * 8 + pairs[:, 1], minlength=64)
     assert chi_square(observed, expected_VV).p_value > 1e-6
-    totals = core.runner.speculator.totals
+    totals = core.speculator.totals
     assert 0.05 < totals.accepted / totals.drafted < 0.95  # both branches were walked
 
 
@@ -257,7 +273,7 @@ def test_the_controller_in_the_engine_keeps_texts_and_learns_costs(target, draft
     core = speculating(target, drafts["same"], 4, controller=controller)
     core.runner.warm_up()
     assert {(c.arm, c.k) for c in controller.costs.seconds} == {("plain", 0), ("draft", 1), ("draft", 2), ("draft", 4)}
-    assert core.runner.speculator.totals.drafted == 0
+    assert core.speculator.totals.drafted == 0
     spoken = finish(core, requests)
     assert {key: out[0] for key, out in spoken.items()} == {key: out[0] for key, out in plain.items()}
 
@@ -271,16 +287,16 @@ def test_a_slot_that_overflowed_serves_the_next_sequence(target, owner):
     first = core.add("first", prompt, params)
     while len(first.output) < 20:
         core.step()
-    for cache in (core.runner.cache, core.runner.speculator.proposers["draft"].runner.cache):
+    for cache in (core.runner.cache, core.speculator.proposers["draft"].runner.cache):
         for buffer in cache.buffers():
             buffer[:, 0, :, len(prompt) : first.computed] = float("nan")
     while not core.idle:
         assert core.step()[-1].finish_reason in (None, "error")
-    before = core.runner.speculator.totals.accepted
+    before = core.speculator.totals.accepted
     core.add("second", prompt, params, owner=owner)
     events = []
     while not core.idle:
         events += core.step()
     plain = finish(EngineCore(runner_of(target)), {"r": (prompt, params)})["r"][0]
     assert [e.token for e in events] == plain
-    assert core.runner.speculator.totals.accepted - before > 25
+    assert core.speculator.totals.accepted - before > 25

@@ -1,4 +1,4 @@
-"""Speculation on the fused CPU decoder: proposals chained without the host looking, verdicts from best tokens."""
+"""Speculation on the fused CPU decoder: proposals chained without the host looking, acceptance from best tokens."""
 
 import random
 
@@ -7,14 +7,14 @@ import torch
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.overlap_runner import AheadRunner
+from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.engine.runner import Runner
 from gpt_fast.model.cache import KVCache
 from gpt_fast.ops.cpu import CpuDecoder
 from gpt_fast.request import NO_TOKEN
 from gpt_fast.sampling import best_token
-from gpt_fast.speculative.accept import judge
-from gpt_fast.speculative.controller import Controller, Fixed
+from gpt_fast.speculative.accept import accept
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.greedy_chain import GreedyChain
@@ -31,7 +31,7 @@ def cache_of(model, slots, max_seq_len):
 
 def fused_runner(model, pool=None, *, weights="int8", slots=4, max_seq_len=96, **options):
     fused = CpuDecoder(model, weights=weights, threads=2, pool=pool)
-    return AheadRunner(decode=fused, prefill=fused, cache=cache_of(model, slots, max_seq_len), eos_ids=(1,),
+    return OverlapRunner(decode=fused, prefill=fused, cache=cache_of(model, slots, max_seq_len), eos_ids=(1,),
                        prefill_chunk=16, **options)  # fmt: skip
 
 
@@ -42,8 +42,10 @@ def speculating(target, draft, k, *, max_seq_len=96, controller=None, slots=4):
     if draft is not None:
         own = fused_runner(draft, core.runner.decode.pool, weights="int4", max_seq_len=max_seq_len, slots=slots)
         proposers = {"draft": DraftProposer(own, startable=own.decode)}
-    choice = Choice(next(iter(proposers)), k)
-    core.runner.speculator = Speculator(proposers, controller or Fixed(choice, [k]), max_seq_len=max_seq_len)
+    always = None if controller else Choice(next(iter(proposers)), k)
+    core.runner.speculator = Speculator(
+        proposers, controller or Controller([k]), max_seq_len=max_seq_len, always=always
+    )
     return core
 
 
@@ -138,11 +140,11 @@ def test_chained_proposals_are_those_of_a_draft_that_is_asked_step_by_step(targe
     assert 0 < totals.accepted < totals.drafted and doubting.blocks > 30
 
 
-# ----------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------- acceptance
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_verdict_from_best_tokens_is_that_from_logits(seed):
+def test_acceptance_from_best_tokens_is_that_from_logits(seed):
     generator = torch.Generator().manual_seed(seed)
     logits_BSV = torch.randint(0, 3, (6, 5, 8), generator=generator).float()  # many ties
     logits_BSV[4, 2] = float("nan")
@@ -152,8 +154,8 @@ def test_a_verdict_from_best_tokens_is_that_from_logits(seed):
     proposal, draws = Proposal(draft_BK, counts), Draws(torch.arange(6), torch.arange(6))
     flat_NV = logits_BSV.view(30, 8)
     best_N = torch.where(flat_NV.isfinite().all(-1), best_token(flat_NV), NO_TOKEN)
-    slow = judge(logits_BSV, None, proposal, draws)
-    fast = judge(torch.empty(0), None, proposal, draws, best_BS=best_N.view(6, 5))
+    slow = accept(logits_BSV, None, proposal, draws)
+    fast = accept(torch.empty(0), None, proposal, draws, best_BS=best_N.view(6, 5))
     assert slow.accepted_B.tolist() == fast.accepted_B.tolist()
     assert slow.next_B.tolist() == fast.next_B.tolist()
 

@@ -15,8 +15,8 @@ from gpt_fast.engine.runner import Runner
 from gpt_fast.model.cache import KVCache
 from gpt_fast.request import Request
 from gpt_fast.sampling import best_token, probabilities, sample, sampling_tensors, uniform
-from gpt_fast.speculative.accept import judge
-from gpt_fast.speculative.controller import Fixed
+from gpt_fast.speculative.accept import accept
+from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -61,7 +61,7 @@ def whole_step(params, device):
     tensors = sampling_tensors(params, device)
     draws = draws_of(requests, device)
     looked_up = Proposal(proposal.draft_BK, [K] * B)
-    return [judge(torch.zeros(B, K + 1, V, device=device), tensors, each, draws) for each in (proposal, looked_up)]
+    return [accept(torch.zeros(B, K + 1, V, device=device), tensors, each, draws) for each in (proposal, looked_up)]
 
 
 def plain_step(params, device):
@@ -126,7 +126,8 @@ def test_an_engine_step_reads_once(tiny_model, arm, params):
         return Runner(decode=model, prefill=model, cache=cache, eos_ids=(), prefill_chunk=16, speculator=speculator)
 
     proposer = DraftProposer(runner(1)) if arm == "draft" else NGramProposer(device)
-    core = EngineCore(runner(0, Speculator({arm: proposer}, Fixed(Choice(arm, K), [K]), max_seq_len=128)))
+    speculator = Speculator({arm: proposer}, Controller([K]), max_seq_len=128, always=Choice(arm, K))
+    core = EngineCore(runner(0, speculator))
     for i, each in enumerate(params):
         core.add(str(i), [5, 6, 5, 6, 5, 6], each)
     while not all(s.output for s in core.scheduler.running.values()):

@@ -14,7 +14,7 @@ from gpt_fast.config import ModelConfig
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
 from gpt_fast.model.transformer import Transformer
-from gpt_fast.ops.cpu import reference
+from support import cpu_twin
 
 CPU = torch.device("cpu")
 MAX_SEQ_LEN = 200
@@ -76,7 +76,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 @contextmanager
 def activations_unrounded() -> Iterator[None]:
     """The decoder's twin computes with activations as they are."""
-    with mock.patch.object(reference, "round_activations", lambda x, weights: x):
+    with mock.patch.object(cpu_twin, "round_activations", lambda x, weights: x):
         yield
 
 

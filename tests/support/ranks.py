@@ -154,12 +154,12 @@ def generated(model: Any, cache_dtype: str) -> list[list[int]]:
 
     from gpt_fast.config import SamplingParams
     from gpt_fast.engine.core import EngineCore
-    from gpt_fast.engine.ranks import LockstepRunner
+    from gpt_fast.engine.runner import Runner
     from gpt_fast.model.cache import KVCache
     from support.quantized import CPU
 
     cache = KVCache(model.config, slots=3, max_seq_len=100, dtype=getattr(torch, cache_dtype), device=CPU)
-    core = EngineCore(LockstepRunner(decode=model, prefill=model, cache=cache, eos_ids=(), prefill_chunk=16))
+    core = EngineCore(Runner(decode=model, prefill=model, cache=cache, eos_ids=(), prefill_chunk=16))
     answers: dict[str, list[int]] = {}
     for i in range(6):
         params = SamplingParams(max_new_tokens=6 + 5 * i, temperature=float(i > 3), seed=i)

@@ -6,7 +6,7 @@ Shapes: N texts, K proposals, V vocabulary.
 import torch
 
 from gpt_fast.sampling import invert_cdf
-from gpt_fast.speculative.verify import PROPOSE, Draws, Verdict, leading, verify
+from gpt_fast.speculative.verify import PROPOSE, Accepted, Draws, leading, verify
 
 ALPHA = 1e-6
 
@@ -37,17 +37,17 @@ def texts(p_VV, q_VV, *, count, k, length, verify=verify, drawn_from=None, rates
             block.append(invert_cdf(drawn_from[block[-1]], uniform_NK[:, i]))
         block_NS = torch.stack(block, 1)
         # A finished text goes on in a scratch tail, so that rows stay together.
-        verdict = verify(p_VV[block_NS], q_VV[block_NS[:, :k]], block_NS[:, 1:], torch.full((count,), k), draws)
+        found = verify(p_VV[block_NS], q_VV[block_NS[:, :k]], block_NS[:, 1:], torch.full((count,), k), draws)
         if rates is not None:
-            rates.append((end_N.clone(), verdict.accepted_B))
+            rates.append((end_N.clone(), found.accepted_B))
         out_NS = torch.cat((block_NS[:, 1:], block_NS[:, :1]), 1).scatter(
-            1, verdict.accepted_B[:, None], verdict.next_B[:, None]
+            1, found.accepted_B[:, None], found.next_B[:, None]
         )
         live_N = end_N <= length
         for i in range(k + 1):
-            writes_N = live_N & (i <= verdict.accepted_B) & (end_N + i <= length)
+            writes_N = live_N & (i <= found.accepted_B) & (end_N + i <= length)
             text_NT[rows_N[writes_N], end_N[writes_N] + i] = out_NS[writes_N, i]
-        end_N = torch.where(live_N, end_N + verdict.accepted_B + 1, end_N)
+        end_N = torch.where(live_N, end_N + found.accepted_B + 1, end_N)
     return text_NT[:, 1 : length + 1]
 
 
@@ -58,7 +58,7 @@ def residual_not_used(p_BSV, q_BKV, draft_BK, count_B, draws):
     """After a refusal the next token comes from p, not from (p - q)+."""
     accepted_B, _ = verify(p_BSV, q_BKV, draft_BK, count_B, draws)
     p_BV = p_BSV[torch.arange(len(p_BSV)), accepted_B]
-    return Verdict(accepted_B, invert_cdf(p_BV, draws.uniform(2, 9)[torch.arange(len(p_BSV)), accepted_B]))
+    return Accepted(accepted_B, invert_cdf(p_BV, draws.uniform(2, 9)[torch.arange(len(p_BSV)), accepted_B]))
 
 
 def wrong_q(p_BSV, q_BKV, draft_BK, count_B, draws):
@@ -75,13 +75,13 @@ def ratio_swapped(p_BSV, q_BKV, draft_BK, count_B, draws):
     rows = torch.arange(len(p_BSV))
     p_BV, q_BV = p_BSV[rows, swapped_B], q_BKV[rows, swapped_B.clamp(max=K - 1)]
     residual_BV = torch.where((swapped_B < count_B)[:, None], (p_BV - q_BV).clamp(min=0), p_BV)
-    return Verdict(swapped_B, invert_cdf(residual_BV, draws.uniform(2, K + 1)[rows, swapped_B]))
+    return Accepted(swapped_B, invert_cdf(residual_BV, draws.uniform(2, K + 1)[rows, swapped_B]))
 
 
 def bonus_dropped(p_BSV, q_BKV, draft_BK, count_B, draws):
     """Of a fully accepted block and its bonus token, one token is lost."""
     accepted_B, next_B = verify(p_BSV, q_BKV, draft_BK, count_B, draws)
-    return Verdict(torch.where(accepted_B == count_B, (accepted_B - 1).clamp(min=0), accepted_B), next_B)
+    return Accepted(torch.where(accepted_B == count_B, (accepted_B - 1).clamp(min=0), accepted_B), next_B)
 
 
 FAULTS = [residual_not_used, wrong_q, ratio_swapped, bonus_dropped]

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from gpt_fast.config import ModelConfig
+from gpt_fast.engine.chunk_budget import ChunkBudget
 from gpt_fast.engine.core import EngineCore
-from gpt_fast.engine.runner import Runner
+from gpt_fast.engine.runner import Runner, chunk_sizes
 from gpt_fast.llm import Engine
 from gpt_fast.load.engine import Parts
 from gpt_fast.model.cache import KVCache
@@ -51,6 +52,8 @@ def tiny_engine(*, slots: int = 4, max_seq_len: int = 128) -> Engine:
     model = Transformer(config).eval()
     model.setup_rope(max_seq_len, torch.device("cpu"))
     cache = KVCache(config, slots=slots, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu"))
-    runner = Runner(decode=model, prefill=model, cache=cache, eos_ids={EOS}, prefill_chunk=32)
+    runner = Runner(
+        decode=model, prefill=model, cache=cache, eos_ids={EOS}, prefill_chunk=32, budget=ChunkBudget(chunk_sizes(32))
+    )
     runner.warm_up()
     return Engine(Parts(EngineCore(runner), ByteTokenizer(), config, ChatTemplate(TEMPLATE), {}))

@@ -143,7 +143,70 @@ def test_every_feature_as_transformers(feature: str) -> None:
 
 def test_variables_reach_the_template() -> None:
     template = ChatTemplate("{{ enable_thinking }} {{ documents[0].text }}")
-    assert template.render([], documents=[{"text": "d"}], enable_thinking=False) == "False d"
+    assert template.render([], documents=[{"text": "d"}], chat_template_kwargs={"enable_thinking": False}) == "False d"
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"]
+)
+def test_what_the_call_sets_is_no_variable(name: str) -> None:
+    with pytest.raises(ChatTemplateError, match=f"^chat_template_kwargs: {name} is set by the request itself$"):
+        ChatTemplate("x").render([], chat_template_kwargs={name: None})
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("thinking", [True, False])
+def test_qwen3_thinks_or_not_as_transformers(thinking: bool) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options = {"enable_thinking": thinking}
+    (want,), _ = render_jinja_template(
+        [CONVERSATIONS["turns"]], chat_template=source_of("qwen3"), add_generation_prompt=True, **options
+    )
+    got = ChatTemplate(source_of("qwen3")).render(CONVERSATIONS["turns"], chat_template_kwargs=options)
+    assert got == want and ("<think>" not in got) == thinking
+
+
+# ---------------------------------------------------------------------- the last message, to go on with
+
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+CUT = "{% for m in messages %}{{ m.content[3:] }}{% endfor %}"
+NO_CONTENT = "{% for m in messages %}{{ m.text }}{% endfor %}"
+CONTINUED = {
+    **{name: CONVERSATIONS[name] for name in ("user", "answered", "two answers", "empty", "null content")},
+    "spaces": [says("user", "q"), says("assistant", "  Sure, \n ")],
+    "twice": [says("user", "again"), says("assistant", "again")],
+    "nothing": [says("user", "q"), says("assistant", "")],
+    "parts": [says("user", "q"), says("assistant", [{"type": "text", "text": "a"}, {"type": "text", "text": " b "}])],
+    "picture": [says("assistant", [{"type": "image"}])],
+}
+
+
+@pytest.mark.parametrize("source", [*COMMITTED, TRIMMED, CUT, NO_CONTENT])
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_message_is_continued_as_transformers_does(source: str, name: str) -> None:
+    """Where the form of content is the template's, that is: a template for strings gets the joined text."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = source_of(source) if source in COMMITTED else source
+    template = ChatTemplate(source, special_tokens=SPECIAL_TOKENS)
+    messages = CONTINUED[name]
+    if name == "parts":
+        messages = [messages[0], says("assistant", "a b ")]
+    try:
+        (want,), _ = render_jinja_template(
+            [messages], chat_template=source, continue_final_message=True, add_generation_prompt=False, **SPECIAL_TOKENS
+        )
+    except Exception:
+        with pytest.raises(ChatTemplateError):
+            template.render(CONTINUED[name], add_generation_prompt=False, continue_final_message=True)
+        return
+    assert template.render(CONTINUED[name], add_generation_prompt=False, continue_final_message=True) == want
+
+
+def test_a_message_is_continued_or_answered_not_both() -> None:
+    with pytest.raises(ChatTemplateError, match="does not go with add_generation_prompt"):
+        ChatTemplate(TRIMMED).render(CONVERSATIONS["answered"], continue_final_message=True)
 
 
 def test_size_is_bounded() -> None:
@@ -180,6 +243,44 @@ def test_named_templates(tmp_path: Path) -> None:
     assert (template.render([]), template.render([], tools=[WEATHER])) == ("plain", "with tools")
 
 
+def test_named_templates_without_a_default_are_refused_when_it_is_asked_for(tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "{{ documents }}"}, {"name": "tool_use", "template": "with tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = load_chat_template(tmp_path)
+    assert template is not None and template.render([], tools=[WEATHER]) == "with tools"
+    with pytest.raises(ChatTemplateError, match=r'none named "default" \(got rag, tool_use\)$'):
+        template.render([says("user", "x")])
+
+
+@pytest.mark.parametrize("default", ["chat_template.jinja", "tokenizer_config.json"])
+def test_additional_templates_have_their_own_files(tmp_path: Path, default: str) -> None:
+    """transformers >= 4.52 writes them so; in the other layout it finds no default any more, and we still do."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(
+        source_of("smollm2") + "{{ tools | tojson }}"
+    )
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{% for %} is not even read")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json_from_gguf(byte_fields()))
+    config = {"chat_template": "of the config"} if default == "tokenizer_config.json" else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    if default == "chat_template.jinja":
+        (tmp_path / "chat_template.jinja").write_text(source_of("smollm2"))
+    template = load_chat_template(tmp_path)
+    assert template is not None
+    for tools in (None, [WEATHER]) if default == "chat_template.jinja" else ([WEATHER],):
+        assert template.render(CONVERSATIONS["system"], tools=tools) == apply_reference(
+            tmp_path, CONVERSATIONS["system"], tools=tools, add_generation_prompt=True
+        )
+    if config:
+        assert template.render([]) == "of the config"
+
+
+def apply_reference(directory: Path, messages: list, **options: object) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=False, **options)
+
+
 def test_no_template(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text("{}")
@@ -190,7 +291,7 @@ def test_no_template(tmp_path: Path) -> None:
     "config",
     [
         '{"chat_template": 3}',
-        '{"chat_template": [{"name": "rag", "template": "x"}]}',
+        '{"chat_template": [{"name": "default", "template": 1}]}',
         '{"chat_template": [1]}',
         "[]",
         "{",
@@ -207,19 +308,21 @@ def test_bad_config_is_refused(tmp_path: Path, config: str) -> None:
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer whose tokens are bytes, and four control tokens."""
-    tokens = [*BYTE_OF, *CONTROLS]
-    fields = {
+def byte_fields() -> dict:
+    """A GGUF's metadata: tokens are bytes, and four control tokens."""
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.tokens": [*BYTE_OF, *CONTROLS],
         "tokenizer.ggml.merges": [],
         "tokenizer.ggml.token_type": [1] * 256 + [3] * len(CONTROLS),
     }
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("bytes")
-    (directory / "tokenizer.json").write_bytes(tokenizer_json_from_gguf(fields))
+    (directory / "tokenizer.json").write_bytes(tokenizer_json_from_gguf(byte_fields()))
     return load_tokenizer(directory)
 
 

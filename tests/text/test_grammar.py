@@ -207,7 +207,7 @@ def test_a_schema_is_compiled_once(maker, monkeypatch):
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("gpt_fast.text.grammar.available", lambda: False)
-    with pytest.raises(GuideError, match=re.escape("gpt-fast[structured]")):
+    with pytest.raises(GuideError, match=re.escape("pip install 'llguidance>=1.3'")):
         Maker(ByteTokenizer(), vocab_size=257, eos_ids={EOS}).json_guide(POINT)
 
 

@@ -333,6 +333,70 @@ def test_facts_from_the_files_beside(tmp_path: Path) -> None:
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (None, {8})
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+PROMPTS = {"none": None, "byte level": BYTE_LEVEL, "sequence": {"type": "Sequence", "processors": [BYTE_LEVEL]}}
+FLAGS = [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}]
+
+
+def text_template() -> dict[str, Any]:
+    from tokenizers.processors import TemplateProcessing
+
+    return json.loads(TemplateProcessing(single="<a> $A", pair="$A $B", special_tokens=[("<a>", 256)]).__getstate__())
+
+
+def with_post_processor(path: Path, post_processor: Any, **config: Any) -> Path:
+    content = json.loads(tokenizer_json_from_gguf(byte_fields())) | {"post_processor": post_processor}
+    config = {"bos_token": "<a>", "eos_token": "<b>", **config}
+    directory_with(path, "tokenizer.json", json.dumps(content).encode(), tokenizer_config=config)
+    (path / "config.json").write_text('{"model_type": "qwen2"}')
+    return path
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", None])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_a_post_processors_own_template_holds(tmp_path: Path, tokenizer_class: str | None, flags: Any) -> None:
+    """As in transformers 5, whatever tokenizer_config.json says."""
+    from transformers import AutoTokenizer
+
+    processors = [text_template(), {"type": "Sequence", "processors": [BYTE_LEVEL, text_template()]}]
+    for processor in processors:
+        named = {} if tokenizer_class is None else {"tokenizer_class": tokenizer_class}
+        with_post_processor(tmp_path, processor, **named, **flags)
+        assert load_tokenizer(tmp_path).encode("hi") == AutoTokenizer.from_pretrained(tmp_path).encode("hi")
+
+
+@pytest.mark.parametrize("processor", PROMPTS)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_the_llama_class_puts_tokens_where_no_template_does(tmp_path: Path, processor: str, flags: Any) -> None:
+    """DeepSeek-R1-Distill-Qwen. Other classes leave it at the post-processor, as transformers does."""
+    from transformers import AutoTokenizer
+
+    with_post_processor(tmp_path, PROMPTS[processor], tokenizer_class="LlamaTokenizerFast", **flags)
+    around = [[256] * flags.get("add_bos_token", False), [257] * flags.get("add_eos_token", False)]
+    assert load_tokenizer(tmp_path).encode("hi") == [*around[0], 71, 72, *around[1]]
+    assert load_tokenizer(tmp_path).encode("hi", add_bos=False) == [71, 72]
+    with_post_processor(tmp_path, PROMPTS[processor], tokenizer_class="Qwen2Tokenizer", **flags)
+    assert load_tokenizer(tmp_path).encode("hi") == AutoTokenizer.from_pretrained(tmp_path).encode("hi")
+
+
+@pytest.mark.parametrize("flags", [{"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
+def test_sentencepiece_takes_the_flags(tmp_path: Path, flags: Any) -> None:
+    import io
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=420, model_type="bpe", byte_fallback=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2, character_coverage=0.99,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **flags}
+    directory_with(tmp_path, "tokenizer.model", model.getvalue(), tokenizer_config=config)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_tokenizer(tmp_path).encode("quick") == AutoTokenizer.from_pretrained(tmp_path).encode("quick")
+
+
 class Slow:
     """A backend on which a thread always waits between setting the mode and encoding."""
 

@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peer_dir", type=Path, help="a checkout of meta-pytorch/gpt-fast")
     add("--dry-run", action="store_true", help="a tiny model on the CPU: every code path, no figure worth anything")
     add("--out", type=Path, help="write the JSON here, anew after every row")
-    add("--plot", type=picture_path, help="write the roofline here (gpt-fast[plot])")
+    add("--plot", type=picture_path, help="write the roofline here (needs matplotlib)")
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(given, argparse.Namespace(arguments=["--gpu", *given]))
     return shrunk(args) if args.dry_run else args

@@ -35,8 +35,7 @@ def main() -> int:
     if reason := build.unavailable():
         print(f"no fused CPU decoder here: {reason}")
         return 1
-    isa = build.best_isa(build.cpu_flags())
-    assert isa is not None
+    isa = build.isas_here()[0]
     print(f"{build.processor()}: instruction set {isa}, compiler {build.compiler()}, cache {build.cache_dir()}")
     from gpt_fast.ops.cpu import tuning_report
 

@@ -9,14 +9,18 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt_fast.files import replacing
 
 SOURCES = Path(__file__).parent / "src"
+LIBRARY_SOURCE = "decoder.cpp"
+INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
 FLAGS = (
     "-O3",
     "-std=c++20",
@@ -28,15 +32,27 @@ FLAGS = (
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )  # gcc 12 raises the last one inside its own AVX-512 header
-# Instruction sets, best first: the cpuinfo flags each needs and what the compiler is told.
-AVX512_BF16 = (
-    "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
-    ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
-)
-AVX512 = ("avx512f avx512bw avx512vl avx512dq avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni"))
-AVX2_VNNI = ("avx2 fma f16c avx_vnni", ("-march=x86-64-v3", "-mavxvnni"))
-AVX2 = ("avx2 fma f16c", ("-march=x86-64-v3",))
-ISAS = {"avx512_bf16": AVX512_BF16, "avx512": AVX512, "avx2_vnni": AVX2_VNNI, "avx2": AVX2}
+
+
+class InstructionSet(NamedTuple):
+    """One that src/simd/ has a file for."""
+
+    machines: tuple[str, ...]  # as platform.machine() spells them
+    features: frozenset[str]  # that the processor must have, as /proc/cpuinfo spells them
+    options: tuple[str, ...]  # of the compiler
+
+
+X86 = ("x86_64", "AMD64")
+AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
+AVX2 = frozenset({"avx2", "fma", "f16c"})
+ISAS = {  # best first
+    "avx512_bf16": InstructionSet(
+        X86, AVX512_VNNI | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+    ),
+    "avx512": InstructionSet(X86, AVX512_VNNI, ("-march=x86-64-v4", "-mavx512vnni")),
+    "avx2_vnni": InstructionSet(X86, AVX2 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
+    "avx2": InstructionSet(X86, AVX2, ("-march=x86-64-v3",)),
+}
 
 
 class BuildError(RuntimeError):
@@ -52,9 +68,10 @@ def cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags; empty where the system does not tell."""
-    return frozenset(cpuinfo().get("flags", "").split())
+def cpu_features() -> frozenset[str]:
+    """The processor's features; empty where the system does not tell."""
+    told = cpuinfo()
+    return frozenset(told.get("flags", told.get("Features", "")).split())  # "Features" on Arm
 
 
 def processor() -> str:
@@ -66,9 +83,14 @@ def processor() -> str:
     return f"{told.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
 
-def best_isa(flags: frozenset[str]) -> str | None:
-    """The first of ISAS that the processor has."""
-    return next((name for name, (needs, _) in ISAS.items() if flags.issuperset(needs.split())), None)
+def supported_isas(machine: str, features: frozenset[str]) -> list[str]:
+    """The names of ISAS that a processor has, best first."""
+    return [name for name, isa in ISAS.items() if machine in isa.machines and features >= isa.features]
+
+
+def isas_here() -> list[str]:
+    """Of this machine's processor."""
+    return supported_isas(platform.machine(), cpu_features())
 
 
 def compiler() -> str | None:
@@ -86,8 +108,8 @@ def cache_dir() -> Path:
 
 def unavailable() -> str | None:
     """Why no library can be built here, or None."""
-    if best_isa(cpu_flags()) is None:
-        return "the processor has neither AVX-512 VNNI nor AVX2 with FMA and F16C"
+    if not isas_here():
+        return f"this {platform.machine()} processor has none of the instruction sets {', '.join(ISAS)}"
     return None if compiler() else "no C++ compiler found (looked for $CXX, g++, clang++)"
 
 
@@ -98,8 +120,7 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     """
     if reason := unavailable():
         raise BuildError(reason)
-    isa = isa or best_isa(cpu_flags())
-    assert isa is not None
+    isa = isa or isas_here()[0]
     path = cache_dir() / f"decoder-{isa}-{source_key(isa)}.so"
     try:
         if not path.exists():
@@ -110,23 +131,41 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
 
 
 def source_key(isa: str) -> str:
-    """Hash of all that decides the library's contents: sources, flags, compiler."""
+    """Hash of all that decides the library's contents: the sources that it is made of, options, compiler."""
     cxx = compiler()
     version = subprocess.run([str(cxx), "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [version, *FLAGS, *ISAS[isa][1]]
-    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.h")) + sorted(SOURCES.rglob("*.cpp"))]
+    parts = [version, *FLAGS, *ISAS[isa].options, *(path.read_text() for path in sources_of(LIBRARY_SOURCE))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def sources_of(name: str) -> list[Path]:
+    """A source and the headers that it includes, whichever instruction set, in a fixed order."""
+    found, left = set(), [SOURCES / name]
+    while left:
+        path = left.pop().resolve()
+        if path not in found:
+            found.add(path)
+            left += [path.parent / include for include in INCLUDE.findall(path.read_text())]
+    return sorted(found)
 
 
 def build(path: Path, isa: str) -> None:
     """Compile the decoder to `path`: whole or not at all, for other processes may look for it meanwhile."""
     with replacing(path) as temporary:
-        compile_sources(temporary, isa, ["decoder.cpp"], ["-shared"])
+        compile_sources(temporary, isa, [LIBRARY_SOURCE], ["-shared"])
 
 
 def compile_sources(output: Path, isa: str, sources: Sequence[str], extra: Sequence[str]) -> None:
     """Run the compiler; BuildError carries its first error line."""
-    command = [str(compiler()), *FLAGS, *ISAS[isa][1], *extra, "-o", str(output), *(str(SOURCES / s) for s in sources)]
+    command = [
+        str(compiler()),
+        *FLAGS,
+        *ISAS[isa].options,
+        *extra,
+        "-o",
+        str(output),
+        *(str(SOURCES / s) for s in sources),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])

@@ -47,51 +47,6 @@ class Packed:
         return replace(self, q=arena.put(self.q), scale=None if self.scale is None else arena.put(self.scale))
 
 
-# ------------------------------------------------------------------------------ codes of a float matrix
-
-
-def int8_rows(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8, one float32 scale a row: codes [N, K] and scales [N]."""
-    scale_N = w_NK.float().abs().amax(1).clamp(min=1e-12) / 127
-    return (w_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N
-
-
-def int8_groups(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8, one half-precision scale per 32 inputs (GGUF's Q8_0): codes [N, K], scales [N, G]."""
-    w_NGg = split_groups(w_NK, GROUP)
-    scale_NG = (w_NGg.abs().amax(2) / 127).half()
-    codes = (w_NGg / scale_NG.float().clamp(min=1e-12)[..., None]).round().clamp(-127, 127)
-    return codes.flatten(1)[:, : w_NK.shape[1]].to(torch.int8), scale_NG
-
-
-def int4_groups(w_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """w ~ scale * code + minimum, codes 0..15: codes [N, K], half-precision scales and minima [N, G].
-
-    With group 32 this is GGUF's Q4_1; a matrix that was stored so comes back with the same codes.
-    """
-    w_NGg = split_groups(w_NK, group)
-    minimum_NG = w_NGg.amin(2).half()
-    scale_NG = ((w_NGg.amax(2) - w_NGg.amin(2)) / 15).half()
-    codes = (w_NGg - minimum_NG.float()[..., None]) / scale_NG.float().clamp(min=1e-12)[..., None]
-    return codes.round().clamp(0, 15).flatten(1)[:, : w_NK.shape[1]].to(torch.uint8), scale_NG, minimum_NG
-
-
-def split_groups(w_NK: Tensor, group: int) -> Tensor:
-    """float32 [N, G, group]; a short last group is filled up with its last value, which changes no range."""
-    w_NK = w_NK.float()
-    fill_NP = w_NK[:, -1:].expand(-1, padding(w_NK.shape[1], group))
-    w_NGK: Tensor = torch.cat((w_NK, fill_NP), 1).unflatten(1, (-1, group))
-    return w_NGK
-
-
-def expand_groups(value_NG: Tensor, group: int, K: int) -> Tensor:
-    """float32 [N, K]: each group's value at its inputs."""
-    return value_NG.float().repeat_interleave(group, 1)[:, :K]
-
-
-# --------------------------------------------------------------------------------------------- packing
-
-
 def pack_int8_rows(q_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> Packed:
     """int8 codes with a scale a row."""
     scale = F.pad(scale_N.float(), (0, padding(len(scale_N), PAIR)))
@@ -160,11 +115,6 @@ def pad_tiles(w_NK: Tensor) -> Tensor:
 
 def padding(size: int, multiple: int) -> int:
     return -size % multiple
-
-
-def unpack_nibbles(q_NJ: Tensor) -> Tensor:
-    """uint8 [N, 2J] of 0..15 from bytes that hold input 2j low and 2j + 1 high."""
-    return torch.stack((q_NJ & 15, q_NJ >> 4), -1).flatten(1)
 
 
 def repeat_groups(scale_NG: Tensor, group: int, K: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ctypes twins of src/decoder.h's structures, same order and same types, and the library's functions.
+"""The ctypes twins of the C++ side's structures, same order and same types (src/layout.h), and the library's functions.
 
 Shapes: B rows, S tokens of a row.
 """
@@ -6,7 +6,7 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_void_p
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,9 +36,9 @@ class Linear(Structure):
 class Screen(Structure):
     _fields_ = (
         ("weights", Linear),
-        *((name, c_void_p) for name in ("focus", "left", "unit", "radius", "norm")),
-        *((name, c_int32) for name in ("focused", "most_rows")),
-        ("left_error", c_float),
+        *((name, c_void_p) for name in ("outliers", "outlier_error", "error_scale", "error_norm", "weight_norm")),
+        *((name, c_int32) for name in ("outlier_count", "max_rows")),
+        ("outlier_rounding", c_float),
     )
 
 
@@ -121,6 +121,12 @@ class StepInput(Structure):
         return step
 
 
+class Field(Structure):
+    """One of src/layout.h: where a structure's field lies; without a name, the structure as a whole."""
+
+    _fields_ = (("structure", c_char_p), ("name", c_char_p), ("offset", c_int32), ("size", c_int32))
+
+
 def cache_scales(cache: Any) -> tuple[int | None, int | None]:
     """Addresses of an int8 cache's scales: k_scale_LNHT and v_scale_LNHT, float32, one a (position, head)."""
     if cache.k_LNHTD.dtype != torch.int8:
@@ -149,7 +155,11 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     library.gf_decoder_head_energy.argtypes = (c_void_p, c_void_p)
     library.gf_decoder_set_tuning.argtypes = (c_void_p, POINTER(Tuning))
     library.gf_decoder_set_screen.argtypes = (c_void_p, POINTER(Screen))
-    library.gf_screen_build.argtypes = (POINTER(Linear), POINTER(Screen), ctypes.c_int, ctypes.c_int)
+    library.gf_screen_build.argtypes = (
+        POINTER(Linear), POINTER(Screen), c_void_p, c_void_p, ctypes.c_int, ctypes.c_int
+    )  # fmt: skip
     library.gf_screen.argtypes = (POINTER(Linear), POINTER(Screen), c_void_p, c_void_p, c_void_p)
     library.gf_linear.argtypes = (POINTER(Linear), c_void_p, ctypes.c_int, c_void_p, POINTER(Tuning))
+    library.gf_layout.argtypes = (POINTER(ctypes.c_int),)
+    library.gf_layout.restype = POINTER(Field)
     return library

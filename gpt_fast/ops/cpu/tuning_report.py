@@ -77,7 +77,7 @@ def run(threads: int, rounds: int, out: Path | None) -> None:
     if out:
         told = {
             "processor": build.processor(),
-            "flags": sorted(build.cpu_flags()),
+            "flags": sorted(build.cpu_features()),
             "threads": threads,
             "rounds": rounds,
             "command": f"python -m gpt_fast.ops.cpu --tune --threads {threads} --rounds {rounds} --out {out}",

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt_fast.ops import rounding
 from gpt_fast.ops.cpu import pack
 from gpt_fast.ops.cpu.pack import Packed
+from gpt_fast.ops.int4 import unpack_nibbles
 
 
 class Packer:
@@ -69,17 +71,17 @@ class Codes:
         if weights == "bfloat16":
             return cls(pack.BF16, w_NK.to(torch.bfloat16))
         if weights == "int8":
-            return cls(pack.INT8_ROW, *pack.int8_rows(w_NK))
+            return cls(pack.INT8_ROW, *rounding.int8_rows(w_NK.float()))
         if weights == "int8_groups":
-            return cls(pack.INT8_GROUP, *pack.int8_groups(w_NK))
-        return cls(pack.INT4, *pack.int4_groups(w_NK, group), group=group)
+            return cls(pack.INT8_GROUP, *rounding.int8_groups(w_NK.float(), pack.GROUP))
+        return cls(pack.INT4, *rounding.int4_groups(w_NK.float(), group), group=group)
 
     @classmethod
     def of_quantized(cls, module: Any) -> Codes:
         weight, scale, minimum_NG = module.quantized_weight()
         bits, group = module.scheme.bits, module.scheme.groupsize
         if bits == 4:
-            return cls(pack.INT4, pack.unpack_nibbles(weight), scale, minimum_NG, group)
+            return cls(pack.INT4, unpack_nibbles(weight), scale, minimum_NG, group)
         if group == 0:
             return cls(pack.INT8_ROW, weight, scale)
         return cls(pack.INT8_GROUP, weight, pack.repeat_groups(scale, group, weight.shape[1]))

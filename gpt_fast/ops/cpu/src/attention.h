@@ -4,7 +4,7 @@
 // values; these partial results merged in order within each part of four chunks, then the parts in order (merging as
 // flash attention does, arXiv:2205.14135). Chunks and parts start at multiples of 64 and 256 whoever asks, so decode
 // (parts shared out among threads), verification and prefill (many queries to a chunk) give the same bits. Keys are
-// turned so that lanes are keys: no horizontal sums.
+// transposed so that lanes are keys: no horizontal sums.
 //
 // What is multiplied are 32-bit words (see Floats and Pairs): a float32 cache as it is; a narrower one as pairs of
 // bfloat16, of two neighbouring dimensions of a key, of two neighbouring positions of the values. One instruction
@@ -127,18 +127,17 @@ inline Partial partial_at(float* base, int index, int head_dim) {
 }
 
 // keys[d][0..63] = k[0..n-1][d], a word each; keys past n are zero.
-inline void turn_keys(const float* k, int n, int head_dim, float* keys) {
+inline void transpose_keys(const float* k, int n, int head_dim, float* keys) {
   for (int first = 0; first < n; first += kLanes)
     for (int d = 0; d < head_dim; d += kLanes) {
       i32x16 row[16];
-      for (int i = 0; i < 16; i++)
-        row[i] = first + i < n ? load_i(k + size_t(first + i) * head_dim + d) : splat_i(0);
+      for (int i = 0; i < 16; i++) row[i] = first + i < n ? load_i(k + size_t(first + i) * head_dim + d) : splat_i(0);
       transpose16(row);
       for (int i = 0; i < 16; i++) store_i(keys + (d + i) * kChunk + first, row[i]);
     }
 }
 
-inline void turn_keys(const uint16_t* k, int n, int head_dim, float* keys) {
+inline void transpose_keys(const uint16_t* k, int n, int head_dim, float* keys) {
   for (int first = 0; first < n; first += kLanes)
     for (int d = 0; d < head_dim; d += 2 * kLanes) {
       const int dims = head_dim - d < 2 * kLanes ? head_dim - d : 2 * kLanes;
@@ -150,7 +149,7 @@ inline void turn_keys(const uint16_t* k, int n, int head_dim, float* keys) {
     }
 }
 
-inline void turn_keys(const int8_t* k, int n, int head_dim, float* keys) {
+inline void transpose_keys(const int8_t* k, int n, int head_dim, float* keys) {
   for (int first = 0; first < n; first += kLanes)
     for (int d = 0; d < head_dim; d += 4 * kLanes) {
       const int dims = head_dim - d < 4 * kLanes ? head_dim - d : 4 * kLanes;
@@ -184,9 +183,9 @@ struct ValueRows {
   }
 };
 
-// The same, made once for many queries.
+// The same, unpacked once for many queries.
 template <class W>
-struct MadeValues {
+struct UnpackedValues {
   using Words = W;
   const float* words;
   int n, head_dim;
@@ -194,17 +193,17 @@ struct MadeValues {
   typename W::Vector at(int i, int d) const { return W::load(words + size_t(i) * head_dim + d); }
 };
 
-// Multiplies the first n of 64 scores or weights by their keys' or values' scales.
+// Multiplies the first n of 64 scores (or weights) by the scales of their keys (or values).
 inline void apply_scales(float* scores, const float* scale, int n) {
-  for (int i = 0; i < n; i += kLanes)
-    store(scores + i, load(scores + i) * as_float(load_some(scale + i, 4 * (n - i))));
+  for (int i = 0; i < n; i += kLanes) store(scores + i, load(scores + i) * as_float(load_some(scale + i, 4 * (n - i))));
 }
 
-// Memory to fetch meanwhile: two stretches, a few lines at a time, since a burst of prefetches would hold up all else.
-struct Ahead {
+// Memory to prefetch during a chunk: two ranges, a few lines at each call, because a burst of prefetches would hold up
+// the loads after it.
+struct PrefetchRanges {
   const char* at;
   const char* second;
-  int left, second_left, each;  // lines
+  int left, second_left, each;  // lines: of the ranges, and to a call
 
   void fetch() {
     for (int i = 0; i < each; i++) {
@@ -217,14 +216,15 @@ struct Ahead {
   }
 };
 
-// scores[q][first..first+16*V) of Q queries: their products with V vectors of turned keys. `words` make a head.
+// scores[q][first..first+16*V) of Q queries: their products with V vectors of transposed keys. `words` make a head.
 template <class W, int Q, int V>
-void score_some(const float* const* q, const float* keys, int first, int words, float* scores, Ahead& ahead) {
+void score_some(const float* const* q, const float* keys, int first, int words, float* scores, PrefetchRanges& ahead) {
   f32x16 sum[Q][V];
   GF_UNROLL
-  for (int i = 0; i < Q; i++)
+  for (int i = 0; i < Q; i++) {
     GF_UNROLL
     for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
+  }
   for (int d = 0; d < words; d++) {
     ahead.fetch();
     typename W::Vector k[V];
@@ -238,20 +238,22 @@ void score_some(const float* const* q, const float* keys, int first, int words, 
     }
   }
   GF_UNROLL
-  for (int i = 0; i < Q; i++)
+  for (int i = 0; i < Q; i++) {
     GF_UNROLL
     for (int j = 0; j < V; j++) store(scores + i * kChunk + first + j * kLanes, sum[i][j]);
+  }
 }
 
 template <class W, int Q>
-void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, Ahead& ahead) {
+void score(const float* const* q, const float* keys, int n, int head_dim, float* scores, PrefetchRanges& ahead) {
   const int words = head_dim / W::kEach;
   if (n > 2 * kLanes) return score_some<W, Q, 4>(q, keys, 0, words, scores, ahead);
   score_some<W, Q, 2>(q, keys, 0, words, scores, ahead);
 }
 
-// Turns one query's scores into weights; only keys first..last-1 of the chunk count. False: none does.
-inline bool weigh(float* scores, int first, int last, int n, const Partial& out) {
+// Softmax of one query's scores within a chunk, not yet divided by the sum: scores become weights. Only keys
+// first..last-1 count; false: there are none.
+inline bool softmax_chunk(float* scores, int first, int last, int n, const Partial& out) {
   if (first >= last) {
     *out.max = -INFINITY, *out.sum = 0.0f;
     return false;
@@ -282,13 +284,14 @@ void to_words(float* weights, int n) {
 
 // o[q][d..d+16*V) = sum over keys of weight * value, for Q queries.
 template <int Q, int V, class Values>
-void weigh_values(const float* weights, const Values& values, const Partial* out, int d, Ahead& ahead) {
+void sum_values(const float* weights, const Values& values, const Partial* out, int d, PrefetchRanges& ahead) {
   using W = typename Values::Words;
   f32x16 sum[Q][V];
   GF_UNROLL
-  for (int i = 0; i < Q; i++)
+  for (int i = 0; i < Q; i++) {
     GF_UNROLL
     for (int j = 0; j < V; j++) sum[i][j] = splat(0.0f);
+  }
   for (int t = 0; t < (values.n + W::kEach - 1) / W::kEach; t++) {
     ahead.fetch();
     typename W::Vector value[V];
@@ -302,25 +305,25 @@ void weigh_values(const float* weights, const Values& values, const Partial* out
     }
   }
   GF_UNROLL
-  for (int i = 0; i < Q; i++)
+  for (int i = 0; i < Q; i++) {
     GF_UNROLL
     for (int j = 0; j < V; j++) store(out[i].o + d + j * kLanes, sum[i][j]);
+  }
 }
 
 template <int Q, class Values>
-void weigh_all_values(const float* weights, const Values& values, const Partial* out, Ahead& ahead) {
+void sum_all_values(const float* weights, const Values& values, const Partial* out, PrefetchRanges& ahead) {
   int d = 0;
-  for (; d + 4 * kLanes <= values.head_dim; d += 4 * kLanes)
-    weigh_values<Q, 4>(weights, values, out, d, ahead);
-  for (; d < values.head_dim; d += kLanes) weigh_values<Q, 1>(weights, values, out, d, ahead);
+  for (; d + 4 * kLanes <= values.head_dim; d += 4 * kLanes) sum_values<Q, 4>(weights, values, out, d, ahead);
+  for (; d < values.head_dim; d += kLanes) sum_values<Q, 1>(weights, values, out, d, ahead);
 }
 
-// The queries of one KV head that look at one slot.
+// The queries of one KV head that attend to one slot.
 struct Queries {
   int count;
-  const float* const* q;    // [count] as store_query leaves them, already scaled by log2(e) / sqrt(head_dim)
-  const int* position;      // [count]
-  int window;               // 0: all earlier positions
+  const float* const* q;  // [count] as store_query leaves them, already scaled by log2(e) / sqrt(head_dim)
+  const int* position;    // [count]
+  int window;             // 0: all earlier positions
   int last_position() const {
     int last = 0;
     for (int i = 0; i < count; i++) last = position[i] > last ? position[i] : last;
@@ -333,7 +336,7 @@ struct Queries {
   }
 };
 
-// A chunk of the slot: its first position, its length, turned keys, values, and scales or nulls.
+// A chunk of the slot: its first position, its length, transposed keys, values, and scales or nulls.
 template <class Values>
 struct Chunk {
   int start, n;
@@ -345,7 +348,7 @@ struct Chunk {
 
 // Q queries (from `at`) against a chunk.
 template <int Q, class Values>
-void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, Ahead& ahead, float* scores,
+void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, PrefetchRanges& ahead, float* scores,
                   const Partial* out) {
   using W = typename Values::Words;
   const int start = chunk.start, n = chunk.n;
@@ -357,16 +360,16 @@ void attend_block(const Queries& x, int at, const Chunk<Values>& chunk, Ahead& a
     const int position = x.position[at + i];
     const int first = x.window == 0 ? 0 : position - x.window + 1 - start;
     const int last = position + 1 - start < n ? position + 1 - start : n;
-    if (!weigh(row, first < 0 ? 0 : first, last, n, out[i]))
+    if (!softmax_chunk(row, first < 0 ? 0 : first, last, n, out[i]))
       for (int j = 0; j < n; j++) row[j] = 0.0f;
     else if (chunk.v_scale) apply_scales(row, chunk.v_scale, n);
     to_words<W>(row, n);
   }
-  weigh_all_values<Q>(scores, chunk.values, out, ahead);
+  sum_all_values<Q>(scores, chunk.values, out, ahead);
 }
 
 template <class Values>
-void attend_blocks(const Queries& x, const Chunk<Values>& chunk, Ahead& ahead, float* all_scores,
+void attend_blocks(const Queries& x, const Chunk<Values>& chunk, PrefetchRanges& ahead, float* all_scores,
                    const Partial* out) {
   for (int at = 0; at < x.count; at += kQueryBlock) {
     float* scores = all_scores + size_t(at) * kChunk;
@@ -379,8 +382,8 @@ void attend_blocks(const Queries& x, const Chunk<Values>& chunk, Ahead& ahead, f
   }
 }
 
-// One chunk's partial result of every query. Reads no key or value past the last query's position. The chunk to come,
-// to be fetched meanwhile, lies `next` elements behind the slot's first.
+// One chunk's partial result of every query. Reads no key or value past the last query's position. The following chunk,
+// which is prefetched, lies `next` elements after the slot's first.
 template <class T>
 void attend_chunk(const Queries& x, int index, const Slot<T>& slot, ptrdiff_t next, int head_dim,
                   AttentionScratch& scratch, const Partial* out) {
@@ -388,19 +391,21 @@ void attend_chunk(const Queries& x, int index, const Slot<T>& slot, ptrdiff_t ne
   const int start = index * kChunk;
   const int left = x.last_position() + 1 - start, n = left < kChunk ? left : kChunk;
   const ValueRows<T> rows{slot.v + size_t(start) * head_dim, n, head_dim};
-  turn_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
+  transpose_keys(slot.k + size_t(start) * head_dim, n, head_dim, scratch.keys.data());
   const float* k_scale = slot.k_scale ? slot.k_scale + start : nullptr;
   const float* v_scale = slot.v_scale ? slot.v_scale + start : nullptr;
   const float* keys = scratch.keys.data();
   float* scores = scratch.scores.data();
   const int lines = int(n * head_dim * sizeof(T)) / 64, blocks = (x.count + kQueryBlock - 1) / kQueryBlock;
   const int loops = blocks * (head_dim + n) / W::kEach;
-  // A few queries are soon done with a chunk, and most items are short then: their own values come first.
+  // With a few queries a chunk takes little time and most items are short: this chunk's own values are prefetched
+  // first.
   const auto* keys_then = reinterpret_cast<const char*>(slot.k + next);
   const auto* values_then = reinterpret_cast<const char*>(slot.v + next);
   const int each = (2 * lines + loops - 1) / loops;
-  Ahead ahead = blocks == 1 ? Ahead{reinterpret_cast<const char*>(rows.v), keys_then, lines, lines, each}
-                            : Ahead{keys_then, values_then, lines, lines, each};
+  PrefetchRanges ahead = blocks == 1
+                             ? PrefetchRanges{reinterpret_cast<const char*>(rows.v), keys_then, lines, lines, each}
+                             : PrefetchRanges{keys_then, values_then, lines, lines, each};
   const auto run = [&](const auto& values) {
     using V = std::decay_t<decltype(values)>;
     attend_blocks(x, Chunk<V>{start, n, keys, values, k_scale, v_scale}, ahead, scores, out);
@@ -409,7 +414,7 @@ void attend_chunk(const Queries& x, int index, const Slot<T>& slot, ptrdiff_t ne
   float* words = scratch.values.data();
   for (int t = 0; t < (n + W::kEach - 1) / W::kEach; t++)
     for (int d = 0; d < head_dim; d += kLanes) W::store(words + size_t(t) * head_dim + d, rows.at(t, d));
-  run(MadeValues<W>{words, n, head_dim});
+  run(UnpackedValues<W>{words, n, head_dim});
 }
 
 }  // namespace gf

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "decoder.h"
+#include "screen_build.h"
 
 namespace {
 
@@ -13,6 +14,7 @@ using gf::Linear;
 
 struct RandomModel {
   static constexpr int kPositions = 101, kVocab = 77, kDim = 72, kHeads = 6, kKvHeads = 2, kHeadDim = 48, kFfn = 56;
+  static constexpr int kRotary = 44;
 
   explicit RandomModel(int format) : format_(format) {
     for (auto& layer : layers_) {
@@ -26,22 +28,31 @@ struct RandomModel {
       layer.k_norm = floats(kHeadDim, 1);
     }
     layers_[1].window = 21;
-    weights = {2, kDim, kHeads, kKvHeads, kHeadDim, kFfn, kVocab, 44, 0, 1, 1e-5f, floats(kVocab * kDim, 1), nullptr,
-               floats(kPositions * 44, 1), floats(kDim, 1), linear(kVocab, kDim, false), layers_};
+    weights.n_layer = 2, weights.dim = kDim, weights.ffn_dim = kFfn, weights.vocab = kVocab;
+    weights.n_head = kHeads, weights.n_kv_head = kKvHeads, weights.head_dim = kHeadDim, weights.rotary_dim = kRotary;
+    weights.embedding_type = 0, weights.embedding_group = 1, weights.norm_eps = 1e-5f;
+    weights.embedding = floats(kVocab * kDim, 1);
+    weights.rope = floats(kPositions * kRotary, 1);
+    weights.norm = floats(kDim, 1);
+    weights.head = linear(kVocab, kDim, false);
+    weights.layers = layers_;
   }
 
   gf::ModelWeights weights{};
 
   gf::Screen screen() {
-    static const int32_t focus[] = {3, kDim - 1, 40};
+    static const int32_t outliers[] = {3, kDim - 1, 40};
     const Linear& head = weights.head;
     const size_t rows = size_t(head.tiles()) * gf::kLanes, groups = size_t(head.groups());
-    Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, bytes(rows * groups * 16, 0, 255),
-                bytes(rows * (4 + groups), 0, 255), nullptr};
-    gf::Screen s{copy, focus, reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255)), floats(int(rows), 1),
-                 floats(int(rows), 1), floats(int(rows), 1), 3, 2, 0};
-    gf::build_screen(head, s, 0, 3);
-    gf::build_screen(head, s, 3, head.tiles() - 3);
+    uint8_t *q = bytes(rows * groups * 16, 0, 255), *scale = bytes(rows * (4 + groups), 0, 255);
+    const Linear copy{gf::kLevels, head.rows, head.cols, gf::kGroup, q, scale, nullptr};
+    const gf::ScreenMemory memory = gf::ScreenMemory::of(copy, q, scale);
+    gf::Screen s{};
+    s.weights = copy, s.outliers = outliers, s.outlier_count = 3, s.max_rows = 2;
+    s.outlier_error = reinterpret_cast<int8_t*>(bytes(rows * 3, 0, 255));
+    s.error_scale = floats(int(rows), 1), s.error_norm = floats(int(rows), 1), s.weight_norm = floats(head.tiles(), 1);
+    gf::build_screen(head, s, memory, 0, 3);
+    gf::build_screen(head, s, memory, 3, head.tiles() - 3);
     return s;
   }
 
@@ -64,11 +75,12 @@ struct RandomModel {
     Linear w{format_, rows, cols, format_ == gf::kInt4 ? 64 : gf::kGroup, nullptr, nullptr, nullptr};
     const size_t outputs = size_t(w.tiles()) * gf::kLanes, inputs = size_t(w.groups()) * gf::kGroup;
     const size_t bits = format_ == gf::kInt4 ? 4 : format_ == gf::kBf16 ? 16 : 8;
-    w.q = bytes(outputs * inputs * bits / 8, 0, 255);
+    uint8_t* q = bytes(outputs * inputs * bits / 8, 0, 255);
+    w.q = q;
     if (format_ == gf::kInt8Row) w.scale = floats(int(outputs), 0.01f);
     if (format_ == gf::kInt8Group) w.scale = halves(outputs * w.groups());
     if (format_ == gf::kInt4) w.scale = halves(outputs * w.scale_groups() * 2);
-    if (format_ == gf::kBf16) small_bf16(const_cast<uint8_t*>(w.q), outputs * inputs);
+    if (format_ == gf::kBf16) small_bf16(q, outputs * inputs);
     if (bias) w.bias = floats(int(outputs), 0.1f);
     return w;
   }
@@ -156,8 +168,8 @@ struct Greedy {
   std::vector<int64_t> best;
 };
 
-// Two sequences of 40 tokens, each the best after the one before; with `ahead`, a step begins before the last has ended.
-// With a screen, no logits.
+// Two sequences of 40 tokens, each the best after the one before; with `ahead`, a step begins before the last has
+// ended. With a screen, no logits.
 Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf::Screen* screen) {
   constexpr int kRows = 2, kTokens = 40;
   gf::Pool pool(threads, 50);
@@ -230,7 +242,8 @@ bool check(int format, gf::CacheType type) {
   const std::vector<float> expected = run(model, 1, 1, false, type);
   bool fine = true;
   for (float v : expected) fine = fine && std::isfinite(v);
-  for (const auto& [threads, chunk, together] : {std::tuple(3, 1, true), std::tuple(2, 17, false), std::tuple(3, 60, true), std::tuple(1, 7, true)})
+  const std::tuple<int, int, bool> ways[] = {{3, 1, true}, {2, 17, false}, {3, 60, true}, {1, 7, true}};
+  for (const auto& [threads, chunk, together] : ways)
     fine = fine && run(model, threads, chunk, together, type) == expected;
   const Greedy plain = run_greedily(model, 1, false, nullptr);
   const gf::Screen screen = format == gf::kInt4 ? gf::Screen{} : model.screen();

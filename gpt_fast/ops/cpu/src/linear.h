@@ -40,26 +40,26 @@ struct Linear {
   const uint8_t* pair(int tile) const { return q + tile / 2 * pair_bytes(); }
 };
 
-// What a block of rows fetches while it computes. A lone block reads its weights once: it fetches a little ahead, by the
-// hint and the distance that its processor is best with (tuning.h), and where its stream ends from where the next one
-// begins. Several blocks over the same tiles share out the lines of the pair of tiles that comes next, in turn, for
-// otherwise only the first would wait for memory.
+// What a block of rows prefetches while it computes. A single block streams its weights once: it prefetches a little
+// ahead, by the hint and the distance that its processor is best with (tuning.h). Several blocks over the same tiles
+// find them in the cache after the first: each prefetches its share of the lines of the next pair of tiles, because
+// otherwise only the first block would wait for memory.
 struct Prefetch {
-  ptrdiff_t distance;  // from a line that is read to the first one to fetch
-  ptrdiff_t stride;    // several blocks: bytes from one fetched line to the next
-  const uint8_t* end;  // a lone block: the last byte of its stream; addresses from here on
-  ptrdiff_t jump;      // are fetched so much further on, where the next stream begins
-  int32_t hint;        // a lone block's Hint
+  ptrdiff_t distance;  // bytes from the line that is read to the first line to prefetch
+  ptrdiff_t stride;    // several blocks: bytes from one prefetched line to the next
+  const uint8_t* end;  // a single block: one past the last weight byte of this stream
+  ptrdiff_t jump;      // a single block: added to prefetch addresses from `end` on, to reach the next stream
+  int32_t hint;        // a single block: the Hint
 
-  static Prefetch alone(const Fetch& fetch, const uint8_t* end, const uint8_t* next) {
+  static Prefetch single(const Fetch& fetch, const uint8_t* end, const uint8_t* next) {
     return {fetch.distance, 0, end, next - end, fetch.hint};
   }
-  static Prefetch share(ptrdiff_t distance, int block, int blocks) {
+  static Prefetch shared(ptrdiff_t distance, int block, int blocks) {
     return {distance + 64 * block, 64 * ptrdiff_t(blocks), nullptr, 0, kToL2};
   }
 };
 
-// A lone block's loop stays one: unrolled, so many prefetches at once hold up the loads after them.
+// The loop is not unrolled, because so many prefetches at once would hold up the loads after them.
 template <Hint kHint>
 inline void fetch_lines(const uint8_t* at, int bytes) {
 #pragma GCC unroll 1
@@ -91,7 +91,7 @@ inline void fetch_ahead(const uint8_t* q, const Prefetch& ahead) {
 inline size_t block_index(int tile, int groups) { return size_t(tile / 2) * groups * 2 + tile % 2; }
 
 // One class a format: the bytes of a block (16 outputs x 32 inputs), how its vectors are read, and how a block's
-// integer sum enters the float sum. fetch_scales: for a lone block a little ahead, else of the pair that comes next.
+// integer sum enters the float sum. fetch_scales: a little ahead for a single block, else of the next pair of tiles.
 struct Int8Row {
   static constexpr int kBlock = 512;
   const uint8_t* q;
@@ -120,11 +120,13 @@ struct Int8Group {
 
   Int8Group(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
-        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes), groups(w.groups()) {}
+        half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes),
+        groups(w.groups()) {}
   static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
   void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
+  // A single block gains nothing by it: scales are a sixteenth of what it reads.
   template <bool kShare>
-  void fetch_scales(int g, const Prefetch&) const {  // a lone block gains nothing by it: a sixteenth of what it reads
+  void fetch_scales(int g, const Prefetch&) const {
     if constexpr (kShare) prefetch<kToL2>(half + (g + groups) * 2 * kLanes);
   }
   void load_scales(int g) { scale = load_f16(half + g * 2 * kLanes); }
@@ -145,7 +147,8 @@ struct Int4 {
   Int4(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
         half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.scale_groups()) * 2 * kLanes),
-        blocks_per_scale(w.group / kGroup), groups(w.groups()) {}
+        blocks_per_scale(w.group / kGroup),
+        groups(w.groups()) {}
   static int32_t start(const Activations&, int, int) { return 0; }
   void vectors(int j, i32x16& a, i32x16& b) const {
     const i32x16 both = load_i(q + 64 * j);
@@ -178,7 +181,8 @@ struct Levels {
 
   Levels(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
-        row_scale(static_cast<const float*>(w.scale) + tile * kLanes), group_scale(group_scales(w, tile)) {}
+        row_scale(static_cast<const float*>(w.scale) + tile * kLanes),
+        group_scale(group_scales(w, tile)) {}
   static const int8_t* group_scales(const Linear& w, int tile) {
     const auto* after = static_cast<const float*>(w.scale) + size_t(w.tiles()) * kLanes;
     return reinterpret_cast<const int8_t*>(after) + block_index(tile, w.groups()) * kLanes;
@@ -204,9 +208,10 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
                    const Prefetch& ahead) {
   f32x16 sum[MR][NR];
   GF_UNROLL
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < MR; m++) {
     GF_UNROLL
     for (int n = 0; n < NR; n++) sum[m][n] = splat(0.0f);
+  }
   const int8_t* xq[MR];
   GF_UNROLL
   for (int m = 0; m < MR; m++) xq[m] = x.q(row + m);
@@ -215,9 +220,10 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
     for (int first = 0; first < NR; first += kAtOnce) {
       i32x16 block[MR][kAtOnce];
       GF_UNROLL
-      for (int m = 0; m < MR; m++)
+      for (int m = 0; m < MR; m++) {
         GF_UNROLL
         for (int n = 0; n < kAtOnce; n++) block[m][n] = splat_i(W::start(x, row + m, g));
+      }
       GF_UNROLL
       for (int j = 0; j < 4; j++) {
         i32x16 a[kAtOnce], b[kAtOnce];
@@ -248,9 +254,10 @@ void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float*
     for (int m = 0; m < MR; m++) xq[m] += kGroup;
   }
   GF_UNROLL
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < MR; m++) {
     GF_UNROLL
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, w[n].finish(sum[m][n]));
+  }
 }
 
 struct Bf16 {
@@ -265,9 +272,10 @@ void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float*
                    const Prefetch& ahead) {
   f32x16 sum[MR][NR];
   GF_UNROLL
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < MR; m++) {
     GF_UNROLL
     for (int n = 0; n < NR; n++) sum[m][n] = splat(0.0f);
+  }
   const uint16_t* xb[MR];
   GF_UNROLL
   for (int m = 0; m < MR; m++) xb[m] = x.bf16(row + m);
@@ -294,9 +302,10 @@ void multiply_bf16(W (&w)[NR], int groups, const Activations& x, int row, float*
     for (int m = 0; m < MR; m++) xb[m] += kGroup;
   }
   GF_UNROLL
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < MR; m++) {
     GF_UNROLL
     for (int n = 0; n < NR; n++) store(out + m * stride + n * kLanes, sum[m][n]);
+  }
 }
 
 template <class W, int MR, int NR, bool kShare, int kAtOnce>
@@ -306,24 +315,25 @@ void multiply_block(const Linear& w, int tile, const Activations& x, int row, fl
     W at[NR] = {W(w, tile + offset)...};
     if constexpr (W::kBlock == Bf16::kBlock)
       multiply_bf16<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
-    else
-      multiply_int8<W, MR, NR, kShare, kAtOnce>(at, w.groups(), x, row, out, stride, ahead);
+    else multiply_int8<W, MR, NR, kShare, kAtOnce>(at, w.groups(), x, row, out, stride, ahead);
   };
   if constexpr (NR == 1) run(0);
   else run(0, 1);
 }
 
-// Rows to a block. Two tiles of six rows need 12 integer and 12 float sums; bfloat16 has float sums only.
+// The most rows to a block. With 32 registers, two tiles of six rows need 12 integer and 12 float sums; bfloat16 has
+// float sums only.
 template <class W>
-inline constexpr int kMaxRowBlock = kVectorRegisters < 32 ? 2 : W::kBlock == Bf16::kBlock ? 8 : 6;
+inline constexpr int kWideRowBlock = W::kBlock == Bf16::kBlock ? 8 : 6;
+template <class W>
+inline constexpr int kMaxRowBlock = kVectorRegisters < 32 ? 2 : kWideRowBlock<W>;
 
 // `rows` (at most MR) as one block; with kShare, one of several.
 template <class W, int NR, bool kShare, int kAtOnce, int MR = kMaxRowBlock<W>>
 void multiply_some_rows(const Linear& w, int tile, const Activations& x, int row, int rows, float* out, int stride,
                         const Prefetch& ahead) {
   if (rows == MR) return multiply_block<W, MR, NR, kShare, kAtOnce>(w, tile, x, row, out, stride, ahead);
-  if constexpr (MR > 1)
-    multiply_some_rows<W, NR, kShare, kAtOnce, MR - 1>(w, tile, x, row, rows, out, stride, ahead);
+  if constexpr (MR > 1) multiply_some_rows<W, NR, kShare, kAtOnce, MR - 1>(w, tile, x, row, rows, out, stride, ahead);
 }
 
 // Any number of rows, in blocks as even as `tuning` and kMaxRowBlock allow (13 = 5 + 4 + 4).
@@ -335,7 +345,7 @@ void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int
   const int blocks = (rows + most - 1) / most;
   if (blocks == 1) {
     const Fetch& fetch = rows == 1 ? tuning.one_row : tuning.few_rows;
-    const auto ahead = Prefetch::alone(fetch, w.pair(tile + 2), next);
+    const auto ahead = Prefetch::single(fetch, w.pair(tile + 2), next);
     if (rows == 1 && tuning.both_tiles)
       return multiply_some_rows<W, NR, false, NR>(w, tile, x, row, rows, out, stride, ahead);
     return multiply_some_rows<W, NR, false, 1>(w, tile, x, row, rows, out, stride, ahead);
@@ -343,7 +353,7 @@ void multiply_rows(const Linear& w, int tile, const Activations& x, int row, int
   const ptrdiff_t distance = ptrdiff_t(w.pair_bytes()) > kFarthest ? kFarthest : next - w.pair(tile);
   for (int block = 0; block < blocks; block++) {
     const int now = (rows + blocks - block - 1) / (blocks - block);
-    multiply_some_rows<W, NR, true, NR>(w, tile, x, row, now, out, stride, Prefetch::share(distance, block, blocks));
+    multiply_some_rows<W, NR, true, NR>(w, tile, x, row, now, out, stride, Prefetch::shared(distance, block, blocks));
     row += now, rows -= now, out += size_t(now) * stride;
   }
 }

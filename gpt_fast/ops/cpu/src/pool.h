@@ -1,8 +1,9 @@
 // A few threads that run a job made of phases, each phase a number of independent chunks.
 //
 // Each thread has a share of neighbouring chunks, so that it reads memory in one stream and knows where its next one
-// begins. Who is through takes chunks from the end of others' shares: a phase ends when its chunks are done, not when
-// every thread has arrived, and a thread that the system has put aside between two chunks delays nobody.
+// begins. A thread that has finished its share steals chunks from the end of others' shares. A phase ends when its
+// chunks are done, not when every thread has arrived, so a thread that the system suspends between two chunks delays
+// nobody.
 // A thread without work spins briefly and then sleeps, so that two waiting threads never fight over one core.
 #pragma once
 
@@ -17,12 +18,12 @@
 
 namespace gf {
 
-// How many pauses take so long. One takes from 10 to 140 cycles, depending on the processor.
+// How many pauses take `microseconds`. One takes from 10 to 140 cycles, depending on the processor.
 inline int pauses_in(int microseconds) {
   using Clock = std::chrono::steady_clock;
   constexpr int kPauses = 1000;
   auto least = Clock::duration::max();
-  for (int i = 0; i < 3; i++) {  // the shortest, for the system may put this thread aside
+  for (int i = 0; i < 3; i++) {  // the shortest of three, because the system may suspend this thread meanwhile
     const auto began = Clock::now();
     for (int j = 0; j < kPauses; j++) pause();
     least = std::min(least, Clock::now() - began);
@@ -35,7 +36,7 @@ struct Job {
   virtual int phases() const = 0;
   virtual int chunks(int phase) const = 0;  // 0 skips the phase; at most Pool::kMaxChunks
   virtual void run(int phase, int chunk, int thread) = 0;
-  virtual bool again() = 0;  // after the last phase: whether to begin anew with the first
+  virtual bool again() = 0;  // called after the last phase; true: begin again with the first
 
  protected:
   ~Job() = default;
@@ -88,8 +89,8 @@ class Pool {
   }
 
  private:
-  // What is left of a share: its phase (a thread that looked at an older one takes no chunk from its end), the end, the
-  // next chunk.
+  // What is left of a share, in one word: the next chunk in the low 16 bits, then the end, and in the high 32 bits the
+  // phase's serial number, so that a compare-exchange with a value from an earlier phase fails (the ABA problem).
   struct alignas(64) Share {
     std::atomic<uint64_t> left{0};
   };
@@ -109,8 +110,8 @@ class Pool {
     }
   }
 
-  // Chunks of one phase, until none is left or enough(); false: there was none. While a thread holds chunks that it has
-  // not counted, the phase stays open, and job_, phase_ and chunks_ the same.
+  // Runs chunks of one phase until none is left or enough(); false: there was none. While a thread has run chunks that
+  // it has not yet counted in done_, the phase cannot end, so job_, phase_ and chunks_ do not change.
   template <class F>
   bool take_chunks(int thread, F&& enough) {
     int taken = 0, all = 0;
@@ -154,8 +155,8 @@ class Pool {
     publish(chunks);
   }
 
-  // Empty shares are left as they are, empty too. Until the last of the others is out the phase cannot end, and after
-  // it nothing here belongs to this thread.
+  // A share without chunks keeps its old word, which is empty too. The phase cannot end before the last share is
+  // stored; after that store another thread may end it, so nothing here may be read any more.
   void publish(int chunks) {
     const uint32_t serial = ++serial_;
     chunks_ = chunks;

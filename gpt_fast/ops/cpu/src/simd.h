@@ -1,14 +1,15 @@
 // Sixteen lanes of float or int32, whatever registers the machine has. All arithmetic of the decoder is written
 // against these few functions, so one body serves every instruction set. Products are fused only where `fma` says
 // so (build with -ffp-contract=off): that is what makes a row's result the same bits in every kernel.
+//
+// simd/ holds one file an instruction set, and nothing outside it knows any. Such a file defines f32x16 and i32x16,
+// kVectorRegisters, the functions that simd/avx512.h has, prefetch<Hint>() and pause(); build.py's table names it too.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
-
-#include "tuning.h"
 
 namespace gf {
 
@@ -55,19 +56,10 @@ inline uint16_t float_to_bf16(float value) {  // nearest, ties to even
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "simd/avx2.h"
 #else
-#error "needs AVX-512 VNNI, or AVX2 with FMA and F16C"
+#error "no file of simd/ is for the instruction set that the compiler was told"
 #endif
 
 namespace gf {
-
-// As assembly: gcc takes a function of nothing but prefetches for one without effect, and drops it.
-template <Hint kHint>
-inline void prefetch(const void* p) {
-  const char& line = *static_cast<const char*>(p);
-  if constexpr (kHint == kToL1) asm volatile("prefetcht0 %0" : : "m"(line));
-  if constexpr (kHint == kToL2) asm volatile("prefetcht1 %0" : : "m"(line));
-  if constexpr (kHint == kOnce) asm volatile("prefetchnta %0" : : "m"(line));
-}
 
 inline f32x16 splat(float v) { return splat_f(v); }
 inline f32x16 operator-(f32x16 a) { return splat(0.0f) - a; }
@@ -89,8 +81,6 @@ inline f32x16 exp2(f32x16 x) {
 
 inline float exp2_one(float x) { return first_lane(exp2(splat(x))); }
 
-inline f32x16 silu(f32x16 x) {
-  return x / (splat(1.0f) + exp2(min(x * splat(-1.44269504f), splat(126.0f))));
-}
+inline f32x16 silu(f32x16 x) { return x / (splat(1.0f) + exp2(min(x * splat(-1.44269504f), splat(126.0f)))); }
 
 }  // namespace gf

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "x86.h"
+
 namespace gf {
 
 inline constexpr int kVectorRegisters = 8;  // of sixteen lanes
@@ -139,8 +141,8 @@ inline __m256i dot4_half(__m256i sum, __m256i w, __m256i x) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(sum, w, x);
 #else
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 #endif
@@ -198,7 +200,5 @@ inline void transpose16(i32x16 row[16]) {
     for (int j = 0; j < 16; j++) out[j][i] = in[i][j];
   for (int i = 0; i < 16; i++) row[i] = load_i(out[i]);
 }
-
-inline void pause() { _mm_pause(); }
 
 }  // namespace gf

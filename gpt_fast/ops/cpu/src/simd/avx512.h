@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "x86.h"
+
 namespace gf {
 
 inline constexpr int kVectorRegisters = 32;  // of sixteen lanes
@@ -40,7 +42,9 @@ inline float first_lane(f32x16 a) { return _mm512_cvtss_f32(a.r); }
 
 inline f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.r)}; }
 inline i32x16 round_i32(f32x16 a) { return {_mm512_cvtps_epi32(a.r)}; }
-inline f32x16 round_nearest(f32x16 a) { return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline f32x16 round_nearest(f32x16 a) {
+  return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 inline f32x16 scale_by_power(f32x16 y, f32x16 n) { return {_mm512_scalef_ps(y.r, n.r)}; }
 
 // Lanes first..last-1 of `a`; the others become -inf.
@@ -90,9 +94,7 @@ inline i32x16 pair_exact(f32x16 low, f32x16 high) {
 // Each lane adds the four products of its unsigned bytes of w with its signed bytes of x.
 inline i32x16 dot4(i32x16 sum, i32x16 w, i32x16 x) { return {_mm512_dpbusd_epi32(sum.r, w.r, x.r)}; }
 inline i32x16 low_nibbles(i32x16 a) { return {_mm512_and_si512(a.r, _mm512_set1_epi8(15))}; }
-inline i32x16 high_nibbles(i32x16 a) {
-  return {_mm512_and_si512(_mm512_srli_epi32(a.r, 4), _mm512_set1_epi8(15))};
-}
+inline i32x16 high_nibbles(i32x16 a) { return {_mm512_and_si512(_mm512_srli_epi32(a.r, 4), _mm512_set1_epi8(15))}; }
 // table[i] for each byte i of `index`, all below 16.
 inline i32x16 look_up(const uint8_t* table, i32x16 index) {
   const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
@@ -156,7 +158,5 @@ inline void transpose16(i32x16 row[16]) {
     row[i + 12].r = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
   }
 }
-
-inline void pause() { _mm_pause(); }
 
 }  // namespace gf

@@ -1,4 +1,4 @@
-"""Judge a draft on this machine: what stands of its proposals, what its steps cost, what both bring."""
+"""Assess a draft on this machine: which of its proposals are accepted, what its steps cost, what both bring."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.cost import measure_cost
-from gpt_fast.draft.measure import Reader, Run, draft_runner, forget, run
-from gpt_fast.draft.predict import Cost, Speed, best_k, compare, pool
+from gpt_fast.draft.formulas import Cost, Speed, best_k, compare, pool
+from gpt_fast.draft.measure import Reader, Run, draft_runner, run, speculator_of
 from gpt_fast.draft.prompts import Prompt, categories
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import wilson
@@ -21,7 +21,7 @@ from gpt_fast.speculative.costs import Choice
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class CategoryAcceptance:
     """Of one category at one temperature. rates[i]: (a_{i+1}, low, high), 95 % intervals."""
 
     category: str
@@ -45,7 +45,7 @@ class Overlap:
 @dataclass
 class DraftReport:
     draft: str
-    acceptance: list[Acceptance] = field(default_factory=list)
+    acceptance: list[CategoryAcceptance] = field(default_factory=list)
     overlap: list[Overlap] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
@@ -60,16 +60,16 @@ class DraftReport:
         return asdict(self) | {"speeds": [asdict(s) | {"verdict": s.verdict} for s in self.speeds]}
 
 
-def judge_draft(
+def assess_draft(
     core: EngineCore, name: str, prompts: Sequence[Prompt], *, batch_sizes: Sequence[int],
     temperatures: Sequence[float], max_new_tokens: int, repeat: int = 1,
 ) -> DraftReport:  # fmt: skip
     """Measure everything about the proposer that `core` was loaded with; costs and speeds at the first temperature,
     speeds over `repeat` turns of plain decode and speculation."""
-    speculator = core.runner.speculator
+    speculator = speculator_of(core)
     if speculator is None:
-        raise ConfigError("speculate", "the engine has no proposer to judge")
-    arm, counts = next(iter(speculator.proposers)), speculator.controller.counts
+        raise ConfigError("speculate", "the engine has no proposer to assess")
+    arm, counts = next(iter(speculator.proposers)), speculator.counts
     report, runs = DraftReport(name), []
     for temperature in temperatures:
         for category in categories(prompts):
@@ -109,7 +109,7 @@ def answer(
 ) -> Run:
     """The slots empty at first, as if no such prompt had come before."""
     random.seed(0)  # unseeded requests draw their seeds here
-    forget(core)
+    core.forget_slots()
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     return run(core, choice, tokens, params, together=together)
 
@@ -127,17 +127,17 @@ def fill(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
     return repeated[: max(2 * batch_size, len(prompts))]
 
 
-def acceptance(category: str, temperature: float, done: Run) -> Acceptance:
+def acceptance(category: str, temperature: float, done: Run) -> CategoryAcceptance:
     totals = done.totals
     rates = [(a / n if n else 0.0, *wilson(a, n)) for n, a in totals.positions]
-    return Acceptance(category, temperature, rates, totals.accepted / max(totals.steps, 1), totals.steps)
+    return CategoryAcceptance(category, temperature, rates, totals.accepted / max(totals.steps, 1), totals.steps)
 
 
 def read_overlap(
     core: EngineCore, category: str, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[Overlap]:
     """Empty for a proposer without a model."""
-    runner = draft_runner(core.runner.speculator)
+    runner = draft_runner(core)
     if runner is None:
         return []
     target, draft, found = Reader(core.runner), Reader(runner), []

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt_fast.ops import rounding
 from gpt_fast.ops.cpu import pack
+from gpt_fast.ops.int8 import dequantize_int8, expand_groups
 
 if TYPE_CHECKING:
     from gpt_fast.model.transformer import Transformer
@@ -34,17 +36,15 @@ def round_activations(x: Tensor, weights: str) -> Tensor:
 
 def round_weight(w_NK: Tensor, weights: str, group: int) -> Tensor:
     """The float matrix that a format's codes stand for."""
-    K = w_NK.shape[1]
     if weights == "bfloat16":
         return w_NK.to(torch.bfloat16).float()
     if weights == "int8":
-        codes, scale_N = pack.int8_rows(w_NK)
-        return codes * scale_N[:, None]
+        return dequantize_int8(*rounding.int8_rows(w_NK))
     if weights == "int8_groups":
-        codes, scale_NG = pack.int8_groups(w_NK)
-        return codes * pack.expand_groups(scale_NG, pack.GROUP, K)
-    codes, scale_NG, minimum_NG = pack.int4_groups(w_NK, group)
-    return codes * pack.expand_groups(scale_NG, group, K) + pack.expand_groups(minimum_NG, group, K)
+        return dequantize_int8(*rounding.int8_groups(w_NK, pack.GROUP), groupsize=pack.GROUP)
+    codes_NK, *grid = rounding.int4_groups(w_NK, group)
+    scale_NK, min_NK = (expand_groups(t.float(), w_NK.shape[1], group) for t in grid)
+    return codes_NK * scale_NK + min_NK
 
 
 class TwinLinear(nn.Module):

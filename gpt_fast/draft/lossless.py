@@ -144,7 +144,7 @@ class Quantiles:
     """
 
     def __init__(self, core: EngineCore, params: SamplingParams, seed: int) -> None:
-        runner = draft_runner(core.runner.speculator)
+        runner = draft_runner(core)
         self.target, self.draft = Reader(core.runner), Reader(runner) if runner else None
         self.params, self.rng = params, random.Random(seed)
 

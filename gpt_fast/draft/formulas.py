@@ -1,6 +1,6 @@
 """What speculation brings, by formula, and where a measurement departs from it. Pure functions over measured figures.
 
-tau = 1 + sum over i of a_1 ... a_i, with a_i the measured chance that proposal i stands when those before it do;
+tau = 1 + sum over i of a_1 ... a_i, with a_i the measured chance that proposal i is accepted when those before it are;
 S = tau / (k c + v + o + p), with c a draft step, v a verification of k + 1 tokens, o everything else of a speculative
 step and p the step's share of the prompts that a draft must read, all in plain steps (docs/speculation.md).
 """
