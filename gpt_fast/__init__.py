@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "EngineConfig", "SamplingParams"]
+if TYPE_CHECKING:  # what editors and type checkers see
+    from gpt_fast.config import EngineConfig, SamplingParams
+    from gpt_fast.llm import Engine
+
+__version__ = "0.1.0"  # pyproject.toml takes it from here
+__all__ = ["Engine", "EngineConfig", "SamplingParams", "__version__"]
 _HOMES = {"Engine": "gpt_fast.llm", "EngineConfig": "gpt_fast.config", "SamplingParams": "gpt_fast.config"}
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, Unpack
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.engine.scheduler import Load
 from gpt_fast.load.engine import Parts, load_parts
+from gpt_fast.options import EngineOptions, SamplingOptions
 from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
 from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.text.stream import TextStream
@@ -58,8 +60,17 @@ class Engine:
         self._ids = itertools.count()
 
     @classmethod
-    def load(cls, checkpoint_path: str, **options: Any) -> Engine:
-        """Load and warm up a converted checkpoint; options are EngineConfig's fields."""
+    def load(cls, checkpoint_path: str | PathLike[str], **options: Unpack[EngineOptions]) -> Engine:
+        """Load and warm up a converted checkpoint.
+
+        Args:
+            checkpoint_path: its directory, or one weights file in it.
+            options: EngineConfig's other fields.
+
+        Raises:
+            ConfigError: an option is out of its bounds, or cannot be had here.
+            CheckpointError: the files are not a whole, undamaged checkpoint.
+        """
         return cls(load_parts(EngineConfig(checkpoint_path=str(checkpoint_path), **options)))
 
     # -------------------------------------------------------------------------------- the prompt
@@ -68,7 +79,9 @@ class Engine:
         """Token ids of a plain prompt; special tokens in it are text."""
         return self.tokenizer.encode(prompt, add_bos=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")
@@ -133,8 +146,17 @@ class Engine:
 
     # -------------------------------------------------------------------------------- one request
 
-    def stream(self, prompt: str | list[int], **sampling: Any) -> Iterator[str]:
-        """The answer's text as it is decoded; `sampling` are SamplingParams' fields."""
+    def stream(self, prompt: str | list[int], **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+        """The answer's text as it is decoded. Leaving the loop early drops the request.
+
+        Args:
+            prompt: text, or token ids as `encode` and `encode_chat` give them.
+            sampling: SamplingParams' fields.
+
+        Raises:
+            ConfigError: a field of `sampling` is out of its bounds.
+            ValueError: the prompt is empty or leaves no room for an answer.
+        """
         for event in self.events(prompt, SamplingParams(**sampling)):
             if event.text:
                 yield event.text

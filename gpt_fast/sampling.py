@@ -7,7 +7,7 @@ neighbours; the uniforms are a hash of (seed, position), so it does not depend o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def sampling_tensors(params: Sequence[SamplingParams], device: torch.device) -> 
     )
 
 
-def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+def on_device(values: list[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor on the device; to a GPU through pinned memory, so that the host does not wait."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

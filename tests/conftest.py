@@ -1,4 +1,4 @@
-"""Fixtures the tests share: tiny random models, and an engine core over one."""
+"""Fixtures the tests share (tiny random models, an engine core over one), and what holds for every test."""
 
 import os
 
@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
+
+from support.examples import register_profiles
+from support.reaper import watch_this_process
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: GPU kernels in its interpreter
 
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("default", max_examples=100, derandomize=True, **_COMMON)
-settings.register_profile("nightly", max_examples=5000, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+register_profiles()
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure():
+    watch_this_process()
+
 
 TINY = {
     "vocab_size": 97, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "dim": 32, "head_dim": 8, "intermediate_size": 48,

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -23,6 +23,7 @@ from gpt_fast.sampling import (
     sampling_tensors,
     uniform,
 )
+from support.examples import examples
 
 CPU = torch.device("cpu")
 SMALLEST_STEP = 2.0**-53
@@ -98,7 +99,7 @@ def any_rows(draw, sizes=(1, 2, 7, 40)):
 
 
 @given(case=any_rows())
-@settings(max_examples=400)
+@examples(400)
 def test_probabilities_equal_the_reference(case):
     logits_BV, params = case
     stacked = tensors(*params)
@@ -115,7 +116,7 @@ def test_probabilities_equal_the_reference(case):
 
 
 @given(case=any_rows(), noise=st.integers(0, 1000))
-@settings(max_examples=200)
+@examples(200)
 def test_a_row_does_not_depend_on_its_neighbours(case, noise):
     """Bit for bit, whatever the neighbours hold and ask for, NaN included."""
     logits_BV, params = case
@@ -178,7 +179,7 @@ def test_greedy_rows_take_the_first_best_token():
 
 
 @given(case=any_rows(sizes=(1, 3, 40, 3000)), u=st.sampled_from([0.0, 5e-324, 0.3, 0.999999, 1 - SMALLEST_STEP]))
-@settings(max_examples=200)
+@examples(200)
 def test_a_token_of_probability_zero_is_never_drawn(case, u):
     logits_BV, params = case
     params = [*params, SamplingParams(temperature=1.0)]

@@ -42,7 +42,8 @@ class Remote:
 
     def peak_rss(self) -> int | None:
         """Bytes: the target's own peak_rss(), where it starts programs, or that of its process."""
-        return self.call("peak_rss")
+        peak: int | None = self.call("peak_rss")
+        return peak
 
     def close(self) -> None:
         """End the process."""

@@ -195,5 +195,5 @@ def http_over_engine(report: Mapping[str, Any]) -> float | None:
     for case in report["cases"]:
         decode = case["ratios"].get("http", {}).get("decode")
         if report["ours"] == "engine" and decode:
-            return 1 / decode
+            return float(1 / decode)
     return None

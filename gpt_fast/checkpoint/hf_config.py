@@ -168,7 +168,7 @@ class Fields:
         return default
 
     def integer(self, key: str, default: object = MISSING, *, high: int = LIMIT) -> int:
-        value = self.take(key, default)
+        value: int = self.take(key, default)
         check_int(self.prefix + key, value, 1, high)
         return value
 

@@ -42,7 +42,8 @@ def half_to_interleaved(tensor: Tensor, heads: int, rotary_dim: int) -> Tensor:
     head_dim = tensor.shape[0] // heads
     order = torch.arange(head_dim)
     order[:rotary_dim] = order[:rotary_dim].view(2, -1).T.flatten()
-    return tensor.unflatten(0, (heads, head_dim))[:, order].flatten(0, 1)
+    heads_HEK: Tensor = tensor.unflatten(0, (heads, head_dim))
+    return heads_HEK[:, order].flatten(0, 1)
 
 
 class Sizes(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ def catch_up(core: EngineCore, rows: Sequence[Request]) -> None:
         core.runner.advance(list(rows))
 
 
-def forward(runner: Runner, rows: Sequence[Request], size: int) -> list:
+def forward(runner: Runner, rows: Sequence[Request], size: int) -> list[Any]:
     """One forward of `size` tokens a row, until the host has something of every token."""
     tokens = [[0] * size for _ in rows]
     starts, slots = [r.computed for r in rows], [r.slot for r in rows]

@@ -47,4 +47,5 @@ def random_weight(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     """Norms are one, biases zero, matrices as wide as keeps activations of size one."""
     if len(spec.shape) == 1:
         return torch.ones(spec.shape, dtype=spec.dtype) * ("bias" not in spec.name)
-    return (torch.randn(spec.shape, generator=generator) * spec.shape[-1] ** -0.5).to(spec.dtype)
+    values = torch.randn(spec.shape, generator=generator) * float(spec.shape[-1] ** -0.5)
+    return values.to(spec.dtype)

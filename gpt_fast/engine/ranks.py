@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from gpt_fast.cli.errors import MISTAKES, one_line_errors, text
 from gpt_fast.model.parallel import Ranks
@@ -31,7 +33,7 @@ class Group:
 
     ranks: Ranks
     local: Ranks
-    store: dist.Store
+    store: Store
 
     def agreed_seed(self) -> int:
         """A random seed, the same on all ranks: rank 0 draws it."""
@@ -63,7 +65,8 @@ class Group:
         said_already = isinstance(error, SystemExit) and not isinstance(error.code, str)
         speaks = self.ranks.rank == 0 if said_already else self.store.add("gpt_fast/failed", 1) == 1
         if not speaks:
-            return self.store.wait(["gpt_fast/said"], TIMEOUT)
+            self.store.wait(["gpt_fast/said"], TIMEOUT)
+            return
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
         elif not said_already:
@@ -79,7 +82,7 @@ def launched() -> bool:
 def join() -> Group:
     """Meet the other ranks. Tensors on a CPU go through gloo, those on a GPU through nccl."""
     end_with_parent()
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     local = Ranks(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     return Group(Ranks(rank, size), local, store)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -254,7 +254,7 @@ class Runner:
             select_B,
         )
 
-    def _tensor(self, values: list) -> Tensor:
+    def _tensor(self, values: list[Any]) -> Tensor:
         return on_device(values, self.device)
 
     def _sample(

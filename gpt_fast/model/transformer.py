@@ -56,7 +56,8 @@ class Transformer(nn.Module):
             x_BSD = layer(x_BSD, step, batch.cache)
         if batch.select_B is not None:
             x_BSD = x_BSD[torch.arange(len(batch.select_B), device=x_BSD.device), batch.select_B]
-        return self.output(self.norm(x_BSD)).float()
+        logits_BRV: Tensor = self.output(self.norm(x_BSD))
+        return logits_BRV.float()
 
 
 def attention_window(config: ModelConfig, layer: int) -> int | None:
@@ -84,7 +85,8 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, step: LayerInput, cache: KVCache) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), step, cache)
-        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+        ffn_BSD: Tensor = self.feed_forward(self.ffn_norm(x_BSD))
+        return x_BSD + ffn_BSD
 
 
 class Attention(nn.Module):
@@ -110,7 +112,8 @@ class Attention(nn.Module):
         cache.write(self.index, slots_B, step.positions_BS, k, v)
         k_BKTE, v_BKTE = cache.read(self.index, step.slots_B, B, step.length)
         out_BSHE = attend(q, k_BKTE.to(q.dtype), v_BKTE.to(q.dtype), step.masks[self.window])
-        return self.wo(out_BSHE.reshape(B, S, self.n_head * self.head_dim))
+        out_BSD: Tensor = self.wo(out_BSHE.reshape(B, S, self.n_head * self.head_dim))
+        return out_BSD
 
 
 class FeedForward(nn.Module):
@@ -123,7 +126,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.intermediate_size, config.dim, bias=config.mlp_bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+        out_BSD: Tensor = self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+        return out_BSD
 
 
 class MoE(nn.Module):

@@ -66,4 +66,5 @@ def nearest_int4(weight: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 def split_groups(weight_NK: Tensor, groupsize: int, *, pad: float) -> Tensor:
     """[N, G, E], the last group filled up with `pad`."""
     missing = -weight_NK.shape[1] % groupsize
-    return F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
+    weight_NGE: Tensor = F.pad(weight_NK, (0, missing), value=pad).unflatten(-1, (-1, groupsize))
+    return weight_NGE

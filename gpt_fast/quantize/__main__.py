@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -147,7 +148,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def bar_progress(bar: tqdm) -> Progress:
+def bar_progress(bar: tqdm[Any]) -> Progress:
     def progress(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)

@@ -129,7 +129,8 @@ class BlockRunner:
         positions_BS = torch.arange(length, device=self.device).repeat(rows, 1)
         mask = causal_mask(positions_BS, length, group=self.group, window=self.window)
         step = LayerInput(positions_BS, None, length, self.rope_PE[positions_BS], {self.window: mask})
-        return self.block(hidden_BSD, step, self.cache)
+        out_BSD: Tensor = self.block(hidden_BSD, step, self.cache)
+        return out_BSD
 
 
 class EndOfStage(Exception):

@@ -147,7 +147,8 @@ def parse_function(value: object, where: str, extra: tuple[str, ...], allowed: t
     name = function.get("name")
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         raise refuse(f"{where}.function.name", f"must be 1..64 of a-z, A-Z, 0-9, _ and - (got {short(name)})")
-    return function
+    found: dict[str, Any] = function
+    return found
 
 
 def parse_response_format(value: object) -> str | None:

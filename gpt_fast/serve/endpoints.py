@@ -54,7 +54,7 @@ def switch_of_logprobs(fields: Fields) -> int | None:
 
 
 def whole_number(fields: Fields, name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name, default)
+    value: int = fields.get(name, default)
     check_int(name, value, low, high)
     return value
 

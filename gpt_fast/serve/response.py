@@ -137,7 +137,7 @@ class OpenAIAnswer(ABC):
         return usage + "data: [DONE]\n\n"
 
     @abstractmethod
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
         """The chunks that these events make."""
 
     @abstractmethod
@@ -167,7 +167,7 @@ class OpenAIAnswer(ABC):
 class CompletionAnswer(OpenAIAnswer):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
         text = text if choice.begun else choice.echo + text
         choice.begun = True
         if not (text or logprobs or choice.finish_reason):
@@ -212,7 +212,7 @@ class ChatAnswer(OpenAIAnswer):
         for choice in self.choices:
             choice.parser = new_parser() if new_parser else None
 
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict]:
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
         """OpenAI's order: the role first, then content and whole tool calls, then the finish reason."""
         chunks = []
         if not choice.begun:

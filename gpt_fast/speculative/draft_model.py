@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gpt_fast.model.forward import Startable
 from gpt_fast.request import PrefixCopy, Request, common_prefix
-from gpt_fast.sampling import normalized, sample, sampling_tensors, weights
+from gpt_fast.sampling import normalized, on_device, sample, sampling_tensors, weights
 from gpt_fast.speculative.greedy_chain import GreedyChain
 from gpt_fast.speculative.proposer import Offer, Proposer
-from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched, on_device
+from gpt_fast.speculative.verify import PROPOSE, SAMPLE, Proposal, draws_of, is_matched
 
 
 @dataclass
@@ -36,13 +36,13 @@ class DraftRunner(Protocol):
     """What DraftProposer needs of runner.Runner, here over the draft model and its own cache."""
 
     cache: Any
-    decode: Callable
-    prefill: Callable
+    decode: Callable[..., Any]
+    prefill: Callable[..., Any]
     chunks: list[int]
 
     def forward(
         self,
-        forward: Callable,
+        forward: Callable[..., Any],
         tokens: list[list[int]],
         starts: list[int],
         slots: list[int],

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gpt_fast.request import Request
+from gpt_fast.sampling import on_device
 from gpt_fast.speculative.proposer import Offer, Proposer
-from gpt_fast.speculative.verify import Proposal, on_device
+from gpt_fast.speculative.verify import Proposal
 
 
 class NGramIndex:

@@ -292,10 +292,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str, *, specials: bool, add_bos: bool) -> list[int]:
         with self._lock:
             self._backend.encode_special_tokens = not specials  # the library's word for "special tokens are text"
-            return self._backend.encode(text, add_special_tokens=add_bos).ids
+            return list(self._backend.encode(text, add_special_tokens=add_bos).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        return str(self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True))
 
     def token_bytes(self, token_id: int, *, keep_specials: bool = False) -> bytes:
         if token_id in self._specials:
@@ -413,13 +413,13 @@ class SentencePieceTokenizer(Tokenizer):
         return ids + self._suffix if add_bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([i for i in ids if 0 <= i < self.vocab_size])
+        return str(self._model.decode([i for i in ids if 0 <= i < self.vocab_size]))
 
     def token_bytes(self, token_id: int, *, keep_specials: bool = False) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             return b""
         if self._model.is_unknown(token_id):
-            return self._model.decode([token_id]).encode()
+            return bytes(self._model.decode([token_id]).encode())
         piece = self._model.id_to_piece(token_id)
         if self._model.is_control(token_id):
             return piece.encode() if keep_specials else b""

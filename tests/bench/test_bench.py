@@ -133,6 +133,7 @@ def test_short_intervals_are_looked_at_within_a_window(monkeypatch):
     assert foreign_shares(readings, window=9) == pytest.approx([0.15] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_meter_counts_itself_its_children_and_others_that_are_named():
     burn = "import time\nwhile time.process_time() < 0.4: pass"
@@ -248,6 +249,7 @@ def test_a_decode_shorter_than_a_segment_is_one(monkeypatch):
 # ----------------------------------------------------------------------- targets in other processes
 
 
+@pytest.mark.slow
 def test_a_target_lives_in_a_process_of_its_own():
     remote = Remote(Echo, value=1)
     assert remote.call("get", 2) == 3 and remote.start_seconds > 0
@@ -259,6 +261,7 @@ def test_a_target_lives_in_a_process_of_its_own():
     assert not remote.process.is_alive()
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_had_says_why():
     with pytest.raises(Unavailable, match=r"^echo: install an echo$"):
         Remote(Echo, value="absent")
@@ -486,6 +489,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", model, tokenizer=True)
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     """Engine, server, this checkout as another build, an absent peer; tables, a picture, a file, JSON last."""
     with RoundServer() as server:
@@ -535,6 +539,7 @@ def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     assert str(tmp_path) not in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_bench_that_is_told_to_stop_leaves_no_process(tiny_checkpoint):
     arguments = ["--checkpoint_path", str(tiny_checkpoint), "--engine", "--threads", "1", "--repeat", "100000"]
@@ -550,6 +555,7 @@ def test_a_bench_that_is_told_to_stop_leaves_no_process(tiny_checkpoint):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_busy_neighbour_is_ended_and_is_no_strangers_load(tiny_checkpoint):
     options = {"checkpoint_path": str(tiny_checkpoint), "max_seq_len": 64, "threads": 1}
     target = EngineTarget(**options)

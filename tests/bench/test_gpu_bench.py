@@ -14,7 +14,7 @@ from gpt_fast.bench.gpu import cli, models, report, rows
 from gpt_fast.model.forward import Batch
 from support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.slow]  # interprets Triton
 
 
 # As much of meta-pytorch/gpt-fast as the adapter touches, in its own words.

@@ -159,6 +159,7 @@ def test_as_many_requests_in_flight_as_streams_and_every_prompt_asked():
     assert all(o.answer.text == "abc" and not o.answer.error for o in outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["native", "openai"])
 def test_the_script_against_the_real_rounds(api, tmp_path):
     with RoundServer() as server:
@@ -183,6 +184,7 @@ def test_the_script_against_the_real_rounds(api, tmp_path):
         assert figures["foreign_load"] is None or 0 <= figures["foreign_load"] <= 1
 
 
+@pytest.mark.slow
 def test_peers_are_loaded_in_turn():
     with RoundServer() as server, RoundServer() as other:
         arguments = [
@@ -202,6 +204,7 @@ def test_peers_are_loaded_in_turn():
     assert result["ratios"][0]["output_throughput_ratio"]["rounds"] == [rates[0] / rates[1], rates[3] / rates[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["name", "=http://x", "name="])
 def test_a_peer_without_name_or_url_is_refused(bad):
     done = subprocess.run(
@@ -214,6 +217,7 @@ def test_a_peer_without_name_or_url_is_refused(bad):
     assert done.returncode == 2 and f"--peer: must be NAME=URL (got {bad!r})" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_one_line():
     arguments = ["--url", "http://127.0.0.1:9/x", "--streams", "1"]
     done = subprocess.run(

@@ -272,6 +272,7 @@ JUNK = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(PUBLISHED)), st.data())
 def test_any_change_of_one_key_is_read_or_named(name: str, data: st.DataObject) -> None:
     values = copy.deepcopy(PUBLISHED[name][0])

@@ -95,6 +95,7 @@ def save_meta(directory: Path, *, shards: int, embedding_dim: int = 1, **params:
 # --------------------------------------------------------------------------------- formats and determinism
 
 
+@pytest.mark.slow
 def test_same_bytes_twice_and_from_any_sharding(tmp_path: Path) -> None:
     save("llama3", tmp_path / "one")
     save("llama3", tmp_path / "many", max_shard_size="40KB")
@@ -179,6 +180,7 @@ def test_gpt_fast_pth_gives_the_hf_bytes(tmp_path: Path) -> None:
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_gpt_fast_int8_pth_keeps_its_values(tmp_path: Path) -> None:
     save("llama-gqa", tmp_path / "hf")
     state = gpt_fast_state("llama-gqa")
@@ -295,6 +297,7 @@ def save_large(directory: Path, *, shards: int) -> int:
     return max((directory / file).stat().st_size for file in set(where.values()))
 
 
+@pytest.mark.slow
 def test_peak_memory_of_conversion_and_loading(tmp_path: Path) -> None:
     shard = save_large(tmp_path / "hf", shards=3)
     total = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
@@ -314,6 +317,7 @@ def write_tokenizer(directory: Path, **change: Any) -> None:
     (directory / "tokenizer.json").write_bytes(tokenizer_json(**change))
 
 
+@pytest.mark.slow
 def test_draft_takes_the_target_tokenizer(tmp_path: Path) -> None:
     save("llama-gqa", tmp_path / "target_hf")
     save("llama-mqa", tmp_path / "draft_hf")
@@ -351,6 +355,7 @@ def script(name: str, *arguments: object, check: bool = True) -> subprocess.Comp
     return subprocess.run(command, check=check, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_convert_command_reads_hf_and_writes_beside_it(tmp_path: Path) -> None:
     save("llama-gqa", tmp_path / "model" / "hf")
     script("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "model", "--dtype", "bfloat16")

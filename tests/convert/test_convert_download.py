@@ -94,6 +94,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_download_takes_what_converts_at_one_commit(hub: tuple[type[Hub], dict[str, str]], tmp_path: Path) -> None:
     handler, env = hub
     command = [sys.executable, str(ROOT / "scripts/download.py"), "--repo_id", REPO, "--hf_token", TOKEN]
@@ -113,6 +114,7 @@ def test_download_takes_what_converts_at_one_commit(hub: tuple[type[Hub], dict[s
     assert got == shards | others
 
 
+@pytest.mark.slow
 def test_download_errors_are_one_line(hub: tuple[type[Hub], dict[str, str]], tmp_path: Path) -> None:
     _, env = hub
     for arguments in (["--repo_id", REPO, "--hf_token", "hf_wrong"], ["--repo_id", "not//valid"]):
@@ -122,6 +124,7 @@ def test_download_errors_are_one_line(hub: tuple[type[Hub], dict[str, str]], tmp
     assert not (tmp_path / "checkpoints" / REPO / "hf" / "download.json").exists()
 
 
+@pytest.mark.slow
 def test_prepare_downloads_converts_and_quantizes(hub: tuple[type[Hub], dict[str, str]], tmp_path: Path) -> None:
     _, env = hub
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # prepare.sh works in its own clone's checkpoints/

@@ -216,6 +216,7 @@ def test_gpt_fast_int4_is_refused_by_tensor(hf: Path) -> None:
 # ------------------------------------------------------------------------------------------ interrupted
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_checkpoint(hf: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"

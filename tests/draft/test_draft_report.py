@@ -76,6 +76,7 @@ def assessed(make_core):
     return assess_draft(core, "itself", prompts, batch_sizes=[1, 2], temperatures=[0.0, 1.0], max_new_tokens=24)
 
 
+@pytest.mark.slow
 def test_a_model_is_its_own_perfect_draft(assessed):
     assert len(assessed.acceptance) == 4
     for row in assessed.acceptance:

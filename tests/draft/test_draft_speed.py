@@ -77,6 +77,7 @@ def core(make_core):
     return engine.core
 
 
+@pytest.mark.slow
 def test_every_variant_answers_every_batch_in_changing_order(core):
     loaded = core.runner.speculator
     ways = speed.variants(core, ["ngram", "auto"])
@@ -108,6 +109,7 @@ def test_variants_that_are_not_there_are_refused(core):
 # -------------------------------------------------------------------------------- synthetic acceptance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 1.0])
 def test_measured_acceptance_is_the_rate_that_was_asked_for(make_core, tiny_model, rate):
     """An unrelated draft, whose own acceptance would be low: the report shows the forced one, and its tau."""
@@ -176,6 +178,7 @@ def prompts(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_speed_command_prints_ratios_and_json(target, prompts, tmp_path, capsys):
     code, out = run(
         capsys, "speed", "--checkpoint_path", target, "--useless_draft", 1, "--speculate", "draft", "auto",
@@ -208,6 +211,7 @@ def test_a_wrong_command_is_one_line(command, flags, line, target, capsys):
     assert line in last
 
 
+@pytest.mark.slow
 def test_several_drafts_in_one_table_with_forced_acceptance(target, prompts, tmp_path, capsys):
     for layers in (1, 2):
         assert run(capsys, "random", "--like", target, "--layers", layers, "--out_dir", tmp_path / f"{layers}")[0] == 0

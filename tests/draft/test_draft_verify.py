@@ -45,6 +45,7 @@ def sampled(core, choice=DRAFT, answers=300, **params):
     return check_sampled(core, choice, [5, 9, 13], params, answers=answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_p": 0.9}, {"temperature": 1.5, "top_k": 8}])
 def test_the_sound_engine_passes(build, params):
     checks = sampled(build(), **params)
@@ -52,6 +53,7 @@ def test_the_sound_engine_passes(build, params):
     assert 0.02 < checks[0].figures["acceptance"] < 0.98
 
 
+@pytest.mark.slow
 def test_prompt_lookup_passes(build):
     core = build(arm="ngram")
     checks = sampled(core, Choice("ngram", K), temperature=0.4, max_new_tokens=20, answers=100)
@@ -74,6 +76,7 @@ class AtOnce(Speculator):
         return accept_at_once(logits_BSV, params, proposal, draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*language.FAULTS, AnotherTemperature])
 def test_planted_faults_fail(build, fault, monkeypatch):
     if isinstance(fault, type):
@@ -87,6 +90,7 @@ def test_planted_faults_fail(build, fault, monkeypatch):
     assert not all(check.passed for check in checks), [str(c) for c in checks]
 
 
+@pytest.mark.slow
 def test_greedy_passes_and_a_wrong_token_fails(build, monkeypatch):
     prompts = [[5, 9, i] for i in range(2, 12)]
     core = build()

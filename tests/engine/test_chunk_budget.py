@@ -1,10 +1,11 @@
 """The chunk beside running streams: as large as their patience allows, on machines of every kind."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.engine.chunk_budget import TARGET, ChunkBudget, JoinedBudget, smooth
+from support.examples import examples
 
 SIZES = [16, 32, 64, 128, 512]
 
@@ -45,7 +46,7 @@ def prefill(budget, seconds, length, decodes, start=0):
 
 
 @given(seconds=MACHINES, decodes=st.integers(1, 16))
-@settings(max_examples=40)
+@examples(40)
 def test_joined_steps_stay_below_twice_the_usual_where_a_machine_can(seconds, decodes):
     """But for the chunk that its smallest is tried from, where tokens are dear."""
     budget, usual = JoinedBudget([512]), seconds(decodes, 0, 0)
@@ -54,7 +55,7 @@ def test_joined_steps_stay_below_twice_the_usual_where_a_machine_can(seconds, de
 
 
 @given(seconds=MACHINES, decodes=st.integers(1, 16))
-@settings(max_examples=40)
+@examples(40)
 def test_joined_steps_use_the_time_they_have(seconds, decodes):
     """Once found out, a step is as long as allowed, but for less than the two tokens more that would be too many."""
     budget, usual = JoinedBudget([512]), seconds(decodes, 0, 0)
@@ -66,7 +67,7 @@ def test_joined_steps_use_the_time_they_have(seconds, decodes):
 
 
 @given(seconds=MACHINES, streams=st.lists(st.integers(1, 16), min_size=2, max_size=6))
-@settings(max_examples=40)
+@examples(40)
 def test_streams_that_come_and_go_wait_hardly_longer(seconds, streams):
     budget = JoinedBudget([512])
     for decodes in streams:

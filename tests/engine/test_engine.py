@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
@@ -17,6 +17,7 @@ from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder
 from gpt_fast.request import NO_TOKEN, SampledToken, StepPlan
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
+from support.examples import examples
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,9 @@ def model(tiny_model):
 # ------------------------------------------------------------------------------------- company
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 8), reuse=st.booleans())
-@settings(max_examples=25)
+@examples(25)
 def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
     """Requests join and leave in random order, some are aborted: each gets what it gets alone on a fresh engine."""
     rng = random.Random(seed)
@@ -37,8 +39,9 @@ def test_tokens_do_not_depend_on_company(model, make_core, seed, slots, reuse):
     )
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), threads=st.integers(1, 3), reuse=st.booleans())
-@settings(max_examples=40)
+@examples(40)
 def test_steps_that_begin_before_they_are_planned_change_no_token(tiny_model, seed, slots, threads, reuse):
     """On the fused decoder the next step begins before this one's tokens are known; some guesses prove wrong."""
     model = tiny_model(n_layer=2, head_dim=16)
@@ -60,6 +63,7 @@ def test_steps_that_begin_before_they_are_planned_change_no_token(tiny_model, se
     check_company(requests, core(slots, reuse), lambda: core(1), rng)
 
 
+@pytest.mark.slow
 def test_prefix_reuse_changes_no_token(model, make_core):
     rng = random.Random(1)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(40)]]
@@ -75,6 +79,7 @@ def test_prefix_reuse_changes_no_token(model, make_core):
         prompts.append([*prompt, *out, 5, 6])
 
 
+@pytest.mark.slow
 def test_after_an_abort_the_slot_is_free_and_the_next_request_equals_a_fresh_engines(model, make_core):
     rng = random.Random(2)
     prompt = [rng.randrange(2, VOCAB) for _ in range(50)]
@@ -93,6 +98,7 @@ def test_after_an_abort_the_slot_is_free_and_the_next_request_equals_a_fresh_eng
 # ------------------------------------------------------------------------------------- the ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127])
 def test_prompts_of_every_length_fill_the_context(model, make_core, length):
     core = make_core(model)
@@ -153,8 +159,9 @@ def test_every_end_of_sequence_id_stops(model, make_core):
         assert [(e.token, e.finish_reason) for e in run(core)["a"]] == [(eos, "stop")]
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), n=st.integers(1, 20), m=st.integers(1, 20), temperature=st.sampled_from([0, 1.0]))
-@settings(max_examples=20)
+@examples(20)
 def test_a_shorter_answer_is_a_prefix_of_the_longer(model, make_core, seed, n, m, temperature):
     prompt = [random.Random(seed).randrange(2, VOCAB) for _ in range(10)]
     short, long = (
@@ -167,6 +174,7 @@ def test_a_shorter_answer_is_a_prefix_of_the_longer(model, make_core, seed, n, m
 # ------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_answer_and_seeds_differ(model, make_core):
     prompt = [5, 6, 7, 8]
     core = make_core(model, slots=8)
@@ -273,6 +281,7 @@ def test_buckets_cover_every_value_by_at_most_twice(limit, smallest, data):
     assert value <= bucket_of(sizes, value) <= max(2 * value, smallest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
 def test_nothing_compiles_after_warm_up(tiny_model, slots):
     """Every step a request can cause has the shapes and the path of one that warm_up made."""
@@ -295,6 +304,7 @@ def test_nothing_compiles_after_warm_up(tiny_model, slots):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_not_a_number_in_one_row_ends_that_request_alone(tiny_model, make_core):
     """A token whose embedding is NaN stands for an overflow. Not the neighbours, nor the slot's next user, notice."""
     model = tiny_model(n_layer=2)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
@@ -22,6 +22,7 @@ from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from support.company import EOS, VOCAB, answer, check_company, random_requests, run, tokens_of
+from support.examples import examples
 
 pytestmark = [
     pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without AVX2"),
@@ -120,6 +121,7 @@ def prompt_of(rng, length):
 # ------------------------------------------------------------------------------------------ company
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     slots=st.integers(1, 5),
@@ -127,7 +129,7 @@ def prompt_of(rng, length):
     reuse=st.booleans(),
     most=st.sampled_from([1, 3, 32]),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_tokens_do_not_depend_on_company(fused, seed, slots, weights, reuse, most):
     """Greedy and seeded requests come, go and are aborted between steps; chunks of all sizes join their decodes."""
     rng, decoder, dtype = random.Random(seed), fused(weights), FORMATS[weights]
@@ -140,9 +142,10 @@ def test_tokens_do_not_depend_on_company(fused, seed, slots, weights, reuse, mos
     assert set(core.runner.mixed) <= {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", "draft", "controlled"])
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), k=st.integers(1, 5))
-@settings(max_examples=15)
+@examples(15)
 def test_proposers_change_no_token(fused, kind, seed, slots, k):
     """They propose between mixed steps, which they do not see, and catch up."""
     rng, decoder = random.Random(seed), fused("int8")

@@ -10,13 +10,13 @@ import sys
 import zlib
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.scheduler import MIN_SHARED, Scheduler
 from gpt_fast.request import Request, SampledToken
+from support.examples import examples
 
 EOS = 0
 VOCAB = 50
@@ -216,9 +216,10 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=150, stateful_step_count=30)
+TestTraffic.settings = examples(150, stateful_step_count=30)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_random_steps():
     rng = random.Random(0)
     machine = Machine(slots=6, max_seq_len=48, chunk=16, chunk_beside_decode=8)

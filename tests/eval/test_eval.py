@@ -47,6 +47,7 @@ def plain_score(model, tokens, count):
 # --------------------------------------------------------------------------------------------- scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_forward", [TOKENS_PER_FORWARD, 12])
 def test_ragged_rows_score_as_each_alone(model, tokens_per_forward, monkeypatch):
     monkeypatch.setattr("gpt_fast.eval.score.TOKENS_PER_FORWARD", tokens_per_forward)
@@ -91,6 +92,7 @@ def some_windows(count=3, length=96):
     return torch.randint(0, 96, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_differs_in_nothing(model):
     report, tokens = compare(side_of(model), side_of(random_model(small_config())), some_windows())
     assert report["tokens"] == len(tokens.kl) == 3 * 95
@@ -100,6 +102,7 @@ def test_a_model_against_itself_differs_in_nothing(model):
     assert report["layers"] == [{"layer": i, "weight_sqnr_db": None, "hidden_sqnr_db": None} for i in range(2)]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_logits(model):
     quantized = quantized_model(model, mode="int4", groupsize=128)
     windows = some_windows()
@@ -119,6 +122,7 @@ def test_figures_are_those_of_the_logits(model):
     assert all(layer["hidden_sqnr_db"] < 40 for layer in report["layers"])
 
 
+@pytest.mark.slow
 def test_worse_weights_give_a_worse_report(model):
     reports = [
         compare(side_of(quantized_model(model, mode=mode, groupsize=size)), side_of(model), some_windows())[0]
@@ -148,6 +152,7 @@ def checkpoints(tmp_path_factory):
 FLAGS = ["--windows", "2", "--seq_length", "128"]
 
 
+@pytest.mark.slow
 def test_the_command_shows_records_and_prints_json_last(checkpoints, capsys, tmp_path):
     int8, _ = checkpoints
     picture = tmp_path / "quality.png"

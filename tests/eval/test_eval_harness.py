@@ -21,6 +21,8 @@ from gpt_fast.load.checkpoint import load_checkpoint
 from support.quantized import random_model, small_config, write_checkpoint
 from support.tiny_engine import EOS, tiny_engine
 
+pytestmark = pytest.mark.slow  # imports lm-evaluation-harness
+
 
 def request(kind, *arguments):
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)

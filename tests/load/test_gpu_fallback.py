@@ -109,6 +109,7 @@ def test_compile_never_costs_the_fused_kernels(hopper, monkeypatch, options, nam
     assert (decoder.prefill is not None) == ("prefill" in name)
 
 
+@pytest.mark.slow
 def test_everything_imports_without_triton_on_rocm():
     """In a process of its own, where importing what only CUDA has fails."""
     files = [path.relative_to(ROOT) for path in (ROOT / "gpt_fast").rglob("*.py") if path.stem not in KERNELS]

@@ -148,6 +148,7 @@ def test_a_memory_budget_decides_how_many_slots_there_are(tiny_model):
 # --------------------------------------------------------------------------------------------- paths
 
 
+@pytest.mark.slow
 def test_logits_are_near_those_of_a_float_cache():
     model = small_model()
     tokens, sizes = random_tokens(model, 150), [100, 1, 5, 1, 43]
@@ -155,6 +156,7 @@ def test_logits_are_near_those_of_a_float_cache():
     assert 0 < relative_error(got, expected) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
 def test_fused_rows_out_of_order_equal_plain_ones():
     model = small_model()
@@ -197,6 +199,7 @@ def some_prompts(count, *, shared=40):
     return [prefix + [rng.randrange(2, 97) for _ in range(rng.randrange(1, 30))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
     model, prompts = tiny_model(), some_prompts(7)
     core = EngineCore(runner_of(model))
@@ -206,6 +209,7 @@ def test_a_shared_prefix_is_copied_with_its_scales(tiny_model):
     assert copied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposer", ["ngram", "draft"])
 def test_speculation_changes_no_token(tiny_model, proposer):
     model, prompts = tiny_model(), some_prompts(5)
@@ -215,6 +219,7 @@ def test_speculation_changes_no_token(tiny_model, proposer):
     assert answers(core, prompts) == answers(EngineCore(runner_of(model)), prompts)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tiny_model):
     from torch._dynamo.utils import counters
 
@@ -230,6 +235,7 @@ def test_nothing_compiles_after_warm_up(tiny_model):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_compiled_code_equals_plain(tiny_model):
     model = tiny_model(n_layer=1)
     tokens, positions = torch.randint(0, 97, (3, 9)), torch.arange(9).expand(3, 9)

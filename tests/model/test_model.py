@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig
@@ -20,6 +20,7 @@ from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
 from gpt_fast.model.rope import rope_table
 from gpt_fast.ops.linear_compiled import for_one_token
+from support.examples import examples
 from support.reference import reference_logits
 
 CPU = torch.device("cpu")
@@ -118,8 +119,9 @@ def prompts_of(rng, count, vocab, longest=MAX_SEQ_LEN):
 # ---------------------------------------------------------------------------------- one forward
 
 
+@pytest.mark.slow
 @given(options=architectures(), seed=st.integers(0, 1000))
-@settings(max_examples=30)
+@examples(30)
 def test_any_architecture_equals_the_reference(tiny_model, options, seed):
     model = tiny_model(seed=seed, max_seq_len=MAX_SEQ_LEN, vocab_size=23, **options)
     tokens = [random.Random(seed).randrange(23) for _ in range(14)]
@@ -128,8 +130,9 @@ def test_any_architecture_equals_the_reference(tiny_model, options, seed):
     torch.testing.assert_close(whole(model, tokens).double(), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @given(options=architectures(), seed=st.integers(0, 1000))
-@settings(max_examples=60)
+@examples(60)
 def test_any_schedule_of_steps_gives_the_same_logits(tiny_model, options, seed):
     rng = random.Random(seed)
     model = tiny_model(seed=seed, max_seq_len=MAX_SEQ_LEN, vocab_size=23, **options)
@@ -211,7 +214,7 @@ def test_a_row_of_not_a_number_leaves_its_neighbours_alone(tiny_model):
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=20)
+@examples(20)
 def test_a_copied_prefix_is_as_good_as_a_computed_one(tiny_model, seed):
     rng = random.Random(seed)
     model = tiny_model(max_seq_len=MAX_SEQ_LEN)
@@ -235,6 +238,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(tiny_model, fresh_compiler):
     model = tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, sliding_window=9, sliding_layers=(0,))
     compiled = torch.compile(model)
@@ -252,6 +256,7 @@ def test_compiled_equals_eager(tiny_model, fresh_compiler):
             torch.testing.assert_close(keys[1], keys[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
     model, twin = (tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, qkv_bias=True) for _ in range(2))
     for_one_token(twin)
@@ -264,6 +269,7 @@ def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
             torch.testing.assert_close(outs[1], outs[0], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, fresh_compiler, dtype):
     """Attention costs what is used: a write must not copy the slots."""

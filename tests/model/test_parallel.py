@@ -22,6 +22,8 @@ from support.paths import SUPPORT
 from support.quantized import quantized_model, random_model, small_config, write_checkpoint
 from support.ranks import CASES, TIMEOUT, run_program, run_ranks, samples, torchrun
 
+pytestmark = pytest.mark.slow  # starts torchrun's ranks
+
 BYTES = {"vocab_size": 258, "max_position": 1024, "head_dim": 32, "intermediate_size": 192}
 ROUNDED = ("bfloat16", "int8_bfloat16", "int8_cache")  # a sum over ranks rounds differently
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.model import huge_pages
@@ -39,6 +39,7 @@ from support.cpu_models import (
     run_chunks,
     small_model,
 )
+from support.examples import examples
 from support.quantized import quantized_model
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
@@ -89,7 +90,7 @@ def assert_product(got: torch.Tensor, w_NK: torch.Tensor, x_MK: torch.Tensor, we
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     rows=st.integers(1, 70),
     groups=st.integers(1, 9),
@@ -423,6 +424,7 @@ def test_unsupported_names_the_reason() -> None:
 # ------------------------------------------------------------------------------------------ the build
 
 
+@pytest.mark.slow
 def test_library_is_built_once_even_by_two_processes(tmp_path: Path) -> None:
     code = "from gpt_fast.ops.cpu.structs import load_library; load_library()"
     env = os.environ | {"GPT_FAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -508,6 +510,7 @@ def test_ctypes_twins_lie_as_the_structures_do() -> None:
     assert got == expected
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True, timeout=1200

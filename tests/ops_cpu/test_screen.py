@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpt_fast.model.forward import Batch
@@ -21,6 +21,7 @@ from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
 from support import cpu_twin
 from support.cpu_models import new_cache, random_tokens, small_model
+from support.examples import examples
 
 pytestmark = [
     pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels"),
@@ -99,7 +100,7 @@ def head_and_input(seed: int, N: int, K: int, *, outliers: float, spread: float)
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", FORMATS)
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     N=st.integers(1, 200),
     K=st.integers(1, 300),

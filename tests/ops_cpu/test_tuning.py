@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.ops.cpu import CpuDecoder, build, tuning
 from gpt_fast.ops.cpu.structs import load_library
 from gpt_fast.ops.cpu.tuning import AXES, CLEARLY, DEFAULT, HINTS, Choice, Place, choose
 from support.cpu_models import new_cache, random_tokens, run_chunks, small_model
+from support.examples import examples
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
 
@@ -48,7 +49,7 @@ def test_no_choice_changes_a_bit(weights: str) -> None:
     sizes = [1, 4, 7, 13, 35]
     expected = run_chunks(usual.forward, tokens, new_cache(model), sizes)
 
-    @settings(max_examples=15, deadline=None)
+    @examples(15)
     @given(choice=CHOICES)
     def check(choice: Choice) -> None:
         other = CpuDecoder(model, weights=weights, threads=2, choice=choice)

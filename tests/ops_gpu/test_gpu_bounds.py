@@ -16,6 +16,8 @@ from gpt_fast.ops.gpu.pack import dequantize
 from gpt_fast.ops.gpu.sampler import sample, sampler_workspace
 from support.gpu_cases import DEVICE, layer_cache, normal, poisoned, weight
 
+pytestmark = pytest.mark.slow  # Triton's interpreter
+
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
 CASES = [  # tokens, rows, columns, dtype

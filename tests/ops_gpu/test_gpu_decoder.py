@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import EngineConfig, SamplingParams
@@ -24,6 +24,7 @@ from gpt_fast.ops.gpu.state import Row
 from gpt_fast.quantize.linear import pack
 from gpt_fast.request import NO_TOKEN
 from support.cpu_models import CPU, MAX_SEQ_LEN, small_model
+from support.examples import examples
 from support.quantized import quantized_model
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -83,6 +84,7 @@ def answers(core, prompts, params):
 # --------------------------------------------------------------------------------------- one forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "size", "slots", "every"),
     [
@@ -273,7 +275,7 @@ def test_path_choice_says_why_not(model):
 
 
 @given(longest=st.integers(1, 40_000), rows=st.integers(1, 40), size=st.integers(1, 8), length=st.integers(1, 40_000))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_warm_up_meets_every_reach(decoder, longest, rows, size, length):
     assert decoder.reach(rows, size, min(length, longest)) in decoder.reaches(rows, size, longest)
 
@@ -348,7 +350,7 @@ def test_loop_says_what_the_engine_says(model, decoder, steps):
 
 
 @given(steps=st.integers(1, 6), lengths=st.lists(st.integers(2, 14), min_size=1, max_size=3), seed=st.integers(0, 9))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_loop_stops_exactly(model, decoder, steps, lengths, seed):
     """At an end-of-sequence id, at max_new_tokens or at the end of the slot, whichever is first."""
     prompts = [[seed + i] * (1 + 3 * i) for i in range(len(lengths))]
@@ -540,6 +542,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [PARAMS, [*PARAMS, *ODD], ODD])
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_bursts_say_what_steps_say(model, decoder, params, slots):
@@ -550,11 +553,12 @@ def test_bursts_say_what_steps_say(model, decoder, params, slots):
     assert answers(core, prompts[::-1], params[::-1])[0] == want[0][::-1]  # again, over what the first left
 
 
+@pytest.mark.slow
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.booleans()), min_size=1, max_size=6),
     steps=st.integers(1, 5),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_bursts_among_arrivals_and_aborts(model, decoder, arrivals, steps):
     """Requests that come and go at any time never see each other."""
     core = burst_core(decoder, model, slots=2, steps=steps)

@@ -11,12 +11,15 @@ from gpt_fast.ops.gpu import linear
 from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention, decode_attention_reference
 from gpt_fast.ops.gpu.layer_cache import head_workspace
 from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
+from support.examples import examples
 from support.gpu_cases import DEVICE, layer_cache, normal, poisoned, weight
 
+pytestmark = pytest.mark.slow  # Triton's interpreter
+
 KINDS = ("bf16", "int8", "int8g", "int4", "fp8")
-quick = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is slow: a failure is not made smaller
-few = settings(quick, max_examples=4)
-fewer = settings(quick, max_examples=2)  # float64's bounds are held for the same kernel in test_gpu_bounds
+unshrunk = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is slow: a failure is not made smaller
+few = examples(4, unshrunk)
+fewer = examples(2, unshrunk)  # float64's bounds are held for the same kernel in test_gpu_bounds
 
 
 def error(got, want):
@@ -151,7 +154,7 @@ def test_a_token_count_no_kernel_holds_is_refused(tokens):
         linear.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
 
 
-@settings(quick, max_examples=24)
+@examples(24, unshrunk)
 @given(
     heads=st.sampled_from([(4, 1), (3, 1), (4, 4), (8, 2), (7, 1), (8, 1)]),
     head_dim=st.sampled_from([64, 80, 96, 128]),
@@ -186,7 +189,7 @@ def test_decode_attention(heads, head_dim, splits, slots, verified, dtype, int8,
         assert not workspace.arrived.any()
 
 
-@settings(quick, max_examples=8)
+@examples(8, unshrunk)
 @given(
     rows=st.integers(1, 2),
     vocab=st.sampled_from([1, 97, 128, 3000]),

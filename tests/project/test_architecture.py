@@ -16,7 +16,7 @@ COMMANDS = "__main__"
 # From the bottom up: the modules of the package's root, and its packages. Each may import itself and those before it;
 # a package's __main__ is a command, and stands with the commands.
 LAYERS = (
-    "config", "files", "request", "sampling", "cli",
+    "config", "options", "files", "request", "sampling", "cli",
     "checkpoint", "text",
     "model", "ops", "quantize", "speculative", "engine",
     "load", "convert", "llm", "measure",

@@ -95,6 +95,14 @@ def test_a_page_is_named_by_the_readme_and_its_links_lead_somewhere(page):
         assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=lambda page: page.stem)
+def test_a_page_s_lines_fit_a_screen(page):
+    """Rows of tables and what programs printed (in fences) are as long as they are."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_s_commands_have_the_flags_it_names(page):
     """What `--help` of the command says; a continued line is one command."""

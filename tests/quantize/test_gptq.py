@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.ops.rounding import int4_grid, nearest_int4
@@ -16,6 +16,7 @@ from gpt_fast.quantize.grid_search import fit_grid
 from gpt_fast.quantize.packed_triangle import Triangle
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.structure import plan
+from support.examples import examples
 from support.quantized import FAMILIES, logits_of, model_of_state, quantized_model, random_model, small_config
 
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_damping_grows_until_there_is_a_factor(panel, monkeypatch):
         damped_factor(with_matrix(-1e12 * torch.eye(80)), percdamp=0.0, name="w")
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(columns=st.integers(1, 90), panel=st.sampled_from([16, 32, 64, 128]), seed=st.integers(0, 2**31))
 def test_a_triangle_in_panels_is_factored_or_left_as_it_was(columns, panel, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -220,7 +221,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name():
         gptq_of(weight, inputs, groupsize=32)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(seed=st.integers(0, 2**31), groupsize=st.sampled_from([32, 64]), columns=st.sampled_from([64, 80, 96]))
 def test_a_fitted_grid_costs_no_more_than_the_full_range(seed, groupsize, columns):
     generator = torch.Generator().manual_seed(seed)
@@ -253,6 +254,7 @@ def gptq_twin(model, tokens_CS, *, groupsize, options=None):
     return model_of_state(model.config, schemes, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_is_closer_than_rounding(family):
     model = random_model(small_config(**FAMILIES[family]))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.model.transformer import Transformer
@@ -25,6 +25,7 @@ from gpt_fast.quantize import (
 )
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight, sqnr_db
 from gpt_fast.quantize.structure import apply_schemes, plan, stored_tensors
+from support.examples import examples
 from support.quantized import (
     FAMILIES,
     dequantized_model,
@@ -115,7 +116,7 @@ def test_weights_beyond_float16_are_refused_where_scales_are_float16():
     assert torch.isfinite(round_trip(weight, INT8)).all()  # float32 scales reach them
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_a_weight_that_was_four_bit_comes_back_exactly(rows, groups, seed):
     """Q4_1's grid: 16 levels of float16 scale and min, the least and largest level in use."""

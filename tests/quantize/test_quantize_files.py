@@ -100,6 +100,7 @@ def test_bands_of_rows_give_the_bytes_of_the_whole(monkeypatch):
         quantize_in_bands(weight, Scheme(8, 0), device=CPU, name="w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_peak_memory_is_a_tensor_not_the_model(mode, tmp_path):
     config = small_config(dim=1024, intermediate_size=4096, head_dim=64, n_head=16, n_layer=12, vocab_size=4096)
@@ -109,6 +110,7 @@ def test_peak_memory_is_a_tensor_not_the_model(mode, tmp_path):
     assert peak < 1.3 * layer + 250e6 < (tmp_path / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_gptq_holds_half_of_one_hessian(tmp_path):
     """And never a second whole matrix; docs/quantization.md has the figures at 70B's shape."""
     config = small_config(dim=64, intermediate_size=6144, n_layer=1, tie_embeddings=False)
@@ -388,6 +390,7 @@ def byte_checkpoint(tmp_path_factory):
 GPTQ = ["--mode", "int4-gptq", "--calibration_limit", "4", "--calibration_seq_length", "48"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
@@ -476,6 +479,7 @@ def test_gptq_needs_windows_that_fit_the_text(byte_checkpoint, tmp_path, capfd):
     assert "the text has 9 tokens, fewer than one window of 48" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_calibration_is_recorded_and_changes_the_file(tmp_path):
     directory = write_checkpoint(tmp_path, random_model(small_config()))
     digests = []

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from openai._streaming import SSEDecoder
 from openai.types import Completion, Model
@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from gpt_fast.serve.response import JSON, SSE, ChatAnswer, CompletionAnswer, PlainAnswer, dump, model_card, model_list
 from gpt_fast.text.stream import TextStream
+from support.examples import examples
 
 ANSWERS = {
     "chat": (ChatAnswer, ChatCompletion, ChatCompletionChunk),
@@ -110,7 +111,7 @@ def answers(draw):
     return count, with_logprobs, [rounds[index].pop(0) for index in order]
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(kind=st.sampled_from(sorted(ANSWERS)), case=answers(), echo=st.sampled_from(["", "the prompt 🙂"]))
 def test_a_stream_adds_up_to_the_whole_answer(kind, case, echo):
     count, with_logprobs, rounds = case
@@ -132,7 +133,7 @@ def test_a_stream_adds_up_to_the_whole_answer(kind, case, echo):
     assert len({part.id for part in [*parts, usage]}) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.lists(st.binary(max_size=6) | st.text("ab🙂").map(str.encode), min_size=1, max_size=12),
     st.lists(st.text("ab🙂", min_size=1, max_size=3), max_size=2),

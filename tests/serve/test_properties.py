@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from gpt_fast.serve.startup_check import check_properties, parse_properties
+from support.examples import examples
 
 JAVA = """
 import java.io.*; import java.nio.charset.StandardCharsets; import java.util.*;
@@ -64,7 +65,8 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.slow
+@examples(400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.lists(PIECES, max_size=14).map("".join))
 def test_properties_are_read_as_java_reads_them(java: subprocess.Popen[str], text: str) -> None:
     expected = ask(java, text)

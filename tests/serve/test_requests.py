@@ -3,16 +3,17 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.serve.body import MAX_BODY, MAX_DEPTH, decode_json, parse_json, short
 from gpt_fast.serve.endpoints import CHAT, COMPLETION, NATIVE, NEUTRAL
 from gpt_fast.serve.request import ApiRequest, RequestError, parse_request
+from support.examples import examples
+from support.work import bounded_lines, ends
 
 KINDS = {"native": NATIVE, "completion": COMPLETION, "chat": CHAT}
 EVERYTHING = frozenset({"tools", "schema"})
@@ -89,14 +90,13 @@ bodies = st.builds(
 
 
 def answer_to(kind, body, offers):
-    begin = time.process_time()
     try:
-        request = parse(kind, body, offers=offers)
+        with ends():
+            request = parse(kind, body, offers=offers)
     except RequestError as error:
         check_refusal(error)
     else:
         check_request(request, offers)
-    assert time.process_time() - begin < 1.0
 
 
 def check_request(request, offers):
@@ -116,7 +116,7 @@ def check_request(request, offers):
 kinds, offered = st.sampled_from(sorted(KINDS)), st.sampled_from([frozenset(), frozenset({"tools"}), EVERYTHING])
 
 
-@settings(max_examples=1000, deadline=None)
+@examples(1000)
 @given(kind=kinds, fields=bodies, offers=offered, bare=st.booleans(), tidy=st.booleans())
 def test_any_fields_give_a_request_or_a_refusal(kind, fields, offers, bare, tidy):
     if tidy:  # without what this endpoint does not know, most are accepted
@@ -126,13 +126,13 @@ def test_any_fields_give_a_request_or_a_refusal(kind, fields, offers, bare, tidy
     answer_to(kind, body, offers)  # as TorchServe decodes it where it is told the content type
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(kind=kinds, value=json_values)
 def test_any_json_value_as_a_body(kind, value):
     answer_to(kind, json.dumps(value).encode(), EVERYTHING)
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(kind=kinds, raw=st.binary(max_size=60) | st.text('{}[]":,\\ud80 eE+-.019nulltrN', max_size=60).map(str.encode))
 @example(kind="native", raw=b'{"prompt": "\\ud800"}')
 def test_any_bytes_as_a_body(kind, raw):
@@ -194,6 +194,7 @@ def test_a_body_within_the_limit_is_read_and_one_byte_more_is_refused():
         assert caught.value.status == 413
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -217,13 +218,12 @@ def test_a_body_within_the_limit_is_read_and_one_byte_more_is_refused():
 def test_a_hostile_megabyte_is_refused_at_once_and_shortly(body):
     assert len(body) <= MAX_BODY
     for kind in KINDS:
-        begin = time.process_time()
-        error = refusal(kind, body.encode(), offers=EVERYTHING)
-        assert time.process_time() - begin < 2.0
+        with bounded_lines(4 * len(body)):
+            error = refusal(kind, body.encode(), offers=EVERYTHING)
         assert len(error["param"] or "") <= 103
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.dictionaries(st.text(max_size=5), json_values, max_size=4).filter(lambda v: "Infinity" not in json.dumps(v)))
 def test_strict_json_agrees_with_json_on_what_is_strict(value):
     text = json.dumps(value)

@@ -51,6 +51,7 @@ def test_the_native_body_has_it_too(client):
     assert set(json.loads(answer)) == {"x", "unit"}
 
 
+@pytest.mark.slow
 def test_json_object_and_text(client):
     ask = {"model": "gpt-fast", "messages": USER, "seed": 0, "max_tokens": 300}
     (choice,) = client.chat.completions.create(**ask, response_format={"type": "json_object"}).choices
@@ -60,6 +61,7 @@ def test_json_object_and_text(client):
     assert plain == client.chat.completions.create(**ask).choices[0].message.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("response_format", "says"),
     [

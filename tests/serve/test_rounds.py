@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,6 +22,7 @@ from gpt_fast.serve.service import Service
 from gpt_fast.serve.startup import queue_places, read_config
 from support.paths import ROOT
 from support.tiny_engine import tiny_engine
+from support.waiting import wait_until
 
 LIMITS = Limits(max_new_tokens=20, stream=True, max_waiting=4, max_seconds=60.0)
 
@@ -85,14 +85,11 @@ class Frontend:
             )
             client.replies.append(reply)
 
-    def until(self, condition, *, seconds: float = 30) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "not in time"
-            self.round()
+    def until(self, condition) -> None:
+        wait_until(condition, meanwhile=self.round)
 
-    def finish(self, *clients: Client, seconds: float = 30) -> None:
-        self.until(lambda: all(client.done for client in clients or self.clients.values()), seconds=seconds)
+    def finish(self, *clients: Client) -> None:
+        self.until(lambda: all(client.done for client in clients or self.clients.values()))
 
 
 def make_rounds(
@@ -122,13 +119,6 @@ def native(count: int = 8, **fields) -> dict:
 
 def scheduler(rounds: Rounds):
     return rounds.service.engine.core.scheduler
-
-
-def wait_until(condition, *, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 # ------------------------------------------------------------------------------------------- answers
@@ -318,8 +308,10 @@ def test_a_client_that_leaves_frees_its_slots_and_hurts_nobody(frontend, shared,
         {"prompt": "b", "n": 2, "max_tokens": 120, "ignore_eos": True, "stream": stream}, "v1/completions"
     )
     frontend.until(lambda: len(scheduler(shared).running) == 3)
+    shared.service.take_records()
     leaves.gone = True
-    frontend.until(lambda: len(scheduler(shared).running) == 1, seconds=1)
+    frontend.until(lambda: len(scheduler(shared).running) == 1)
+    assert [record.finish_reason for record in shared.service.take_records()] == ["cancelled"] * 2
     frontend.finish(stays)
     assert stays.text == alone.text
     wait_until(lambda: len(scheduler(shared).free) == 4)
@@ -331,7 +323,8 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten():
     first, second = frontend.send(native(100)), frontend.send(native(100))
     frontend.until(lambda: rounds.service.in_flight() == 2)
     second.gone = True
-    frontend.until(lambda: rounds.service.in_flight() == 1 and not scheduler(rounds).waiting, seconds=1)
+    frontend.until(lambda: rounds.service.in_flight() == 1 and not scheduler(rounds).waiting)
+    assert not first.done
     frontend.finish(first)
 
 
@@ -354,8 +347,8 @@ def test_a_lone_client_that_leaves_is_noticed_by_the_silence(monkeypatch):
     frontend = Frontend(rounds)
     client = frontend.send(native(120))
     frontend.until(lambda: client.replies)
-    wait_until(lambda: rounds.service.gauges()["num_requests_running"] == 0, seconds=1)
-    wait_until(lambda: rounds.service.engine.idle, seconds=5)  # no round comes any more
+    wait_until(lambda: rounds.service.gauges()["num_requests_running"] == 0)
+    wait_until(lambda: rounds.service.engine.idle)  # no round comes any more
     assert [record.finish_reason for record in rounds.service.take_records()] == ["cancelled"]
     frontend.finish(client)  # it was a stall after all: the stream ends, the worker lives
     after = frontend.send(native(2))
@@ -458,7 +451,7 @@ def test_a_slow_admission_does_not_hold_up_the_others(frontend, shared, monkeypa
     )
     slow = frontend.send(native(2, prompt="slow"))
     quick = frontend.send(native(30))
-    frontend.finish(quick, seconds=5)
+    frontend.finish(quick)
     assert not slow.replies
     gate.set()
     frontend.finish(slow)

@@ -350,6 +350,7 @@ def test_other_settings_restart_the_server(server):
     assert server.instance.properties["job_queue_size"] == "7"
 
 
+@pytest.mark.slow
 def test_a_public_address_without_a_token_is_refused(server):
     server.write(properties=f"inference_address=http://0.0.0.0:{server.ports[0]}\n")
     refused = server.start(server.archive())
@@ -357,6 +358,7 @@ def test_a_public_address_without_a_token_is_refused(server):
     assert server.is_gone()
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named(server):
     with socket.socket() as other:
         other.bind(("127.0.0.1", server.ports[1]))

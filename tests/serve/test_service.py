@@ -11,6 +11,7 @@ from gpt_fast.llm import TextEvent, completion
 from gpt_fast.serve import service as service_module
 from gpt_fast.serve.service import Service
 from support.tiny_engine import tiny_engine
+from support.waiting import wait_until
 
 PROMPT = list(b"a prompt")
 
@@ -22,24 +23,18 @@ def service():
     return service
 
 
-def collect(service: Service, ids: list[str], *, seconds: float = 20) -> dict[str, list[TextEvent]]:
+def collect(service: Service, ids: list[str]) -> dict[str, list[TextEvent]]:
     """Play TorchServe's rounds until every request has ended."""
     events: dict[str, list[TextEvent]] = {request_id: [] for request_id in ids}
-    deadline = time.monotonic() + seconds
-    while any(not e or e[-1].finish_reason is None for e in events.values()):
-        assert time.monotonic() < deadline, "the service did not finish in time"
+
+    def round_() -> None:
         service.wait(timeout=0.1)
         for request_id in ids:
             if request_id in service.known():
                 events[request_id] += service.take(request_id)
+
+    wait_until(lambda: all(e and e[-1].finish_reason is not None for e in events.values()), meanwhile=round_)
     return events
-
-
-def wait_until(condition, *, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 def params(count: int, **options) -> SamplingParams:

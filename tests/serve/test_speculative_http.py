@@ -50,6 +50,7 @@ def speculated(server: Server) -> tuple[dict[str, float], dict]:
     raise AssertionError("never speculated")
 
 
+@pytest.mark.slow
 def test_figures_of_speculation(speculating):
     speculating.wait_for(lambda figures: "spec_decode_num_drafts_total" in figures, seconds=10)
     time.sleep(1)
@@ -79,5 +80,6 @@ def test_figures_of_speculation(speculating):
     speculating.wait_for(lambda _: requests(speculating, "off") == off + 1, seconds=10)
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_a_server_without(speculating):
     assert speculating.call(BODY).text == shared_server().call(BODY).text

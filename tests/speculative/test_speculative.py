@@ -37,6 +37,7 @@ def p_value(p_VV, text_NT):
     return min(first, pair_p_value(p_VV, text_NT, 0), pair_p_value(p_VV, text_NT, text_NT.shape[1] - 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_emitted_tokens_have_the_targets_distribution(seed):
     k = (1, 2, 4, 8)[seed % 4]
@@ -47,6 +48,7 @@ def test_emitted_tokens_have_the_targets_distribution(seed):
     assert total_variation(torch.bincount(text_NT[:, 0], minlength=16), p_VV[0]) < 0.0067
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_the_bonus_token_and_every_later_round_too(k):
     """The last two of 2k + 3 tokens: reached over accepted blocks, bonus tokens and refusals."""
@@ -56,6 +58,7 @@ def test_the_bonus_token_and_every_later_round_too(k):
     assert p_value(p_VV, text_NT) > language.ALPHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", language.FAULTS)
 def test_planted_faults_are_caught(fault):
     caught = 0
@@ -66,6 +69,7 @@ def test_planted_faults_are_caught(fault):
     assert caught == 4
 
 
+@pytest.mark.slow
 def test_a_draft_drawn_at_another_temperature_than_declared_is_caught():
     for seed in range(4):
         p_VV, q_VV = language.tables(seed, 16)

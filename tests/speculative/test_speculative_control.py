@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
@@ -15,6 +15,7 @@ from gpt_fast.speculative.ngram import NGramIndex, NGramProposer
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.speculative.verify import Proposal
+from support.examples import examples
 
 # ---------------------------------------------------------------------------------------- controller
 
@@ -93,6 +94,7 @@ def test_a_useless_draft_costs_at_most_three_percent(c, seed):
     assert sum(k > 0 for k in chosen) < 0.2 * len(chosen)
 
 
+@pytest.mark.slow
 @given(
     c=st.floats(0, 1),
     v=st.floats(0, 0.2),
@@ -103,7 +105,7 @@ def test_a_useless_draft_costs_at_most_three_percent(c, seed):
     mixed=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_whatever_the_machine_speculation_is_never_slower(c, v, rate, noise, drift, stalls, mixed, seed):
     """Drafts good and bad, costs noisy and wandering, texts greedy and sampled by turns."""
     machine = Machine(c=c, v=v, noise=noise, drift=drift, stalls=stalls, seed=seed)

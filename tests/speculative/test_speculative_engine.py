@@ -69,6 +69,7 @@ def drafts(tiny_model, target):
     return {"bad": tiny_model(seed=9, n_layer=1, dim=16, n_kv_head=4), "same": target, "near": near, "ngram": "ngram"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bad", "same", "near", "ngram"])
 @pytest.mark.parametrize("k", range(1, 9))
 def test_greedy_and_seeded_texts_are_plain_decodes(target, drafts, kind, k):
@@ -163,6 +164,7 @@ def test_a_slot_reused_after_speculation_holds_what_it_says(target, drafts):
             history = history + out
 
 
+@pytest.mark.slow
 def test_copied_prefixes_and_aborts_leave_no_trace(target, drafts):
     rng = random.Random(0)
     shared = [rng.randrange(2, 97) for _ in range(24)]
@@ -240,6 +242,7 @@ def test_the_draft_cache_holds_what_its_model_computes(target, tiny_model):
     assert torch.allclose(ours, fresh.cache.k_LNHTD[:, 0, :, :count], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_unseeded_sampling_has_the_targets_distribution(tiny_model, k):
     """The whole engine, drafts that are sampled and refused: first token, and second given first."""
@@ -261,6 +264,7 @@ def test_unseeded_sampling_has_the_targets_distribution(tiny_model, k):
     assert 0.05 < totals.accepted / totals.drafted < 0.95  # both branches were walked
 
 
+@pytest.mark.slow
 def test_the_controller_in_the_engine_keeps_texts_and_learns_costs(target, drafts):
     params = SamplingParams(max_new_tokens=60, ignore_eos=True)
     requests = {f"r{i}": (prompt, params) for i, prompt in enumerate(prompts(6, seed=8))}

@@ -72,6 +72,7 @@ def plain_step(params, device):
     return [sample(logits_BV, tensors, uniform_B)] + ([probabilities(logits_BV, tensors)] if tensors else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [whole_step, plain_step])
 @pytest.mark.parametrize("params", BATCHES)
 def test_nothing_is_looked_at_on_the_way(step, params):

@@ -30,7 +30,8 @@ def round_activations(x: Tensor, weights: str) -> Tensor:
     largest = x_Gg.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127).div(largest)  # 127 / largest would multiply by a reciprocal
     codes = (x_Gg * torch.where(largest > 0, inverse, 0)).round()
-    return (codes * (largest / 127)).flatten(-2)[..., :K]
+    x_BSK: Tensor = (codes * (largest / 127)).flatten(-2)
+    return x_BSK[..., :K]
 
 
 def round_weight(w_NK: Tensor, weights: str, group: int) -> Tensor:

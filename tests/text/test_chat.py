@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError
 from gpt_fast.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, split_marks
 from gpt_fast.text.gguf_tokenizer import tokenizer_json_from_gguf
 from gpt_fast.text.tokenizer import BYTE_OF, Tokenizer, load_tokenizer
+from support.examples import examples
 from support.hard_strings import TRL, hard_strings, wheel_member
 from support.paths import ROOT
 
@@ -348,7 +349,7 @@ FRAGMENTS = [
 PARTS = "{% for m in messages %}<s>{{ m.role }}:{% for part in m.content %}{{ part }}{% endfor %}</s>{% endfor %}"
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(contents=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), min_size=1, max_size=4))
 def test_a_message_cannot_make_a_control_token(byte_tokenizer: Tokenizer, contents: list[str]) -> None:
     template = ChatTemplate(source_of("smollm2"))
@@ -360,7 +361,7 @@ def test_a_message_cannot_make_a_control_token(byte_tokenizer: Tokenizer, conten
     assert byte_tokenizer.decode_bytes(ids, keep_specials=True).decode() in (rendered, unmarked)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(parts=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=3).map("".join), max_size=4))
 def test_nor_can_parts_joined_by_the_template(byte_tokenizer: Tokenizer, parts: list[str]) -> None:
     parts = [part for part in parts if not part.isidentifier()]

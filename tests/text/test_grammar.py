@@ -4,13 +4,14 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import MAKERS, NAMES
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.text.chat import HERMES, LLAMA
 from gpt_fast.text.grammar import MAX_GRAMMAR, Guide, GuideError, Maker, Vocabulary
+from support.examples import examples
 from support.schemas import POINT, SLOW
 from support.tiny_engine import EOS, ByteTokenizer, tiny_engine
 
@@ -88,7 +89,7 @@ def test_matches_can_say_no():
         assert not matches(wrong, schema)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(drawn=st.lists(st.tuples(schemas, st.integers(0, 99), st.sampled_from([0.0, 1.0, 5.0])), min_size=1, max_size=4))
 def test_every_finished_answer_matches_its_schema(engine, maker, drawn):
     """Several in one batch, each with its own schema."""
@@ -188,6 +189,7 @@ def test_a_bad_schema_is_refused_in_one_line(maker, schema, reason):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_slow_schema_is_stopped(maker):
     """In a process of its own: nothing in this one could stop the compiler."""
     with pytest.raises(GuideError, match=r"too large to compile \(allowed 1 s and 1 GiB\)"):
@@ -246,6 +248,7 @@ def greedy(tokenizer, text):
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_tokenizer(name, tmp_path):
     """tokenizer.json, SentencePiece, a GGUF's own and tiktoken; logits may be padded past the vocabulary."""
@@ -274,6 +277,7 @@ TOOLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [HERMES, LLAMA])
 def test_a_guided_answer_is_one_call(engine, maker, form):
     seen = set()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError
@@ -25,6 +25,7 @@ from gpt_fast.text.tokenizer import (
     cut_long_runs,
     load_tokenizer,
 )
+from support.examples import examples
 from support.hard_strings import MISTRAL_COMMON, SMOLLM2_GGUF, download, hard_strings, wheel_member
 
 SPIECE = {
@@ -168,6 +169,7 @@ def valid(text: str) -> bool:
 # --------------------------------------------------------------------- byte-exact, in both directions
 
 
+@pytest.mark.slow
 def test_two_thousand_hard_strings(pair: Pair) -> None:
     strings = hard_strings()
     assert len(strings) == 2000
@@ -190,7 +192,7 @@ def test_any_text(pair: Pair, text: str) -> None:
     assert pair.ours.decode_bytes(ids).decode(errors="replace") == pair.decode(ids)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_bytes_of_any_ids_are_the_reference_text(pair: Pair, data: st.DataObject) -> None:
     likely = st.integers(0, pair.ours.vocab_size - 1).filter(lambda i: i not in pair.unlike)

@@ -102,7 +102,8 @@ def hf_step(forward: Callable[..., Any], tokens_1S: Tensor, start: int, cache: A
         use_cache=True,
         logits_to_keep=1,
     )
-    return out.logits.argmax(-1).clone()  # the next step of a CUDA graph would overwrite it
+    tokens_B1: Tensor = out.logits.argmax(-1).clone()  # the next step of a CUDA graph would overwrite it
+    return tokens_B1
 
 
 # ------------------------------------------------------------------------------------------- upstream

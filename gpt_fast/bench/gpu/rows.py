@@ -117,7 +117,7 @@ def kernels(loop: DecodeLoop, length: int) -> float | None:
     with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         loop.replay(loop.decoder.reach(len(loop.sampled_B), 1, length), greedy=False)
         torch.cuda.synchronize()
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
     return len(on_device) / loop.steps
 
 

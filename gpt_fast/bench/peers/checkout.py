@@ -42,10 +42,14 @@ class OtherBuild:
             stdout=subprocess.PIPE,
             text=True,
         )
-        loaded = self._ask(engine_options)
+        try:
+            loaded = self._ask(engine_options)
+            if Path(loaded["package"]).parent != checkout:
+                raise RuntimeError(f"{NAME}: gpt_fast came from {loaded['package']} (wanted {checkout})")
+        except BaseException:
+            self.close()
+            raise
         self.seconds_to_first_token = time.perf_counter() - started
-        if Path(loaded["package"]).parent != checkout:
-            raise RuntimeError(f"{NAME}: gpt_fast came from {loaded['package']} (wanted {checkout})")
         self.description = Description(load_seconds=loaded["load_seconds"], facts={"commit": commit(checkout)})
 
     def describe(self) -> Description:

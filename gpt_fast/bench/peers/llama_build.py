@@ -99,7 +99,8 @@ def parse_llama_bench(output: str) -> dict[str, Any]:
     tests = json.loads(output[start : end + 1]) if 0 <= start < end else []
     if len(tests) != 1 or not tests[0].get("samples_ns"):
         raise ValueError(f"llama-bench: expected one test (got {output[:200]!r})")
-    return tests[0]
+    test: dict[str, Any] = tests[0]
+    return test
 
 
 def parse_batched_bench(output: str, case: Case) -> tuple[float, float]:

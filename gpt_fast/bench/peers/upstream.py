@@ -64,7 +64,7 @@ class Upstream:
             )
 
     def _prefill(self, prompt_S: Tensor) -> Tensor:
-        token = self.generate.prefill(self.model, prompt_S.view(1, -1), torch.arange(len(prompt_S)))
+        token: Tensor = self.generate.prefill(self.model, prompt_S.view(1, -1), torch.arange(len(prompt_S)))
         return token.view(1, 1).clone()
 
     def _mask(self) -> tuple[Any, ...]:

@@ -141,7 +141,7 @@ class CpuDecoder:
         self.config = model.config
         self.library = load_library(isa)
         self.pool = pool or Pool(self.library, threads)
-        self.kept: list[Tensor | Structure | ctypes.Array] = []  # what the C++ side points to
+        self.kept: list[Tensor | Structure | ctypes.Array[Any]] = []  # what the C++ side points to
         self.arena = Arena()
         self.weight_bytes = 0  # what a step of one token reads
         self.greedy_saves = 0  # of that, what a greedy step of few rows leaves out, but for rows its screen does not

@@ -25,7 +25,7 @@ def is_worth_it(head: Linear, step_bytes: int) -> bool:
 
 def code_bytes(head: Linear) -> int:
     """Of a head of 8 or 16 bits, without its scales."""
-    return head.rows * head.cols * (2 if head.format == pack.BF16 else 1)
+    return int(head.rows * head.cols * (2 if head.format == pack.BF16 else 1))
 
 
 def build_screen(

@@ -258,4 +258,4 @@ def layer_bytes(weights: ModelWeights) -> int:
 
 def linear_bytes(linear: Linear) -> int:
     bits = {pack.BF16: 16, pack.INT4: 4}.get(linear.format, 8)
-    return linear.rows * linear.cols * bits // 8
+    return int(linear.rows * linear.cols * bits // 8)

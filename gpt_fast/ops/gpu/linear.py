@@ -174,8 +174,8 @@ def qkv_launch(
 
 
 def launch(
-    kernel: Any, x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, extra: dict, constants: dict, eps: float,
-    *, row_unit: int = ANY,
+    kernel: Any, x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, extra: dict[str, Any],
+    constants: dict[str, Any], eps: float, *, row_unit: int = ANY,
 ) -> Launch:  # fmt: skip
     """What every kernel of the family shares. row_unit: no program's rows may lie on both sides of a multiple of it.
 
