@@ -73,9 +73,7 @@ def cuts(text, seed):
 
 MARKED_TEXTS = ["a</tool_call>b", "<tool_call>", '\\"</tool_call>', "</tool_call>\\", "; {}", '{"a": 1}</tool_call>']
 json_values = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(-99, 99), st.text(max_size=5), st.sampled_from(MARKED_TEXTS)
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.text(max_size=5), st.sampled_from(MARKED_TEXTS)),
     lambda each: st.one_of(st.lists(each, max_size=2), st.dictionaries(st.text(max_size=3), each, max_size=2)),
     max_leaves=4,
 )
