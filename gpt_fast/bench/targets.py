@@ -43,14 +43,14 @@ def model_facts(checkpoint: Path) -> tuple[int, int | None]:
     if not checkpoint.exists():
         raise ValueError(f"checkpoint_path: no such file or directory (got {checkpoint})")
     path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    config = read_json_object(path)
     try:
-        config = read_json_object(path)
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         return min(1000, config["vocab_size"]), 2 * config["num_hidden_layers"] * kv_heads * head_dim
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint_path: no usable {path}: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
 
 
 def engine(**options: Any) -> Target:

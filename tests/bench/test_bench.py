@@ -589,7 +589,7 @@ def test_the_server_is_asked_for_the_same_case():
         (["--engine", "--prompt_len", "0"], "must be a whole number (got '0', allowed 1 or more)"),
         (["--peer", "vllm"], "unknown peer"),
         (["--engine", "--plot", "figure.txt"], "unknown format (got 'figure.txt', allowed a name in .png, .svg, .pdf)"),
-        (["--engine"], "config.json: FileNotFoundError"),
+        (["--engine"], "config.json: no such file"),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, line, tmp_path, capsys):
