@@ -99,7 +99,8 @@ def test_greedy_and_seeded_texts_are_plain_decodes(target, drafts, kind, k):
 
 def test_a_sampled_draft_equal_to_its_target_is_always_accepted(target):
     core = speculating(target, target, 4)
-    finish(core, {f"r{i}": (p, SamplingParams(max_new_tokens=30, temperature=1.0)) for i, p in enumerate(prompts(4))})
+    params = [SamplingParams(max_new_tokens=30, temperature=1.0, seed=i, ignore_eos=True) for i in range(4)]
+    finish(core, {f"r{i}": pair for i, pair in enumerate(zip(prompts(4), params, strict=True))})
     totals = core.speculator.totals
     assert totals.drafted > 60 and totals.accepted == totals.drafted
 
