@@ -18,6 +18,8 @@ from support.manifest import list_files
 from support.paths import ROOT
 from support.quantized import random_model, small_config, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Compilers take longer to import than the engine to load; tokenizers and templates are imported with a checkpoint's.
 COMPILERS = {"torch._dynamo", "torch._inductor", "sympy", "triton"}
 EXTRAS = {"transformers", "gguf", "tiktoken", "llguidance", "matplotlib", "lm_eval", "huggingface_hub"}

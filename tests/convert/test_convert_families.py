@@ -12,6 +12,8 @@ from gpt_fast.convert.run import convert
 from gpt_fast.load.checkpoint import load_checkpoint
 from support.tiny_models import FAMILIES, logits, save
 
+pytestmark = pytest.mark.slow
+
 POSITIONS = 1000
 
 

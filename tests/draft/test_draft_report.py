@@ -17,6 +17,8 @@ from gpt_fast.speculative.speculator import Speculator, Totals
 from support.paths import ROOT
 from support.tiny_engine import tiny_engine
 
+pytestmark = pytest.mark.slow
+
 COST = formulas.Cost(2, 10.0, 1.0, 0.1, {2: 1.1, 4: 1.2}, {2: 0.05, 4: 0.06}, 2000.0)
 
 

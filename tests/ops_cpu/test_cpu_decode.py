@@ -490,6 +490,7 @@ def test_the_librarys_key_is_of_its_own_sources(monkeypatch: pytest.MonkeyPatch,
     assert build.source_key("avx2") != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_nothing_in_the_compile_is_warned_of(isa: str, tmp_path: Path) -> None:
     build.compile_sources(tmp_path / "decoder.so", isa, [build.LIBRARY_SOURCE], ["-fsyntax-only", "-Werror"])

@@ -23,7 +23,10 @@ from gpt_fast.ops.cpu.tuning import AXES, CLEARLY, DEFAULT, HINTS, Choice, Place
 from support.cpu_models import new_cache, random_tokens, run_chunks, small_model
 from support.examples import examples
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels"),
+]
 
 CHOICES = st.builds(
     Choice,

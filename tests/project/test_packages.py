@@ -22,6 +22,7 @@ def name_of(requirement: str) -> str:
     return re.split(r"[<>=;\[ ]", requirement)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requirement", PROJECT["dependencies"])
 def test_every_dependency_is_imported(requirement: str) -> None:
     name = IMPORTED_AS.get(name_of(requirement), name_of(requirement))

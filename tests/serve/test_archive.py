@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import archive
 from served_files import imported_modules
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {"bench", "convert", "draft", "eval", "measure", "generate.py"}
 OF_QUANTIZING = {"gptq.py", "gptq_model.py", "gptq_streaming.py", "grid_search.py", "__main__.py"}
 SERVE = """

@@ -17,6 +17,8 @@ from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
