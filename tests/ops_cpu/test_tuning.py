@@ -136,6 +136,7 @@ DAMAGES = (
     "[]",
     '{"library": "another", "choices": {"ENTRY": {}}}',
     '{"library": "LIBRARY", "choices": {"ENTRY": {"one_row": 3}}}',
+    '{"library": "LIBRARY", "choices": {"ENTRY": {"one_row": ["L1", 1], "few_rows": ["L1", 1], "chunks_each": 0}}}',
     '{"library": "LIBRARY", "choices": {"ENTRY": {"one_row": ["L9", 1], "few_rows": ["L1", 1]}}}',
 )
 

@@ -8,7 +8,6 @@ about SECONDS, and keeps what it found beside the compiled library. Results are 
 from __future__ import annotations
 
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt_fast.files import write_json
+from gpt_fast.files import read_json_object, write_json
 from gpt_fast.ops.cpu import build, pack
 from gpt_fast.ops.cpu.structs import Fetch, LayerWeights, Linear, ModelWeights, StepInput, Tuning
 
@@ -43,6 +42,11 @@ class Choice:
     both_tiles: bool = False
     row_block: int = 8
     chunks_each: int = 8
+
+    def __post_init__(self) -> None:
+        """A kept file may hold anything: the kernels divide by these."""
+        if min(self.row_block, self.chunks_each) < 1:
+            raise ValueError("row_block, chunks_each: must be at least 1")
 
     def struct(self) -> Tuning:
         fetches = (Fetch(HINTS[hint], distance) for hint, distance in (self.one_row, self.few_rows))
@@ -208,9 +212,9 @@ class Place(NamedTuple):
     def entries(self) -> dict[str, Any]:
         """The entries of this library; none where there is no readable file, or one of another library."""
         try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            kept = read_json_object(self.path)
             return dict(kept["choices"]) if kept["library"] == self.library else {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return {}
 
     def read(self) -> Choice | None:

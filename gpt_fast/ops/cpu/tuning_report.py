@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from gpt_fast.config import ModelConfig
+from gpt_fast.files import read_json_object, write_json
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import build, tuning
 from gpt_fast.ops.cpu.decoder import CpuDecoder
@@ -60,9 +61,9 @@ def kept_choices() -> list[str]:
     lines = []
     for path in sorted(build.cache_dir().glob("tuning-*.json")):
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json_object(path)
             lines += [f"{path.name}: {entry}: {json.dumps(choice)}" for entry, choice in kept["choices"].items()]
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError):
             lines.append(f"{path.name}: unreadable; it is written anew at the next load")
     return lines
 
@@ -83,9 +84,7 @@ def run(threads: int, rounds: int, out: Path | None) -> None:
             "command": f"python -m gpt_fast.ops.cpu --tune --threads {threads} --rounds {rounds} --out {out}",
             "races": [told_of(race) for race in races],
         }
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_json(told, out)
 
 
 def told_of(race: Race) -> dict[str, Any]:
