@@ -21,7 +21,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        scalars = [key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode)]
+        for key_node in scalars:  # any other key is refused by PyYAML itself
             key = key_node.value
             if key in seen:
                 raise ValueError(f"{key}: given twice (line {key_node.start_mark.line + 1}); keep one of them")

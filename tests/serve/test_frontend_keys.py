@@ -69,6 +69,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(name: str, meant: str) 
         ("batchSize: 4\nbatchSize: 8\n", r"batchSize: given twice \(line 2\)"),
         ("handler:\n  dtype: auto\n  dtype: float32\n", r"dtype: given twice \(line 3\)"),
         ("a: [", "not YAML"),
+        ("? [a]\n: 1\n", "not YAML"),
         ("- 1", "must be a mapping"),
         ("", "must be a mapping"),
     ],
