@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -124,11 +125,13 @@ def race(shape: str, weights: str, threads: int, rounds: int) -> Race:
 def take_turns(
     probe: Probe, choices: Iterable[Choice], rows: int, rounds: int, label: str
 ) -> dict[Choice, list[float]]:
-    """Seconds of each choice's steps, one a round."""
+    """Seconds of each choice's steps, one a round, in changing order: a step also meets what the last one left."""
     times: dict[Choice, list[float]] = {choice: [] for choice in choices}
+    order, rng = list(times), random.Random(0)
     for _ in tqdm(range(rounds), desc=label, leave=False, disable=None):
-        for choice, taken in times.items():
-            taken.append(probe.seconds(choice, rows))
+        rng.shuffle(order)
+        for choice in order:
+            times[choice].append(probe.seconds(choice, rows))
     return times
 
 
