@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.draft.measure import Reader, draft_runner, run
+from gpt_fast.draft.runs import Reader, draft_runner, run
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import chi_square, expected_total_variation, total_variation, uniform_p_value
 from gpt_fast.sampling import probabilities, sampling_tensors
