@@ -50,4 +50,4 @@ def force_acceptance(core: EngineCore, rate: float) -> None:
         raise ConfigError("synthetic_acceptance", "needs a draft model: a lookup is matched, not verified")
     forced = ForcedSpeculator(loaded.proposers, loaded.controller, max_seq_len=loaded.max_seq_len)
     forced.rate = rate
-    core.runner.speculate_with(forced)
+    core.speculate_with(forced)

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -122,6 +123,24 @@ def test_a_name_that_is_there_twice_has_a_reason():
         homes[name.split(".")[-1]].append(name)
     repeated = {frozenset(names) for last, names in homes.items() if len(names) > 1 and last != COMMANDS}
     assert repeated == {frozenset(names) for names in SAME_NAME}, "rename one, or say in SAME_NAME why not"
+
+
+def inner_objects(tree):
+    """Lines that use the runner or the scheduler of a core, or keep it under a name of their own: `core.runner.x`."""
+    kept = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Assign)]
+    kept += [part for node in kept if isinstance(node, ast.Tuple) for part in node.elts]
+    return sorted({node.lineno for node in kept if re.search(r"\bcore\.(runner|scheduler)$", ast.unparse(node))})
+
+
+def test_inner_objects_are_found():
+    code = "core.runner.advance(r)\nx, y = 1, self.core.scheduler\nread(engine.core.runner)\ncore.runner_up.x\n"
+    assert inner_objects(ast.parse(code)) == [1, 2]
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith("engine.")))
+def test_nobody_reaches_through_the_core(name):
+    """What others need of its parts are methods of EngineCore and Engine, or functions of a Runner given to them."""
+    assert not inner_objects(TREES[name])
 
 
 @pytest.mark.parametrize("name", [n for n in CORE if n in MODULES])
