@@ -121,7 +121,7 @@ def samples(engine: Engine, args: argparse.Namespace) -> None:
     print(f"Batch Size: {args.batch_size}")
     print(f"Prompt Length: {len(prompt)}")
     print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
-    print(f"Memory used: {memory_used(engine.core.runner.device) / 1e9:.2f} GB")
+    print(f"Memory used: {memory_used(torch.device(engine.description.device)) / 1e9:.2f} GB")
 
 
 def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, index: int) -> float:

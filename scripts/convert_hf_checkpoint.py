@@ -14,8 +14,8 @@ from pathlib import Path
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.hf import is_gpt_fast_int8, open_job
-from gpt_fast.convert.int8 import convert_int8
 from gpt_fast.convert.run import DTYPES, convert
+from gpt_fast.convert.upstream_int8 import convert_int8
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.bench.client import Api, NativeApi, OpenAIApi
-from gpt_fast.bench.load import Load, Prompt, ask_alone, check, metrics, run
+from gpt_fast.bench.closed_loop import Load, Prompt, ask_alone, check, metrics, run
 from gpt_fast.bench.report import show
 from gpt_fast.bench.sample import Case
 from gpt_fast.cli.errors import at_least, http_url, one_line_errors

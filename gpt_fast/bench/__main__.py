@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.bench import report
+from gpt_fast.bench.interleave import Run, interleave
 from gpt_fast.bench.peers import PEERS
 from gpt_fast.bench.remote import Remote
-from gpt_fast.bench.rounds import Run, interleave
 from gpt_fast.bench.sample import Case, Unavailable
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
 from gpt_fast.cli.errors import at_least, http_url, one_line_errors
@@ -43,7 +43,7 @@ VERIFY_SIZES = range(1, 9)
 def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     if "--gpu" in given:
-        from gpt_fast.bench.gpu.cli import main as gpu_main
+        from gpt_fast.bench.gpu.command import main as gpu_main
 
         return gpu_main([argument for argument in given if argument != "--gpu"])
     args = parse_args(argv)

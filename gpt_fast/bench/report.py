@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.bench.rounds import Results
+from gpt_fast.bench.interleave import Results
 from gpt_fast.bench.sample import Description
 from gpt_fast.bench.summary import ratio, summarize
 from gpt_fast.measure.picture import picture

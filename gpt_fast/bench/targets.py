@@ -55,7 +55,7 @@ def model_facts(checkpoint: Path) -> tuple[int, int | None]:
 
 def engine(**options: Any) -> Target:
     with at_rest():
-        from gpt_fast.bench.engine import EngineTarget
+        from gpt_fast.bench.engine_target import EngineTarget
 
     return EngineTarget(**options)
 

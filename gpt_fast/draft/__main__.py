@@ -26,9 +26,9 @@ from gpt_fast.draft.assess import DraftReport, assess_draft
 from gpt_fast.draft.lossless import Check, check_greedy, check_sampled
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
 from gpt_fast.draft.random_model import write_random_model
-from gpt_fast.draft.report import plot, print_comparison, print_report
 from gpt_fast.draft.speed import compare, json_of, print_ratios, take_turns, variants
 from gpt_fast.draft.synthetic import force_acceptance
+from gpt_fast.draft.tables import plot, print_comparison, print_report
 from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
 from gpt_fast.measure import machine

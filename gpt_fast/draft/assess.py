@@ -13,8 +13,8 @@ import torch
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.cost import measure_cost
 from gpt_fast.draft.formulas import Cost, Speed, best_k, compare, pool
-from gpt_fast.draft.measure import Reader, Run, draft_runner, run, speculator_of
 from gpt_fast.draft.prompts import Prompt, categories
+from gpt_fast.draft.runs import Reader, Run, draft_runner, run, speculator_of, target_runner
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import wilson
 from gpt_fast.speculative.costs import Choice
@@ -140,7 +140,7 @@ def read_overlap(
     runner = draft_runner(core)
     if runner is None:
         return []
-    target, draft, found = Reader(core.runner), Reader(runner), []
+    target, draft, found = Reader(target_runner(core)), Reader(runner), []
     for prompt, text in zip(prompts, answers, strict=True):
         p_TV, q_TV = target.logits(prompt, text).log_softmax(-1), draft.logits(prompt, text).log_softmax(-1)
         overlap_T = torch.minimum(p_TV.exp(), q_TV.exp()).sum(-1)

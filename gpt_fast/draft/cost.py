@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt_fast.draft.formulas import Cost
-from gpt_fast.draft.measure import draft_runner, rows_catching_up, speculating, speculator_of
+from gpt_fast.draft.runs import draft_runner, rows_catching_up, speculating, speculator_of, target_runner
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.model.forward import Startable
@@ -41,23 +41,23 @@ def measure_cost(
         work()
         times.setdefault(key, []).append(time.perf_counter() - started)
 
-    runner, speculator = draft_runner(core), speculator_of(core)
+    target, runner, speculator = target_runner(core), draft_runner(core), speculator_of(core)
     proposer = speculator.proposers[arm] if speculator else None
     model = proposer.startable if isinstance(proposer, DraftProposer) and temperature == 0 else None
     for _ in range(REPEATS + 1):
         with speculating(core, None):
-            times.setdefault("plain", []).append(plain_step(core, rows))
+            times.setdefault("plain", []).append(plain_step(target, rows))
         if runner:
             timed("prompt", lambda: read_prompt(runner, unread))
             times.setdefault("draft", []).append(draft_step(runner, rows, model))
         for k in counts:
-            timed(f"verify {k}", lambda k=k: forward(core.runner, rows, k + 1))  # type: ignore[misc]
+            timed(f"verify {k}", lambda k=k: forward(target, rows, k + 1))  # type: ignore[misc]
             with speculating(core, Choice(arm, k)):
-                catch_up(core, rows)
-                timed(f"step {k}", lambda: core.runner.advance(rows))
+                catch_up(core, target, rows)
+                timed(f"step {k}", lambda: target.advance(rows))
     core.forget_slots()  # the rows wrote there
     for row in rows:
-        core.runner.ended(row)
+        target.ended(row)
     seconds = {key: statistics.median(values[1:]) for key, values in times.items()}
     plain, draft = seconds["plain"], seconds.get("draft", 0.0)
     v = {k: seconds[f"verify {k}"] / plain for k in counts}
@@ -66,19 +66,19 @@ def measure_cost(
     return Cost(batch_size, plain * 1e3, draft * 1e3, draft / plain, v, o, rate, seconds.get("prompt", 0.0) * 1e3)
 
 
-def plain_step(core: EngineCore, rows: Sequence[Request], steps: int = 4) -> float:
+def plain_step(runner: Runner, rows: Sequence[Request], steps: int = 4) -> float:
     """Seconds of a plain step among others, of rows that are left as they were."""
     before = [(row, list(row.output), row.computed) for row in rows]
     started = 0.0
     for step in range(1 + steps):
         if step == 1:
             started = time.perf_counter()
-        sampled = core.runner.advance(list(rows))
+        sampled = runner.advance(list(rows))
         for row in rows:
             row.output.append(sampled[row.id][0].token)
             row.computed += 1
-        if core.runner.begin_next:
-            core.runner.begin_next(list(rows))
+        if runner.begin_next:
+            runner.begin_next(list(rows))
     seconds = (time.perf_counter() - started) / steps
     for row, output, computed in before:
         row.output[:], row.computed = output, computed
@@ -105,11 +105,11 @@ def read_prompt(runner: Runner, count: int) -> None:
         runner.forward(runner.prefill, [part], [start], [0], size=size)[..., 0].tolist()
 
 
-def catch_up(core: EngineCore, rows: Sequence[Request]) -> None:
+def catch_up(core: EngineCore, target: Runner, rows: Sequence[Request]) -> None:
     """Steps until a draft has seen all of the rows, and one more."""
-    core.runner.advance(list(rows))
+    target.advance(list(rows))
     while rows_catching_up(core):
-        core.runner.advance(list(rows))
+        target.advance(list(rows))
 
 
 def forward(runner: Runner, rows: Sequence[Request], size: int) -> list[Any]:

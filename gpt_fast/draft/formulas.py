@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt_fast.draft.measure import Run
+from gpt_fast.draft.runs import Run
 from gpt_fast.speculative.controller import expected_tokens
 
 AGREE = 0.07  # predicted and measured speed-up may differ by this share

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import SamplingParams
-from gpt_fast.draft.measure import Reader, draft_runner, run
+from gpt_fast.draft.runs import Reader, draft_runner, run, target_runner
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.measure.significance import chi_square, expected_total_variation, total_variation, uniform_p_value
 from gpt_fast.sampling import probabilities, sampling_tensors
@@ -57,7 +57,7 @@ def check_greedy(core: EngineCore, choice: Choice, prompts: Sequence[list[int]],
     """Every prompt's greedy answer with and without speculation."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
     plain, spoken = run(core, None, prompts, params), run(core, choice, prompts, params)
-    reader, dtype = Reader(core.runner), core.runner.cache.k_LNHTD.dtype
+    reader = Reader(target_runner(core))
     ties = wrong = 0
     largest = 0.0
     for prompt, ours, theirs in zip(prompts, spoken.answers, plain.answers, strict=True):
@@ -70,7 +70,7 @@ def check_greedy(core: EngineCore, choice: Choice, prompts: Sequence[list[int]],
         logits_V = reader.logits(prompt, theirs[: at + 1])[-1]
         gap = float((logits_V[theirs[at]] - logits_V[ours[at]]).abs())
         largest = max(largest, gap)
-        tied = gap <= tie_tolerance(logits_V, dtype)
+        tied = gap <= tie_tolerance(logits_V, reader.dtype)
         ties, wrong = ties + tied, wrong + (not tied)
     totals = spoken.totals
     figures = {"prompts": len(prompts), "equal": len(prompts) - ties - wrong, "ties": ties, "different": wrong,
@@ -110,7 +110,7 @@ def check_histories(
 ) -> Check:
     """Chi-square and total variation of what follows each history that occurred often enough (prompt excluded: its
     first token is the prefill's)."""
-    reader, statistic, freedom, impossible, worst = Reader(core.runner), 0.0, 0, 0, (0.0, 0.0)
+    reader, statistic, freedom, impossible, worst = Reader(target_runner(core)), 0.0, 0, 0, (0.0, 0.0)
     histories = Counter(tuple(a[:n]) for a in answers for n in range(1, len(a)))
     common = [history for history, count in histories.most_common(64) if count >= GROUP]
     for history in common:
@@ -145,7 +145,7 @@ class Quantiles:
 
     def __init__(self, core: EngineCore, params: SamplingParams, seed: int) -> None:
         runner = draft_runner(core)
-        self.target, self.draft = Reader(core.runner), Reader(runner) if runner else None
+        self.target, self.draft = Reader(target_runner(core)), Reader(runner) if runner else None
         self.params, self.rng = params, random.Random(seed)
 
     def quantiles(self, prompt: list[int], answer: list[int]) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import ConfigError
-from gpt_fast.draft.measure import draft_runner, speculator_of
+from gpt_fast.draft.runs import draft_runner, speculator_of
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.sampling import SamplingTensors, on_device
 from gpt_fast.speculative.accept import accept_at_once
@@ -50,4 +50,4 @@ def force_acceptance(core: EngineCore, rate: float) -> None:
         raise ConfigError("synthetic_acceptance", "needs a draft model: a lookup is matched, not verified")
     forced = ForcedSpeculator(loaded.proposers, loaded.controller, max_seq_len=loaded.max_seq_len)
     forced.rate = rate
-    core.runner.speculate_with(forced)
+    core.speculate_with(forced)

@@ -70,15 +70,19 @@ class EngineCore:
         decoding = len(self.scheduler.decoding)
         return decoding if decoding == len(self.scheduler.running) else 0
 
+    def speculate_with(self, speculator: Speculation | None) -> None:
+        """Let this one propose from the next step on; None: plain decode."""
+        self.runner.speculate_with(speculator)
+
     @contextmanager
     def with_speculator(self, speculator: Speculation | None) -> Iterator[None]:
         """Let the steps meanwhile be those of an engine that was built with this speculator, or with none."""
-        loaded = self.runner.speculator
-        self.runner.speculate_with(speculator)
+        loaded = self.speculator
+        self.speculate_with(speculator)
         try:
             yield
         finally:
-            self.runner.speculate_with(loaded)
+            self.speculate_with(loaded)
 
     def forget_slots(self) -> None:
         """Let no request reuse what another computed before, in the model's slots or a proposer's."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.ops.gpu.decoder import GpuDecoder
+from gpt_fast.ops.gpu.gemv import MAX_TOKENS
 from gpt_fast.ops.gpu.graph import DecodeLoop
-from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.state import Row
 from gpt_fast.request import Request, SampledToken, StepPlan
 from gpt_fast.sampling import needs_edit

@@ -242,17 +242,9 @@ class Runner:
             [start + i if i < len(row) else scratch for i in range(size)]
             for row, start in zip(tokens, starts, strict=True)
         ] + [[scratch] * size] * pad
-        slots_B = slots + [slots[0]] * pad
-        in_order = slots == list(range(real))
+        slots_B = None if slots == list(range(real)) else self._tensor(slots + [slots[0]] * pad)
         select_B = None if every else self._tensor([max(len(row) - 1, 0) for row in tokens] + [0] * pad)
-        return Batch(
-            tokens_BS,
-            self._tensor(positions_BS),
-            self.cache,
-            length,
-            None if in_order else self._tensor(slots_B),
-            select_B,
-        )
+        return Batch(tokens_BS, self._tensor(positions_BS), self.cache, length, slots_B, select_B)
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return on_device(values, self.device)

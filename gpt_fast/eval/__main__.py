@@ -16,7 +16,7 @@ from gpt_fast.cli.errors import refuse_useless
 from gpt_fast.config import EngineConfig, check_int
 from gpt_fast.engine import ranks
 from gpt_fast.engine.ranks import Group
-from gpt_fast.eval.report import Passage, make_report, plot, table
+from gpt_fast.eval.quality_report import Passage, make_report, plot, table
 from gpt_fast.files import write_json
 from gpt_fast.measure.picture import picture_path
 from gpt_fast.measure.texts import default_text, file_text, held_out_part

@@ -32,15 +32,7 @@ class EngineLM(TemplateLM):
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine, self.tokens = engine, engine.tokenizer
-        runner = engine.core.runner
-        self.scorer = Scorer(
-            runner.prefill,
-            engine.model_config,
-            rows=runner.cache.slots,
-            max_seq_len=engine.core.max_seq_len,
-            dtype=runner.cache.k_LNHTD.dtype,
-            device=runner.device,
-        )
+        self.scorer = Scorer.beside(engine.core.runner)
 
     @property
     def eot_token_id(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import ModelConfig
-from gpt_fast.engine.runner import bucket_of, buckets
+from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch, Forward
 
@@ -45,6 +45,19 @@ class Scorer:
         self.forward, self.rows, self.max_seq_len, self.device = forward, rows, max_seq_len, device
         self.cache = KVCache(config, slots=rows, max_seq_len=max_seq_len, dtype=dtype, device=device)
         self.lengths = buckets(max_seq_len, 128)
+
+    @classmethod
+    def beside(cls, runner: Runner) -> Scorer:
+        """Over the same model as this runner, which is not disturbed, and with a cache like its own."""
+        cache = runner.cache
+        return cls(
+            runner.prefill,
+            cache.config,
+            rows=cache.slots,
+            max_seq_len=cache.max_seq_len,
+            dtype=cache.k_LNHTD.dtype,
+            device=runner.device,
+        )
 
     @torch.inference_mode()
     def logits(self, tokens: list[list[int]]) -> Iterator[tuple[int, Tensor]]:

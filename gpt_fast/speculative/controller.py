@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpt_fast.speculative.costs import LATE, PLAIN, BatchShape, CatchUp, Choice, Costs
+from gpt_fast.speculative.costs import PLAIN, UNOVERLAPPED, BatchShape, CatchUp, Choice, Costs
 
 
 def expected_tokens(rate: float, count: int) -> float:
@@ -71,7 +71,7 @@ class Controller:
     costs: Costs = field(default_factory=Costs)
     catching_up: dict[str, CatchUp] = field(default_factory=dict)  # by arm
     balance: float = 0.0  # seconds
-    since_plain: int = 0  # steps since a plain one that did not begin late
+    since_plain: int = 0  # steps since a plain one that overlapped
     comparing: int = 0  # plain steps to come, which keep the comparison honest
     invested: float = 0.0  # seconds of catching up that the steps after it have not had the time to earn back
     wanted: float = 0.0  # seconds that the cheapest probe is expected to lose, as of the last choice
@@ -80,7 +80,7 @@ class Controller:
     REST_SHARE, REST = 0.25, 8  # of the idle steps in a row, and at most: plain steps between two looks
     UNKNOWN = 0.2  # what a proposal is taken to cost, in plain steps, until a step with as many was measured
     UNKNOWN_TOKEN = 0.1  # the same of a token that a draft must be fed first
-    COMPARED = 3  # plain steps a comparison, after one that began late
+    COMPARED = 3  # plain steps a comparison, after one that did not overlap
     COMPARE_EVERY = 64  # steps at most between two
 
     def choose(self, batch: BatchShape, offers: Mapping[str, Sequence[Candidate]]) -> Choice | None:
@@ -110,15 +110,16 @@ class Controller:
         self, arm: str, batch: BatchShape, candidates: Sequence[Candidate], plain: float
     ) -> Iterator[tuple[Choice, float, float, float]]:
         """For every k: tokens a row, the cost of the step, and the cost of catching up first, both in plain steps. If
-        no row has proposals after all, the step is a plain one that began late."""
-        known, late = self.costs.relative(arm, batch), self.costs.relative(LATE.arm, batch).get(0, 1.0)
+        no row has proposals after all, the step is a plain one that did not overlap."""
+        known = self.costs.relative(arm, batch)
+        unoverlapped = self.costs.relative(UNOVERLAPPED.arm, batch).get(0, 1.0)
         none = math.prod(1 - c.probability for c in candidates)
         feeding = self._catch_up(arm, plain).token * sum(c.behind for c in candidates) / plain
         for k in self.counts:
             tau = (
                 sum(1 + c.probability * (expected_tokens(c.rate, min(k, c.limit)) - 1) for c in candidates) / batch.rows
             )
-            cost = (1 - none) * known.get(k, 1 + self.UNKNOWN * k) + none * late
+            cost = (1 - none) * known.get(k, 1 + self.UNKNOWN * k) + none * unoverlapped
             yield Choice(arm, k), tau, cost, feeding
 
     def _compare_every(self, speedup: float) -> float:
@@ -137,11 +138,11 @@ class Controller:
 
     def learn(
         self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, *, caught_up: int = 0,
-        rows_behind: int = 0, late: bool = False,
+        rows_behind: int = 0, overlapped: bool = True,
     ) -> None:  # fmt: skip
-        """What a step brought and cost, `caught_up` tokens of `rows_behind` rows fed to a draft included. late: a plain
-        step that began late, and would not have without a speculator."""
-        kind = choice or (LATE if late else PLAIN)
+        """What a step brought and cost, `caught_up` tokens of `rows_behind` rows fed to a draft included.
+        overlapped False: a plain step that waited for the host's work, and would not have without a speculator."""
+        kind = choice or (PLAIN if overlapped else UNOVERLAPPED)
         if caught_up:
             seconds = self._learn_catching_up(kind, batch, seconds, caught_up)
         else:

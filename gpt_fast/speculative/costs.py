@@ -15,7 +15,8 @@ class Choice(NamedTuple):
 
 
 PLAIN = Choice("plain", 0)
-LATE = Choice("late", 0)  # a plain step that began late: the runner waited, for there might have been proposals
+# A plain step that did not overlap with the host's work: the runner waited, for there might have been proposals.
+UNOVERLAPPED = Choice("unoverlapped", 0)
 
 
 class BatchShape(NamedTuple):

@@ -165,9 +165,9 @@ class Speculator:
         batch, choice = batch_of(requests), self.last.choice
         seconds += min(self.gap, self.GAP * (self.controller.costs.plain(batch) or 0.0))
         if proposal is None or choice is None:
-            late = self.chains and not batch.sampled and not self.last.early
+            overlapped = not self.chains or batch.sampled or self.last.early
             if not self.always:
-                self.controller.learn(None, batch, tokens, seconds, late=late)
+                self.controller.learn(None, batch, tokens, seconds, overlapped=overlapped)
             return
         rows_behind = self.last.behind if proposal.caught_up else 0
         if not self.always:

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from gpt_fast.bench import __main__ as command
 from gpt_fast.bench import long_prompt, report
 from gpt_fast.bench.bandwidth import Bandwidth
-from gpt_fast.bench.engine import EngineTarget, neighbours
+from gpt_fast.bench.engine_target import EngineTarget, neighbours
+from gpt_fast.bench.interleave import interleave
 from gpt_fast.bench.over_http import HttpTarget
 from gpt_fast.bench.peers import PEERS, PeerOptions, load_peer, openvino_genai, upstream
 from gpt_fast.bench.peers.llama_build import parse_batched_bench, parse_llama_bench
 from gpt_fast.bench.quality import quality_of
 from gpt_fast.bench.recorder import Recorder, record
 from gpt_fast.bench.remote import Remote
-from gpt_fast.bench.rounds import interleave
 from gpt_fast.bench.sample import Case, Description, Sample, Segment, Unavailable
 from gpt_fast.bench.summary import ratio, summarize
 from gpt_fast.checkpoint.quality_gate import report_path, weights_sha256

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from gpt_fast.bench.gpu import cli, models, report, rows
+from gpt_fast.bench.gpu import command, models, roofline, rows
 from gpt_fast.model.forward import Batch
 from support.paths import ROOT
 
@@ -49,7 +49,7 @@ class Transformer(torch.nn.Module):
 
 def dry_run(capsys, *arguments):
     """The result, and all that was printed before it."""
-    cli.main(["--dry-run", *arguments])
+    command.main(["--dry-run", *arguments])
     *lines, last = capsys.readouterr().out.splitlines()
     return json.loads(last), lines
 
@@ -111,7 +111,7 @@ def test_a_failing_row_says_why_and_the_rest_go_on(capsys, monkeypatch, tmp_path
     monkeypatch.setattr(rows, "prefill", broken)
     out = tmp_path / "gpu.json"
     seen = []
-    monkeypatch.setattr(cli, "write_json", lambda result, path: seen.append((path, len(result["rows"]))))
+    monkeypatch.setattr(command, "write_json", lambda result, path: seen.append((path, len(result["rows"]))))
     result, lines = dry_run(capsys, "--only", "prefill", "verify", "sampler", "--formats", "bf16", "--out", str(out))
     errors = [row["error"] for row in result["rows"] if "error" in row]
     assert errors == ["RuntimeError: no such thing"] * 2
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_made_is_a_row(capsys, monkeypatch):
     def full(*_):
         raise MemoryError("none left")
 
-    monkeypatch.setattr(cli, "random_model", full)
+    monkeypatch.setattr(command, "random_model", full)
     result, _ = dry_run(capsys, "--only", "decode", "--formats", "bf16", "int8")
     assert [(row["kind"], row["error"]) for row in result["rows"]] == [("model", "MemoryError: none left")] * 2
 
@@ -132,9 +132,9 @@ def test_a_model_that_cannot_be_made_is_a_row(capsys, monkeypatch):
 def test_peers_and_cold_start_in_a_process_of_its_own(tmp_path):
     (tmp_path / "generate.py").write_text(GENERATE)
     (tmp_path / "model.py").write_text(MODEL)
-    command = [sys.executable, "-m", "gpt_fast.bench", "--gpu", "--dry-run", "--only", "decode", "peers", "cold",
+    ordered = [sys.executable, "-m", "gpt_fast.bench", "--gpu", "--dry-run", "--only", "decode", "peers", "cold",
                "--formats", "bf16", "--peer_dir", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(ordered, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     found = {row["kind"]: row for row in result["rows"]}
@@ -155,7 +155,7 @@ def test_peers_and_cold_start_in_a_process_of_its_own(tmp_path):
 def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"^2$"):
-        cli.main([])
+        command.main([])
     assert capsys.readouterr().err.startswith("error: no CUDA device")
 
 
@@ -189,5 +189,5 @@ def test_ratios_only_count_the_same_case():
     ]
     failed = {"kind": "peer b", **case, "error": "x"}
     table = [ours, *others, failed]
-    report.finish(table, None)
+    roofline.finish(table, None)
     assert ours["over_peer"] == 1.5

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from gpt_fast.bench.client import Answer, Arrival, NativeApi, OpenAIApi, ask
-from gpt_fast.bench.load import Load, Outcome, check, metrics, run, spread
+from gpt_fast.bench.closed_loop import Load, Outcome, check, metrics, run, spread
 from support.paths import ROOT
 from support.round_server import RoundServer
 

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 
 from gpt_fast.config import ConfigError
-from gpt_fast.draft import formulas, report
+from gpt_fast.draft import formulas, tables
 from gpt_fast.draft.assess import assess_draft, mean_unread
-from gpt_fast.draft.measure import Run
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
+from gpt_fast.draft.runs import Run
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.speculator import Speculator, Totals
@@ -92,10 +92,10 @@ def test_a_model_is_its_own_perfect_draft(assessed):
 
 
 def test_the_report_prints_plots_and_is_json(assessed, capsys, tmp_path):
-    report.print_report(assessed)
+    tables.print_report(assessed)
     out = capsys.readouterr().out
     assert "itself" in out and "best k" in out and "code" in out
-    report.plot([assessed], tmp_path / "plot.png")
+    tables.plot([assessed], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
     fields = json.loads(json.dumps(assessed.json()))

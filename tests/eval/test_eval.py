@@ -16,8 +16,8 @@ from gpt_fast.checkpoint.quality_gate import check_quality, report_path
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.eval.__main__ import main, parser
-from gpt_fast.eval.quality import Side, common_prefix, compare
-from gpt_fast.eval.report import plot, table
+from gpt_fast.eval.divergence import Side, common_prefix, compare
+from gpt_fast.eval.quality_report import plot, table
 from gpt_fast.eval.score import TOKENS_PER_FORWARD, Scorer
 from gpt_fast.files import write_json
 from gpt_fast.llm import Engine

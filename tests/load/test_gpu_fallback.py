@@ -16,7 +16,7 @@ from gpt_fast.load import path as load_path
 from support.paths import ROOT
 
 CUDA_ONLY = {"triton", "cuda", "cupy", "pycuda", "pynvml", "flash_attn", "flashinfer", "apex", "xformers"}
-KERNELS = {"attention_triton", "ceilings_triton", "linear_triton", "sampler_triton", "state_triton"}
+KERNELS = {"attention_triton", "ceilings_triton", "gemv_triton", "sampler_triton", "state_triton"}
 HIDE = """
 import sys, torch
 class Refuse:

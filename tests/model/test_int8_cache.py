@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.runner import Runner
-from gpt_fast.eval.quality import window_figures
+from gpt_fast.eval.divergence import window_figures
 from gpt_fast.eval.score import Scorer
 from gpt_fast.llm import Engine
 from gpt_fast.load.checkpoint import load_checkpoint

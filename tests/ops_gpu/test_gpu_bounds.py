@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
-from gpt_fast.ops.gpu import linear
+from gpt_fast.ops.gpu import gemv
 from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention
 from gpt_fast.ops.gpu.layer_cache import head_workspace
 from gpt_fast.ops.gpu.pack import dequantize
@@ -38,7 +38,7 @@ def within(got, want, bound):
 
 
 def product(x_MK, w, *, norm_K=None):
-    """x W^T in float64 of what the kernel multiplies before rsqrt, and its bound (linear_triton.dots)."""
+    """x W^T in float64 of what the kernel multiplies before rsqrt, and its bound (gemv_triton.dots)."""
     x_MK, w_NK = x_MK.double() * (1 if norm_K is None else norm_K.double()), dequantize(w).double()
     want_MN, size_MN = x_MK @ w_NK.T, x_MK.abs() @ w_NK.abs().T
     tokens = len(x_MK)
@@ -48,7 +48,7 @@ def product(x_MK, w, *, norm_K=None):
         if tokens > 1:  # 128 + q
             size_MN += 2 * 128 * x_MK.abs() @ w.scale.double().repeat_interleave(w.group, 1).T
     bound_MN = (32 + w.k / 64) * 2**-24 * size_MN
-    if tokens == 1 and w.kind in linear.INTEGERS:
+    if tokens == 1 and w.kind in gemv.INTEGERS:
         chunk = 32 if w.kind == "int4" else 16
         largest_MK = x_MK.abs().unflatten(1, (-1, chunk)).amax(-1).repeat_interleave(chunk, 1)
         codes_NK = w_NK if w.zero is None else w_NK - zero_NK
@@ -82,7 +82,7 @@ def normed(x_MK, norm_K, w):
 def test_linear_residual(kind, tokens, rows, columns, dtype):
     w, x = weight(kind, rows, columns, seed=rows, dtype=dtype), normal(tokens, columns, seed=tokens, dtype=dtype)
     residual, got = normal(tokens, rows, seed=3, dtype=dtype), poisoned(tokens, rows, dtype=FP32)
-    linear.linear_residual(x, w, residual, got)
+    gemv.linear_residual(x, w, residual, got)
     want, bound = product(x, w)
     want += residual.double()
     within(got, want, bound + rounded(x, w) + 2**-23 * want.abs())
@@ -93,7 +93,7 @@ def test_linear_residual(kind, tokens, rows, columns, dtype):
 def test_norm_head(kind, tokens, rows, columns, dtype):
     w, x = weight(kind, rows, columns, seed=rows, dtype=dtype), normal(tokens, columns, seed=tokens, dtype=dtype)
     norm, got = normal(columns, seed=3, dtype=dtype), poisoned(tokens, rows, dtype=FP32)
-    linear.norm_head(x, norm, w, got, eps=1e-5)
+    gemv.norm_head(x, norm, w, got, eps=1e-5)
     within(got, *normed(x, norm, w))
 
 
@@ -103,7 +103,7 @@ def test_norm_gate_up_silu(kind, tokens, rows, columns, dtype):
     rows = rows // 2 * 2
     w, x = weight(kind, rows, columns, seed=rows, dtype=dtype), normal(tokens, columns, seed=tokens, dtype=dtype)
     norm, got = normal(columns, seed=3, dtype=dtype), poisoned(tokens, rows // 2, dtype=FP32)
-    linear.norm_gate_up_silu(x, norm, w, got, eps=1e-5)
+    gemv.norm_gate_up_silu(x, norm, w, got, eps=1e-5)
     (gate, up), (gate_off, up_off) = (y.unflatten(1, (-1, 2)).unbind(2) for y in normed(x, norm, w))
     want = F.silu(gate) * up
     steep = 1.1 * gate_off  # the slope of silu is at most 1.1
@@ -127,10 +127,10 @@ def test_norm_qkv_rope_write(kind, cached, tokens, heads, head_dim, dtype):
     cache = layer_cache(3, kv_heads, 20, head_dim, seed=6, dtype=cached)
     got_q = poisoned(tokens, q_heads, head_dim, dtype=FP32)
     workspace = head_workspace(tokens, kv_heads, head_dim, torch.device(DEVICE))
-    linear.norm_qkv_rope_write(x, norm, w, cos_sin, positions, slots, cache, workspace, got_q, eps=1e-5)
+    gemv.norm_qkv_rope_write(x, norm, w, cos_sin, positions, slots, cache, workspace, got_q, eps=1e-5)
     flat, off = (y.unflatten(1, (-1, head_dim)) for y in normed(x, norm, w))
     turns = flat[:, : q_heads + kv_heads]
-    want = linear.rotate(turns, cos_sin[positions].double())
+    want = gemv.rotate(turns, cos_sin[positions].double())
     pairs = (off[:, : q_heads + kv_heads] + 2**-20 * turns.abs()).unflatten(2, (-1, 2)).sum(3)
     bound = pairs.repeat_interleave(2, 2)  # |cos| and |sin| are at most 1
     within(got_q, want[:, :q_heads], bound[:, :q_heads])

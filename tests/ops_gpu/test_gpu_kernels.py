@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
-from gpt_fast.ops.gpu import linear
+from gpt_fast.ops.gpu import gemv
 from gpt_fast.ops.gpu.attention import attention_workspace, decode_attention, decode_attention_reference
 from gpt_fast.ops.gpu.layer_cache import head_workspace
 from gpt_fast.ops.gpu.sampler import sample, sample_reference, sampler_workspace
@@ -56,8 +56,8 @@ def test_linear_residual(kind, shape):
     w = weight(kind, rows, columns, seed=seed, dtype=dtype)
     x, residual = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(tokens, rows, seed=seed + 2, dtype=dtype)
     got, want = poisoned(tokens, rows, dtype=torch.float32), poisoned(tokens, rows, dtype=torch.float32)
-    linear.linear_residual(x, w, residual, got)
-    linear.linear_residual_reference(x, w, residual, want)
+    gemv.linear_residual(x, w, residual, got)
+    gemv.linear_residual_reference(x, w, residual, want)
     assert error(got, want) < bound(kind, tokens, dtype, norm=False)
 
 
@@ -69,8 +69,8 @@ def test_norm_head(kind, shape):
     w = weight(kind, rows, columns, seed=seed, dtype=dtype)
     x, norm = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(columns, seed=seed + 2, dtype=dtype)
     got, want = poisoned(tokens, rows, dtype=torch.float32), poisoned(tokens, rows, dtype=torch.float32)
-    linear.norm_head(x, norm, w, got, eps=1e-5)
-    linear.norm_head_reference(x, norm, w, want, eps=1e-5)
+    gemv.norm_head(x, norm, w, got, eps=1e-5)
+    gemv.norm_head_reference(x, norm, w, want, eps=1e-5)
     assert error(got, want) < bound(kind, tokens, dtype, norm=True)
 
 
@@ -82,8 +82,8 @@ def test_norm_gate_up_silu(kind, shape):
     w = weight(kind, rows, columns, seed=seed, dtype=dtype)
     x, norm = normal(tokens, columns, seed=seed + 1, dtype=dtype), normal(columns, seed=seed + 2, dtype=dtype)
     got, want = poisoned(tokens, rows // 2, dtype=torch.float32), poisoned(tokens, rows // 2, dtype=torch.float32)
-    linear.norm_gate_up_silu(x, norm, w, got, eps=1e-5)
-    linear.norm_gate_up_silu_reference(x, norm, w, want, eps=1e-5)
+    gemv.norm_gate_up_silu(x, norm, w, got, eps=1e-5)
+    gemv.norm_gate_up_silu_reference(x, norm, w, want, eps=1e-5)
     assert error(got, want) < 2 * bound(kind, tokens, dtype, norm=True)
 
 
@@ -102,7 +102,7 @@ def test_norm_qkv_rope_write(kind, shape, heads, head_dim, part):
         assert error(got, want) < bound(kind, tokens, dtype, norm=True)
 
 
-RUNS = (linear.norm_qkv_rope_write, linear.norm_qkv_rope_write_reference)
+RUNS = (gemv.norm_qkv_rope_write, gemv.norm_qkv_rope_write_reference)
 
 
 def wrote(run, kind, shape, heads, head_dim, part, cached):
@@ -142,8 +142,8 @@ def test_outputs_take_the_dtype_they_have():
     """bfloat16 in and out, and the output over the residual."""
     w, x, residual = weight("bf16", 64, 96, seed=1), normal(1, 96, seed=2), normal(1, 64, seed=3)
     want = poisoned(1, 64)
-    linear.linear_residual_reference(x, w, residual, want)
-    linear.linear_residual(x, w, residual, residual)
+    gemv.linear_residual_reference(x, w, residual, want)
+    gemv.linear_residual(x, w, residual, residual)
     assert error(residual, want) < 5e-3
 
 
@@ -151,7 +151,7 @@ def test_outputs_take_the_dtype_they_have():
 def test_a_token_count_no_kernel_holds_is_refused(tokens):
     w = weight("bf16", 16, 64, seed=1)
     with pytest.raises(ValueError, match=f"tokens: .*got {tokens}, allowed 1..16"):
-        linear.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
+        gemv.linear_residual(normal(tokens, 64, seed=2), w, poisoned(tokens, 16), poisoned(tokens, 16))
 
 
 @examples(24, unshrunk)

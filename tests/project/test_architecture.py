@@ -2,9 +2,11 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
+from collections import defaultdict
 
 import pytest
 
@@ -33,6 +35,18 @@ TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
     "serve.body", "serve.endpoints", "serve.request", "serve.chat_request", "serve.response",
 )  # fmt: skip
+
+# Why a name is there twice; any other module has a name of its own, or two files of one name are mixed up.
+SAME_NAME = {
+    ("ops.cpu.decoder", "ops.gpu.decoder"): "the whole forward, fused: once for each device",
+    ("ops.cpu.pack", "ops.gpu.pack"): "weights in the order that the device's kernels read",
+    ("model.attention", "ops.gpu.attention"): "the plain one, and its kernel's door",
+    ("request", "serve.request"): "a request as the engine knows it, and as a client sends it",
+    ("engine", "load.engine"): "the package that runs, and what loads it",
+    ("checkpoint", "load.checkpoint"): "files on disk, and the model that is read from them",
+    ("convert.draft", "draft"): "what makes a draft, and the package that assesses it",
+    ("bench.peers", "bench.gpu.peers"): "other engines: in a server's place, and on a GPU's",
+}
 
 
 def modules():
@@ -100,6 +114,33 @@ def test_no_import_cycles():
 
     for name in sorted(MODULES):
         visit(name)
+
+
+def test_a_name_that_is_there_twice_has_a_reason():
+    """Of modules and packages; `__main__` and `__init__` are names that Python asks for."""
+    homes = defaultdict(list)
+    for name in MODULES:
+        homes[name.split(".")[-1]].append(name)
+    repeated = {frozenset(names) for last, names in homes.items() if len(names) > 1 and last != COMMANDS}
+    assert repeated == {frozenset(names) for names in SAME_NAME}, "rename one, or say in SAME_NAME why not"
+
+
+def inner_objects(tree):
+    """Lines that use the runner or the scheduler of a core, or keep it under a name of their own: `core.runner.x`."""
+    kept = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Assign)]
+    kept += [part for node in kept if isinstance(node, ast.Tuple) for part in node.elts]
+    return sorted({node.lineno for node in kept if re.search(r"\bcore\.(runner|scheduler)$", ast.unparse(node))})
+
+
+def test_inner_objects_are_found():
+    code = "core.runner.advance(r)\nx, y = 1, self.core.scheduler\nread(engine.core.runner)\ncore.runner_up.x\n"
+    assert inner_objects(ast.parse(code)) == [1, 2]
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith("engine.")))
+def test_nobody_reaches_through_the_core(name):
+    """What others need of its parts are methods of EngineCore and Engine, or functions of a Runner given to them."""
+    assert not inner_objects(TREES[name])
 
 
 @pytest.mark.parametrize("name", [n for n in CORE if n in MODULES])

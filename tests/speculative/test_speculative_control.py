@@ -378,13 +378,13 @@ def test_a_lookup_is_waited_for_where_its_next_token_is_likely(accepted, waits):
     assert (speculator.propose([row]) is not None) == waits
 
 
-def test_plain_steps_that_could_not_begin_ahead_are_paid_from_the_account():
+def test_plain_steps_that_could_not_overlap_are_paid_from_the_account():
     controller = Controller([4])
     controller.costs.learn(PLAIN, BatchShape(1), 1.0)
     for _ in range(50):
-        controller.learn(None, BatchShape(1), 1, 1.04, late=True)
+        controller.learn(None, BatchShape(1), 1, 1.04, overlapped=False)
     assert controller.costs.plain(BatchShape(1)) == 1.0
-    assert controller.costs.relative("late", BatchShape(1)) == {0: pytest.approx(1.04)}
+    assert controller.costs.relative("unoverlapped", BatchShape(1)) == {0: pytest.approx(1.04)}
     assert controller.balance == pytest.approx(50 * (controller.allowance - 0.04))
 
 

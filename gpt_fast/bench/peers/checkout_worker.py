@@ -2,7 +2,7 @@
 
 It runs as a file, with PYTHONPATH at the other checkout, so `gpt_fast` here is the other build's. Therefore it uses
 only what every build has under the same name: Engine.load, add, step and abort, and SamplingParams. The loop is that of
-gpt_fast/bench/engine.py, and so is what lies inside and outside of the timed stretches.
+gpt_fast/bench/engine_target.py, and so is what lies inside and outside of the timed stretches.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gpt_fast.ops.gpu.attention import AttentionWorkspace, attention_launch
+from gpt_fast.ops.gpu.gemv import gate_up_launch, linear_launch, qkv_launch
 from gpt_fast.ops.gpu.launch import Launch
 from gpt_fast.ops.gpu.layer_cache import HeadWorkspace, LayerCache
-from gpt_fast.ops.gpu.linear import gate_up_launch, linear_launch, qkv_launch
 from gpt_fast.ops.gpu.pack import FP8, GpuLinear
 from gpt_fast.ops.gpu.sampler import sample_launches, sampler_workspace
 

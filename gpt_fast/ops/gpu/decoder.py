@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from gpt_fast.model.forward import Batch, Forward
 from gpt_fast.ops.gpu.attention import attention_workspace
 from gpt_fast.ops.gpu.capture import Captured
+from gpt_fast.ops.gpu.gemv import MAX_TOKENS
 from gpt_fast.ops.gpu.layer_cache import LayerCache, head_workspace
-from gpt_fast.ops.gpu.linear import MAX_TOKENS
 from gpt_fast.ops.gpu.pack import GpuLinear, interleave, pack_fp8, pack_linear
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class Ops(NamedTuple):
 
 
 def ops_for(device: torch.device) -> Ops:
-    from gpt_fast.ops.gpu import attention, linear, sampler
+    from gpt_fast.ops.gpu import attention, gemv, sampler
 
     names = [
-        (linear, "norm_qkv_rope_write"),
+        (gemv, "norm_qkv_rope_write"),
         (attention, "decode_attention"),
-        (linear, "linear_residual"),
-        (linear, "norm_gate_up_silu"),
-        (linear, "norm_head"),
+        (gemv, "linear_residual"),
+        (gemv, "norm_gate_up_silu"),
+        (gemv, "norm_head"),
         (sampler, "sample"),
     ]
     suffix = "" if device.type == "cuda" else "_reference"

@@ -16,7 +16,7 @@ import torch
 
 from gpt_fast.ops.gpu.capture import Captured
 from gpt_fast.ops.gpu.decoder import GpuDecoder
-from gpt_fast.ops.gpu.linear import MAX_TOKENS
+from gpt_fast.ops.gpu.gemv import MAX_TOKENS
 from gpt_fast.ops.gpu.ring import Ring
 from gpt_fast.ops.gpu.sampler import sampler_workspace
 from gpt_fast.ops.gpu.state import ENDED, Row, State, advance

@@ -22,7 +22,7 @@ FP8 = torch.float8_e4m3fn
 
 
 class GpuLinear(NamedTuple):
-    """A weight [n, k] for the kernels of linear.py.
+    """A weight [n, k] for the kernels of gemv.py.
 
     kind "bf16": weight as it computes, any float dtype. "int8", "fp8": weight * scale_N (float32).
     "int8g": weight * scale_NG (float16), `group` inputs a group.

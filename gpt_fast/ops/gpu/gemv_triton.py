@@ -1,4 +1,4 @@
-"""Triton kernels of linear.py. One program holds ROWS rows of the weight and streams over K.
+"""Triton kernels of gemv.py. One program holds ROWS rows of the weight and streams over K.
 
 Shapes: M tokens (1, or TOKENS = 16 of which `tokens` are real), N the program's rows, K inputs of a step of the loop,
 W 32-bit words, C chunks of four words (one 16-byte load of one thread), S shares of K, one a warp.

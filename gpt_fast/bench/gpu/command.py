@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpt_fast.bench.gpu import peers, report, rows
+from gpt_fast.bench.gpu import peers, roofline, rows
 from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.dry_run and not torch.cuda.is_available():
             raise ValueError("no CUDA device: --gpu measures one (--dry-run runs everything small on the CPU)")
         result = Bench(args).run()
-        print(report.table(result))
+        print(roofline.table(result))
         if args.plot:
-            report.roofline(result, args.plot)
+            roofline.plot(result, args.plot)
         print(json.dumps(result))
 
 
@@ -108,7 +108,7 @@ class Bench:
         if "peers" in self.args.only:
             self.peer_rows(key, config)
 
-    def subject_rows(self, key: report.Row, config: ModelConfig) -> None:
+    def subject_rows(self, key: roofline.Row, config: ModelConfig) -> None:
         """Everything that needs the model; it lives as long as this call."""
         form = key["format"]
         try:
@@ -124,7 +124,7 @@ class Bench:
                 if kind in self.args.only:
                     self.add({"kind": kind, **key, **which, **more}, measure)
 
-    def plan(self, subject: rows.Subject) -> Iterator[tuple[str, report.Row, Measure]]:
+    def plan(self, subject: rows.Subject) -> Iterator[tuple[str, roofline.Row, Measure]]:
         args, effort = self.args, self.effort
         for count in args.batch_size:
             for context in args.context:
@@ -137,7 +137,7 @@ class Bench:
         for prompt in args.prompt:
             yield "prefill", {"rows": 1, "prompt": prompt}, partial(rows.prefill, subject, prompt, args.chunk, effort)
 
-    def peer_rows(self, key: report.Row, config: ModelConfig) -> None:
+    def peer_rows(self, key: roofline.Row, config: ModelConfig) -> None:
         form, found = key["format"], {}
         if find_spec("transformers") and form == "bf16":  # it has no quantization of its own
             found["transformers"] = peers.hf_transformers
@@ -149,7 +149,7 @@ class Bench:
                 row = {"kind": f"peer {name}", **key, "rows": 1, "context": context}
                 self.add(row, partial(peer, config, context, self.effort, self.device, compiled=compiled))
 
-    def add(self, key: report.Row, measure: Measure) -> None:
+    def add(self, key: roofline.Row, measure: Measure) -> None:
         """Measure, and note what came of it; a failure is a row too."""
         try:
             figures = measure()
@@ -159,10 +159,10 @@ class Bench:
         for row in figures if isinstance(figures, list) else [figures]:
             self.note(key | row)
 
-    def note(self, row: report.Row) -> None:
+    def note(self, row: roofline.Row) -> None:
         self.result["rows"].append(row)
-        report.finish(self.result["rows"], (self.result["ceilings"] or {}).get("read_gb_s"))
-        print(report.line(row), flush=True)
+        roofline.finish(self.result["rows"], (self.result["ceilings"] or {}).get("read_gb_s"))
+        print(roofline.line(row), flush=True)
         self.save()
 
     def save(self) -> None:

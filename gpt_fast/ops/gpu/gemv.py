@@ -4,7 +4,7 @@ Shapes: M tokens (1..16), N rows of the weight, K inputs, D model dim, H query h
 V vocabulary, P positions.
 
 Each operation writes tensors that its caller allocated, and has a twin `*_reference` of the same signature in plain
-PyTorch, which computes in float32 from the same packed weights and rounds once. Kernels: linear_triton.py.
+PyTorch, which computes in float32 from the same packed weights and rounds once. Kernels: gemv_triton.py.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def rotate(x_MHD: Tensor, cos_sin_M2E: Tensor) -> Tensor:
 def linear_launch(
     x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, residual_MN: Tensor | None, out_MN: Tensor, *, eps: float
 ) -> Launch:
-    from gpt_fast.ops.gpu.linear_triton import linear_residual_kernel
+    from gpt_fast.ops.gpu.gemv_triton import linear_residual_kernel
 
     extra = {"residual": out_MN if residual_MN is None else residual_MN, "out": out_MN, "n": w.n}
     constants = {"RESIDUAL": residual_MN is not None}
@@ -142,7 +142,7 @@ def linear_launch(
 
 
 def gate_up_launch(x_MD: Tensor, norm_D: Tensor, gate_up: GpuLinear, out_MI: Tensor, *, eps: float) -> Launch:
-    from gpt_fast.ops.gpu.linear_triton import norm_gate_up_silu_kernel
+    from gpt_fast.ops.gpu.gemv_triton import norm_gate_up_silu_kernel
 
     return launch(norm_gate_up_silu_kernel, x_MD, norm_D, gate_up, {"out": out_MI, "n": gate_up.n}, {}, eps)
 
@@ -151,7 +151,7 @@ def qkv_launch(
     x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
     cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
 ) -> Launch:  # fmt: skip
-    from gpt_fast.ops.gpu.linear_triton import norm_qkv_rope_write_kernel
+    from gpt_fast.ops.gpu.gemv_triton import norm_qkv_rope_write_kernel
 
     _, kv_heads, _, head_dim = cache.k_NHTD.shape
     if head_dim % 16:

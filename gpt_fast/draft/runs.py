@@ -95,10 +95,8 @@ class Reader:
     """A model's logits along texts, in a cache of its own: what plain decode would see at every position."""
 
     def __init__(self, runner: Runner) -> None:
-        cache = runner.cache
-        own = KVCache(
-            cache.config, slots=1, max_seq_len=cache.max_seq_len, dtype=cache.k_LNHTD.dtype, device=cache.k_LNHTD.device
-        )
+        cache, self.dtype = runner.cache, runner.cache.k_LNHTD.dtype
+        own = KVCache(cache.config, slots=1, max_seq_len=cache.max_seq_len, dtype=self.dtype, device=runner.device)
         self.runner = Runner(
             decode=runner.decode, prefill=runner.prefill, cache=own, eos_ids=(), prefill_chunk=runner.chunks[-1]
         )
@@ -119,6 +117,11 @@ def rows_catching_up(core: EngineCore) -> int:
     """Rows of the last step whose draft had tokens to catch up with."""
     speculator = speculator_of(core)
     return speculator.last.behind if speculator else 0
+
+
+def target_runner(core: EngineCore) -> Runner:
+    """The target model's runner: what the tools here time and read beside the core's own steps."""
+    return core.runner
 
 
 def draft_runner(core: EngineCore) -> Runner | None:

@@ -22,6 +22,7 @@ from gpt_fast.bench.recorder import Recorder
 from gpt_fast.bench.sample import Case, Description, Sample
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.overlap_runner import OverlapRunner
+from gpt_fast.engine.runner import Runner
 from gpt_fast.llm import Engine
 from gpt_fast.measure.machine import CpuMeter
 from gpt_fast.model.forward import Batch
@@ -89,24 +90,26 @@ class EngineTarget:
             self.engine, prompt_len, rounds=rounds, vocabulary=min(1000, self.engine.model_config.vocab_size)
         )
 
-    @torch.inference_mode()
     def verify(self, context: int, sizes: Sequence[int], *, repeat: int = 30) -> dict[int, float]:
-        """Median seconds of one greedy forward of M tokens of one row after `context` cached ones, for M of `sizes`.
+        """Median seconds of one greedy forward of M tokens of one row after `context` cached ones, for M of `sizes`."""
+        return forward_seconds(self.engine.core.runner, context, sizes, repeat=repeat)
 
-        The sizes take turns, so that drift touches all alike.
-        """
-        runner, rng = self.engine.core.runner, random.Random(0)
-        forward = partial(best_of, runner) if isinstance(runner, OverlapRunner) else runner.decode
-        vocabulary = self.engine.model_config.vocab_size
-        seconds: dict[int, list[float]] = {size: [] for size in sizes}
-        for turn in range(repeat + 2):
-            for size in sizes:
-                tokens = [rng.randrange(vocabulary) for _ in range(size)]
-                started = time.perf_counter()
-                runner.forward(forward, [tokens], [context], [0], size=size, every=size > 1)
-                if turn >= 2:  # the first turns warm up, and may compile
-                    seconds[size].append(time.perf_counter() - started)
-        return {size: statistics.median(values) for size, values in seconds.items()}
+
+@torch.inference_mode()
+def forward_seconds(runner: Runner, context: int, sizes: Sequence[int], *, repeat: int) -> dict[int, float]:
+    """See EngineTarget.verify. The sizes take turns, so that drift touches all alike."""
+    rng = random.Random(0)
+    forward = partial(best_of, runner) if isinstance(runner, OverlapRunner) else runner.decode
+    vocabulary = runner.cache.config.vocab_size
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(repeat + 2):
+        for size in sizes:
+            tokens = [rng.randrange(vocabulary) for _ in range(size)]
+            started = time.perf_counter()
+            runner.forward(forward, [tokens], [context], [0], size=size, every=size > 1)
+            if turn >= 2:  # the first turns warm up, and may compile
+                seconds[size].append(time.perf_counter() - started)
+    return {size: statistics.median(values) for size, values in seconds.items()}
 
 
 def best_of(runner: OverlapRunner, batch: Batch) -> torch.Tensor:

@@ -77,7 +77,7 @@ def decode_cells(row: Row) -> tuple[str, ...]:
     return (row["model"], form, str(row["rows"]), str(row["context"]), *figures)
 
 
-def roofline(result: dict[str, Any], path: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Bytes of a step against its time, with the read ceiling as the line nothing can be below."""
     with picture(path, inches=(8, 5)) as figure:
         draw(figure.subplots(), result)

@@ -13,7 +13,7 @@ import torch
 from gpt_fast.checkpoint.quality_gate import weights_sha256
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine.ranks import Group
-from gpt_fast.eval.quality import Side, TokenFigures, compare
+from gpt_fast.eval.divergence import Side, TokenFigures, compare
 from gpt_fast.eval.score import Scorer
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.engine import load_model
