@@ -23,10 +23,12 @@ from served_files import served_files
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.serve import frontend_keys
+from gpt_fast.serve.model_config import problems_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "gpt-fast"
 VERSION = "1.0"
+HANDLER = ROOT / "handler.py"
 
 
 def package_files(root: Path) -> list[Path]:
@@ -40,7 +42,7 @@ def package_files(root: Path) -> list[Path]:
     return sorted(f for f in files if (root / f).is_file())
 
 
-def stage_bundle(root: Path, bundle: Path, *, handler: Path = ROOT / "handler.py") -> None:
+def stage_bundle(root: Path, bundle: Path, *, handler: Path = HANDLER) -> None:
     """A fresh copy of what `handler` needs of the package, under bundle/gpt_fast."""
     shutil.rmtree(bundle, ignore_errors=True)
     for name in served_files(handler, package_files(root), root):
@@ -58,9 +60,11 @@ def config_text(path: Path, model: str) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def check_config(text: str) -> None:
-    """Raises ValueError, a line for each problem, where TorchServe would take a key for absent or never answer."""
-    if problems := frontend_keys.check_frontend_keys(frontend_keys.parse(text)):
+def check_config(text: str, *, own_handler: bool) -> None:
+    """Raises ValueError, one line of all problems, where TorchServe or our handler would not serve as the yaml says."""
+    config = frontend_keys.parse(text)
+    problems = problems_of(config, root=ROOT) if own_handler else frontend_keys.check_frontend_keys(config)
+    if problems:
         raise ValueError("model_config.yaml: " + "; ".join(problems))
 
 
@@ -116,7 +120,7 @@ def replace(made: Path, target: Path) -> None:
 def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, work: Path) -> Path:
     """Stage, archive and put into the store, unless the store's archive was made from the same bytes."""
     text = config_text(config, model)
-    check_config(text)
+    check_config(text, own_handler=handler == HANDLER)
     work.mkdir(parents=True, exist_ok=True)
     staged_config = work / "model_config.yaml"
     staged_config.write_text(text, encoding="utf-8")
@@ -139,7 +143,7 @@ def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, wor
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--handler", type=Path, default=ROOT / "handler.py")
+    parser.add_argument("--handler", type=Path, default=HANDLER)
     parser.add_argument("--config", type=Path, default=ROOT / "model_config.yaml")
     parser.add_argument("--model", default="", help="serve this checkpoint instead of the yaml's")
     parser.add_argument("--format", choices=["tgz", "no-archive"], default="tgz")

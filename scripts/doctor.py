@@ -13,14 +13,15 @@ from instance import find_java, java_version
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.serve import frontend_keys
+from gpt_fast.serve.model_config import problems_of
 from gpt_fast.serve.startup_check import check_properties
 
 
 def check_config(config: Path, model: str) -> list[str]:
-    """TorchServe can use the yaml's keys, and the checkpoint it names is there."""
+    """TorchServe and the handler can use the yaml's keys, and the checkpoint it names is there."""
     try:
         text = config_text(config, resolve_model(model, ROOT))
-        problems = frontend_keys.check_frontend_keys(frontend_keys.parse(text))
+        problems = problems_of(frontend_keys.parse(text), root=ROOT)
         path = checkpoint_of(text, ROOT)
     except (ValueError, OSError) as error:
         return [str(error)]

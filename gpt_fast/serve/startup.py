@@ -1,4 +1,4 @@
-"""From model_config.yaml to a running service: check every key, load, warm up, start the engine's thread."""
+"""From model_config.yaml to a running service: load, warm up, start the engine's thread."""
 
 from __future__ import annotations
 
@@ -8,96 +8,16 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.config import (
-    ConfigError,
-    EngineConfig,
-    check_fields,
-    check_int,
-    checked,
-    real,
-    switch,
-    unless_none,
-    whole,
-)
 from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
-from gpt_fast.serve.frontend_keys import check_frontend_keys
+from gpt_fast.serve.model_config import read_config
 from gpt_fast.serve.rounds import Rounds
 from gpt_fast.serve.service import Service
 
 logger = logging.getLogger(__name__)
-
-RENAMED = {  # keys of TorchServe's gpt_fast example, and what became of them
-    "converted_ckpt_dir": "renamed to checkpoint_path",
-    "fx_graph_cache": "no longer needed: torch keeps its compile cache by default",
-    "profile": "use python -m gpt_fast.generate --profile",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """What the HTTP side of `handler:` may set; the rest of its keys are EngineConfig's.
-
-    max_new_tokens, stream: for a native request that does not say. max_waiting: sequences that may wait for a slot
-    before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any
-    request may take. hung_seconds: a step that takes longer ends the worker, for TorchServe to restart.
-    stream_interval: seconds between two chunks of a stream, after the first token; what is decoded meanwhile leaves
-    together. 0 sends every token by itself; None: see `chunk_interval`.
-    """
-
-    max_new_tokens: int = checked(50, whole(1, 1 << 22))
-    stream: bool = checked(True, switch)
-    max_waiting: int | None = checked(None, unless_none(whole(0, 1 << 16)))
-    request_seconds: float = checked(600.0, real(0.001, 86400.0))
-    hung_seconds: float = checked(60.0, real(1.0, 86400.0))
-    stream_interval: float | None = checked(None, unless_none(real(0.0, 1.0)))
-
-    def __post_init__(self) -> None:
-        check_fields(self, where="handler.")
-
-
-def read_config(yaml: Mapping[str, Any] | None, *, root: Path) -> tuple[EngineConfig, ServeConfig]:
-    """Split and check `handler:` of a parsed model_config.yaml; relative paths start at `root`."""
-    handler = (yaml or {}).get("handler")
-    if not isinstance(handler, dict):
-        raise ConfigError("handler", "model_config.yaml needs a handler section with at least checkpoint_path")
-    if problems := check_frontend_keys(yaml or {}):
-        raise ValueError(problems[0])
-    if (yaml or {}).get("continuousBatching") is not True:
-        raise ConfigError("continuousBatching", "must be on: the handler streams through it", allowed="true")
-    serve_keys = {field.name for field in dataclasses.fields(ServeConfig)}
-    for key in handler:
-        if key in RENAMED:
-            raise ConfigError(f"handler.{key}", RENAMED[key])
-    serve = ServeConfig(**{key: value for key, value in handler.items() if key in serve_keys})
-    values = {key: value for key, value in handler.items() if key not in serve_keys}
-    for key in values:
-        if key.endswith("checkpoint_path") and isinstance(values[key], str):
-            values[key] = str(root / values[key])
-    engine = EngineConfig.from_mapping(values, where="handler", also_known=serve_keys)
-    waiting = queue_places((yaml or {}).get("batchSize", 1), slots=engine.max_num_seqs, wanted=serve.max_waiting)
-    return engine, dataclasses.replace(serve, max_waiting=waiting)
-
-
-def queue_places(batch_size: int, *, slots: int, wanted: int | None) -> int:
-    """How many sequences may wait for a slot: `wanted`, else half of what batchSize leaves beside the slots.
-
-    batchSize = running slots + waiting places + spare. Requests that get a spare place are refused at once with 429.
-    TorchServe hands the handler no more than batchSize requests; those beyond it wait in TorchServe's own queue, where
-    nobody can answer them.
-    """
-    check_int("batchSize", batch_size, 1, 1 << 16)
-    spare = batch_size - slots
-    if spare < 1:
-        raise ConfigError("batchSize", "must be above handler.max_num_seqs", got=batch_size, allowed=f"> {slots}")
-    if wanted is not None and wanted >= spare:
-        problem = "must leave room in batchSize for requests that are refused"
-        raise ConfigError("handler.max_waiting", problem, got=wanted, allowed=f"0..{spare - 1}")
-    return spare // 2 if wanted is None else wanted
 
 
 def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str) -> Rounds:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpt_fast.config import EngineConfig
-from gpt_fast.serve.startup import ServeConfig
+from gpt_fast.serve.model_config import ServeConfig
 from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from gpt_fast.serve import rounds as rounds_module
 from gpt_fast.serve import service as service_module
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.metrics import Reporter
+from gpt_fast.serve.model_config import queue_places, read_config
 from gpt_fast.serve.rounds import Incoming, Reply, Rounds
 from gpt_fast.serve.service import Service
-from gpt_fast.serve.startup import queue_places, read_config
 from support.paths import ROOT
 from support.tiny_engine import tiny_engine
 from support.waiting import wait_until

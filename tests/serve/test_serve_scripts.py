@@ -475,7 +475,6 @@ def test_the_default_model_streams_its_answer(server):
 @pytest.mark.parametrize(
     "handler, line",
     [
-        ({"max_new_token": 5}, "serve: handler.max_new_token: "),
         ({"checkpoint_path": "checkpoints/none"}, f"serve: {ROOT}/checkpoints/none: no such file"),
         ({"checkpoint_path": "without_tokenizer"}, "serve: "),
     ],
