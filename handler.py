@@ -11,6 +11,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from gpt_fast.engine.ranks import end_with_parent
+from gpt_fast.serve.archive_files import check_archive
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
 from gpt_fast.serve.rounds import Incoming, Reply
@@ -30,6 +31,7 @@ class GptFastHandler(BaseHandler):
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
         try:
+            check_archive(Path(context.system_properties["model_dir"]))
             if problems := check_own_frontend():
                 raise ValueError(problems[0])
             self.claim = claim_model(f"{name} {context.manifest['model'].get('modelVersion')}")

@@ -11,24 +11,31 @@ Nothing is built when nothing changed.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from same_bytes import rewrite_folder, rewrite_tgz
 from served_files import served_files
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.serve import frontend_keys
+from gpt_fast.serve.archive_files import write_sums
 from gpt_fast.serve.model_config import problems_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "gpt-fast"
 VERSION = "1.0"
 HANDLER = ROOT / "handler.py"
+CONFIG = "model_config.yaml"
 
 
 def package_files(root: Path) -> list[Path]:
@@ -42,12 +49,18 @@ def package_files(root: Path) -> list[Path]:
     return sorted(f for f in files if (root / f).is_file())
 
 
-def stage_bundle(root: Path, bundle: Path, *, handler: Path = HANDLER) -> None:
-    """A fresh copy of what `handler` needs of the package, under bundle/gpt_fast."""
+def stage_bundle(root: Path, bundle: Path, *, handler: Path = HANDLER, config: Path | None = None) -> None:
+    """A fresh copy of what `handler` needs of the package, under bundle/gpt_fast, and the list of what is archived.
+
+    config: the yaml that goes with it, unless it may be edited afterwards.
+    """
     shutil.rmtree(bundle, ignore_errors=True)
+    archived = {handler.name: handler} | ({CONFIG: config} if config else {})
     for name in served_files(handler, package_files(root), root):
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, bundle / name)
+        archived[name.as_posix()] = bundle / name
+    write_sums(bundle, archived)
 
 
 def config_text(path: Path, model: str) -> str:
@@ -99,14 +112,24 @@ def digest(paths: list[Path], extra: str) -> str:
 
 
 def run_archiver(handler: Path, config: Path, bundle: Path, fmt: str, out: Path) -> Path:
-    """torch-model-archiver into the empty folder `out`; what it made."""
+    """torch-model-archiver into the empty folder `out`; what it made, the same bytes from the same files.
+
+    It works in a folder of the temporary directory that is named after the model alone, so it gets a directory of its
+    own.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", MODEL_NAME]
     command += ["--version", VERSION, "--handler", str(handler), "--config-file", str(config)]
     command += ["--extra-files", str(bundle), "--archive-format", fmt, "--export-path", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return next(out.iterdir())
+    with tempfile.TemporaryDirectory() as own:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": own})
+    made = next(out.iterdir())
+    if made.is_dir():
+        rewrite_folder(made)
+    else:
+        rewrite_tgz(made)
+    return made
 
 
 def replace(made: Path, target: Path) -> None:
@@ -117,14 +140,27 @@ def replace(made: Path, target: Path) -> None:
     os.replace(made, target)
 
 
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """One build at a time in a work directory: the second waits for the first."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, work: Path) -> Path:
     """Stage, archive and put into the store, unless the store's archive was made from the same bytes."""
     text = config_text(config, model)
     check_config(text, own_handler=handler == HANDLER)
-    work.mkdir(parents=True, exist_ok=True)
-    staged_config = work / "model_config.yaml"
+    with locked(work):
+        return build_checked(text, handler=handler, fmt=fmt, store=store, work=work)
+
+
+def build_checked(text: str, *, handler: Path, fmt: str, store: Path, work: Path) -> Path:
+    staged_config = work / CONFIG
     staged_config.write_text(text, encoding="utf-8")
-    stage_bundle(ROOT, work / "bundle", handler=handler)
+    stage_bundle(ROOT, work / "bundle", handler=handler, config=staged_config if fmt == "tgz" else None)
     sources = [handler, staged_config, *sorted(p for p in (work / "bundle").rglob("*") if p.is_file())]
     target = store / (f"{MODEL_NAME}.tar.gz" if fmt == "tgz" else MODEL_NAME)
     stamp = work / f"{fmt}.stamp"
@@ -144,7 +180,7 @@ def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, wor
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--handler", type=Path, default=HANDLER)
-    parser.add_argument("--config", type=Path, default=ROOT / "model_config.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / CONFIG)
     parser.add_argument("--model", default="", help="serve this checkpoint instead of the yaml's")
     parser.add_argument("--format", choices=["tgz", "no-archive"], default="tgz")
     parser.add_argument("--model-store", type=Path, default=ROOT / "model_store")
@@ -156,7 +192,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.bundle_only:
-        stage_bundle(ROOT, ROOT / "build" / "bundle")
+        with locked(ROOT / "build"):
+            stage_bundle(ROOT, ROOT / "build" / "bundle")
         print("bundle: build/bundle/gpt_fast")
         return
     build(
