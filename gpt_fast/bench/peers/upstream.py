@@ -41,7 +41,7 @@ class Upstream:
         self.model, mode = build(options.checkpoint)
         self.model.setup_caches(max_batch_size=1, max_seq_length=options.max_seq_len)
         self.takes_mask = "block_mask" in inspect.signature(generate.decode_one_token).parameters
-        self.decode = torch.compile(generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
+        self.decode: Any = torch.compile(generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
         read = (self.model.layers, self.model.output)
         weights = sum(tensor.nbytes for module in read for tensor in module.state_dict().values())
         facts = {"torch": torch.__version__, "format": mode, "compile": "reduce-overhead"}
