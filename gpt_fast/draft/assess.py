@@ -61,9 +61,15 @@ class DraftReport:
 
 
 def assess_draft(
-    core: EngineCore, name: str, prompts: Sequence[Prompt], *, batch_sizes: Sequence[int],
-    temperatures: Sequence[float], max_new_tokens: int, repeat: int = 1,
-) -> DraftReport:  # fmt: skip
+    core: EngineCore,
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    batch_sizes: Sequence[int],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    repeat: int = 1,
+) -> DraftReport:
     """Measure everything about the proposer that `core` was loaded with; costs and speeds at the first temperature,
     speeds over `repeat` turns of plain decode and speculation."""
     speculator = speculator_of(core)

@@ -25,9 +25,15 @@ REPEATS = 11
 
 @torch.inference_mode()
 def measure_cost(
-    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
+    core: EngineCore,
+    arm: str,
+    batch_size: int,
+    counts: Sequence[int],
+    *,
+    context: int = 64,
+    unread: int = 0,
     temperature: float = 0.0,
-) -> Cost:  # fmt: skip
+) -> Cost:
     """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians.
 
     Plain steps and a draft's come several in a row, for a step may begin before the last one's tokens are read.
@@ -89,8 +95,14 @@ def draft_step(runner: Runner, rows: Sequence[Request], model: Startable | None,
     """Seconds of one of several proposals: steps of a chain where they can be begun (`model`), else one by one."""
     started = time.perf_counter()
     if model:
-        GreedyChain(model, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
-              slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
+        GreedyChain(
+            model,
+            runner.cache,
+            tokens=[[0] for _ in rows],
+            starts=[r.computed for r in rows],
+            slots=[r.slot for r in rows],
+            counts=[steps] * len(rows),
+        ).tokens()
     else:
         for _ in range(steps):
             forward(runner, rows, 1)

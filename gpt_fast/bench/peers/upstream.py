@@ -109,6 +109,13 @@ def build(checkpoint: Path) -> tuple[Any, str]:
 def model_args(loaded: Loaded, upstream_model: Any) -> Any:
     c = loaded.config
     return upstream_model.ModelArgs(
-        block_size=c.max_position, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.dim,
-        intermediate_size=c.intermediate_size, n_local_heads=c.n_kv_head, rope_base=c.rope_base, norm_eps=c.norm_eps,
-    )  # fmt: skip
+        block_size=c.max_position,
+        vocab_size=c.vocab_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        dim=c.dim,
+        intermediate_size=c.intermediate_size,
+        n_local_heads=c.n_kv_head,
+        rope_base=c.rope_base,
+        norm_eps=c.norm_eps,
+    )
