@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from gpt_fast.draft.formulas import Cost
-from gpt_fast.draft.runs import draft_runner, rows_catching_up, speculating, speculator_of, target_runner
+from gpt_fast.draft.runs import draft_runner, rows_catching_up, target_runner
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculating, speculator_of
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.model.forward import Startable
 from gpt_fast.request import Request

@@ -17,8 +17,8 @@ from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.prompts import Prompt, categories
-from gpt_fast.draft.runs import speculator_of
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculator_of
 from gpt_fast.measure.machine import CpuMeter, foreign_share
 from gpt_fast.measure.stats import is_quiet, percentile
 from gpt_fast.speculative.speculator import Speculator
