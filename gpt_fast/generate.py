@@ -2,6 +2,7 @@
 
 python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
 python -m gpt_fast.generate --checkpoint_path DIR --interactive
+python -m gpt_fast.generate --checkpoint_path DIR --draft_checkpoint_path DRAFT --batch_size N   # how good is it?
 torchrun --standalone --nproc_per_node=N -m gpt_fast.generate --checkpoint_path DIR ...     # one model on N ranks
 """
 
@@ -11,7 +12,10 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 from gpt_fast.cli.errors import at_least
 from gpt_fast.cli.quiet_gc import at_rest
@@ -21,9 +25,11 @@ with at_rest():
     import torch
 
     from gpt_fast.engine import ranks
+    from gpt_fast.engine.fixed_choice import speculating
     from gpt_fast.engine.ranks import Group
-    from gpt_fast.llm import Engine, TextEvent
+    from gpt_fast.llm import Engine
     from gpt_fast.load.engine import load_parts
+    from gpt_fast.speculative.costs import Choice
     from gpt_fast.speculative.speculator import Totals
 
 
@@ -42,8 +48,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=None, help="row r of sample n draws from seed + n * rows + r")
     parser.add_argument("--draft_checkpoint_path", default=None, help="a model of the same vocabulary that proposes")
-    parser.add_argument("--speculate_k", type=int, default=5, help="proposals of one step, at most")
-    parser.add_argument("--speculate", choices=("none", "draft", "ngram", "auto"), default=None)
+    parser.add_argument("--speculate_k", type=int, default=5, help="proposals of one step; ngram and auto: at most")
+    parser.add_argument(
+        "--speculate",
+        choices=("none", "draft", "ngram", "auto"),
+        default=None,
+        help="draft (where one is named): in every step, whether or not that pays; ngram, auto (both): where it pays",
+    )
     parser.add_argument("--compile", action="store_true", help="compile decoding")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's forward too")
     parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
@@ -67,7 +78,8 @@ def run(args: argparse.Namespace, group: Group | None) -> None:
         args.seed = group.agreed_seed() if args.seed is None else args.seed
         args.profile = None if group.ranks.rank else args.profile
     engine = load(args, group)
-    chat(engine, args) if args.interactive else samples(engine, args)
+    with drafting(engine, args):
+        chat(engine, args) if args.interactive else samples(engine, args)
 
 
 def load(args: argparse.Namespace, group: Group | None) -> Engine:
@@ -92,6 +104,12 @@ def load(args: argparse.Namespace, group: Group | None) -> Engine:
     return engine
 
 
+def drafting(engine: Engine, args: argparse.Namespace) -> AbstractContextManager[None]:
+    """A draft that is named proposes in every step, for that is what was asked; `--speculate auto` asks what pays."""
+    always = args.draft_checkpoint_path and args.speculate in (None, "draft")
+    return speculating(engine.core, Choice("draft", args.speculate_k)) if always else nullcontext()
+
+
 def sampling(args: argparse.Namespace, *, sample: int, row: int) -> SamplingParams:
     seed = None if args.seed is None else args.seed + sample * args.batch_size + row
     return SamplingParams(
@@ -103,66 +121,96 @@ def sampling(args: argparse.Namespace, *, sample: int, row: int) -> SamplingPara
 
 
 def samples(engine: Engine, args: argparse.Namespace) -> None:
-    """gpt-fast's loop: the same prompt num_samples times, with figures after each and their mean at the end."""
+    """gpt-fast's loop: the same prompt num_samples times, with figures after each and their mean at the end.
+
+    Where tokens are proposed, each sample is decoded plainly too, in turn, for what speculation brings.
+    """
     prompt = engine.encode(args.prompt)
     print(f"Prompt length: {len(prompt)}")
-    rates = []
+    speculative = engine.core.speculator is not None
+    plain, rates = [], []
     for index in range(args.num_samples):
-        if args.profile is not None and index == args.num_samples - 1:
-            with torch.profiler.profile() as profiler:
-                rates.append(one_sample(engine, prompt, args, index))
+        if speculative:
+            with engine.core.with_speculator(None):
+                plain.append(decode(engine, prompt, args, index, streamed=False).rate)
+        profiled = args.profile is not None and index == args.num_samples - 1
+        with torch.profiler.profile() if profiled else nullcontext() as profiler:
+            rates.append(one_sample(engine, prompt, args, index))
+        if profiler:
             profiler.export_chrome_trace(str(args.profile))
             print(f"Profile written to {args.profile}")
-        else:
-            rates.append(one_sample(engine, prompt, args, index))
     print("==========")
     if totals := engine.speculation_totals():
         print(acceptance(totals))
     print(f"Batch Size: {args.batch_size}")
     print(f"Prompt Length: {len(prompt)}")
-    print(f"Average tokens/sec: {sum(rates) / len(rates):.2f}")
+    print(f"Average tokens/sec: {mean(rates):.2f}")
+    if speculative:
+        print(f"Plain tokens/sec: {mean(plain):.2f}; speculative: {mean(rates) / mean(plain):.2f} times as fast")
     print(f"Memory used: {memory_used(torch.device(engine.description.device)) / 1e9:.2f} GB")
 
 
-def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, index: int) -> float:
-    """Decode one sample of every row, print it and its figures; returns decoded tokens a second, all rows."""
+class Sample(NamedTuple):
+    """What all rows said, and when: seconds from the start to the first token, and to the last."""
+
+    texts: list[str]
+    tokens: int
+    first: float
+    last: float
+
+    @property
+    def rate(self) -> float:
+        """Decoded tokens a second, all rows together; the first of each row is its prompt's."""
+        decoded = self.tokens - len(self.texts)
+        return decoded / (self.last - self.first) if decoded > 0 else self.tokens / self.last
+
+
+def decode(engine: Engine, prompt: list[int], args: argparse.Namespace, index: int, *, streamed: bool) -> Sample:
+    """Decode one sample of every row. streamed: a lone row's text is printed as it comes."""
     for row in range(args.batch_size):
         engine.add(f"row-{row}", prompt, sampling(args, sample=index, row=row))
-    if args.batch_size == 1:
-        print(args.prompt, end="", flush=True)
     texts = [args.prompt] * args.batch_size
     started = time.perf_counter()
     first = count = 0
     while not engine.idle:
         for event in engine.step():
             texts[int(event.request_id.removeprefix("row-"))] += event.text
-            show(event, streamed=args.batch_size == 1)
+            if streamed:
+                print(event.text, end="", flush=True)
             first = first or time.perf_counter()  # type: ignore[assignment]
             count += 1
-    ended = time.perf_counter()
-    for row, text in enumerate(texts if args.batch_size > 1 else []):
+    return Sample(texts, count, first - started, time.perf_counter() - started)
+
+
+def one_sample(engine: Engine, prompt: list[int], args: argparse.Namespace, index: int) -> float:
+    """Decode one sample of every row, print it and its figures; returns decoded tokens a second, all rows."""
+    alone = args.batch_size == 1
+    if alone:
+        print(args.prompt, end="", flush=True)
+    sample = decode(engine, prompt, args, index, streamed=alone)
+    for row, text in enumerate([] if alone else sample.texts):
         print(f"\n--- row {row}\n{text}")
-    rate = (count - args.batch_size) / (ended - first) if count > args.batch_size else count / (ended - started)
     told = engine.description
     read = told.weight_bytes_per_step if args.temperature else told.greedy_bytes_per_step
-    bandwidth = read * rate / args.batch_size
     print(
-        f"\nTime for inference {index + 1}: {ended - started:.2f} sec total, {rate:.2f} tokens/sec, "
-        f"TTFT {(first - started) * 1000:.1f} ms"
+        f"\nTime for inference {index + 1}: {sample.last:.2f} sec total, {sample.rate:.2f} tokens/sec, "
+        f"TTFT {sample.first * 1000:.1f} ms"
     )
-    print(f"Bandwidth achieved: {bandwidth / 1e9:.2f} GB/s")
-    return rate
+    print(f"Bandwidth achieved: {read * sample.rate / args.batch_size / 1e9:.2f} GB/s")
+    return sample.rate
 
 
 def acceptance(totals: Totals) -> str:
-    """gpt-fast's two lines: shares of the blocks of which 0, 1, ... proposals stood, and how many did on average."""
-    shares = [round(count / max(totals.steps, 1), 4) for count in totals.blocks]
-    return f"Acceptance probs: {shares}\nMean Accepted: {totals.accepted / max(totals.steps, 1):.4f}"
-
-
-def show(event: TextEvent, *, streamed: bool) -> None:
-    if streamed:
-        print(event.text, end="", flush=True)
+    """gpt-fast's two lines, shares of the blocks of which 0, 1, ... proposals were accepted and how many were on
+    average; then how often each proposal was accepted when those before it were."""
+    if not totals.steps:
+        return "Acceptance: nothing was proposed, for nothing was expected to pay (--speculate draft always proposes)"
+    shares = [round(count / totals.steps, 4) for count in totals.blocks]
+    places = ", ".join(f"{i}: {a / max(n, 1):.2f} of {n}" for i, (n, a) in enumerate(totals.positions, 1))
+    return (
+        f"Acceptance probs: {shares}\nMean Accepted: {totals.accepted / totals.steps:.4f}\n"
+        f"Acceptance by position: {places}"
+    )
 
 
 def memory_used(device: torch.device) -> int:

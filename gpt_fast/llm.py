@@ -15,11 +15,12 @@ from os import PathLike
 from typing import Any, Unpack
 
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
+from gpt_fast.engine.fixed_choice import speculator_of
 from gpt_fast.engine.scheduler import Load
 from gpt_fast.load.engine import Parts, load_parts
 from gpt_fast.options import EngineOptions, SamplingOptions
 from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
-from gpt_fast.speculative.speculator import Speculator, Totals
+from gpt_fast.speculative.speculator import Totals
 from gpt_fast.text.stream import TextStream
 from gpt_fast.text.tokenizer import Tokenizer
 
@@ -128,8 +129,8 @@ class Engine:
 
     def speculation_totals(self) -> Totals | None:
         """What speculation did so far; None for an engine without it."""
-        speculator = self.core.speculator
-        return speculator.totals if isinstance(speculator, Speculator) else None
+        speculator = speculator_of(self.core)
+        return speculator.totals if speculator else None
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless slots and requests agree. Cheap; for whenever the engine falls idle."""

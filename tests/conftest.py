@@ -25,9 +25,15 @@ def pytest_configure():
 
 
 TINY = {
-    "vocab_size": 97, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "dim": 32, "head_dim": 8, "intermediate_size": 48,
+    "vocab_size": 97,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "dim": 32,
+    "head_dim": 8,
+    "intermediate_size": 48,
     "max_position": 128,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from gpt_fast.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 
 MODEL = {
-    "vocab_size": 8, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "dim": 16, "head_dim": 4, "intermediate_size": 8,
+    "vocab_size": 8,
+    "n_layer": 1,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "dim": 16,
+    "head_dim": 4,
+    "intermediate_size": 8,
     "max_position": 32,
-}  # fmt: skip
+}
 NOT_NUMBERS = [None, "1", [1], {}, math.nan, math.inf, -math.inf, True]
 
 
@@ -112,10 +118,18 @@ def test_engine_keys():
 
 
 SAMPLING_LIMITS = {
-    "temperature": (0.0, 100.0), "top_k": (0, 1 << 24), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0),
-    "max_new_tokens": (1, 1 << 22), "seed": (-(1 << 63), (1 << 63) - 1), "repetition_penalty": (0.01, 100.0),
-    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0), "logprobs": (0, 20), "min_tokens": (0, 256),
-}  # fmt: skip
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1 << 24),
+    "top_p": (1e-9, 1.0),
+    "min_p": (0.0, 1.0),
+    "max_new_tokens": (1, 1 << 22),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "logprobs": (0, 20),
+    "min_tokens": (0, 256),
+}
 
 
 @pytest.mark.parametrize("key", SAMPLING_LIMITS)

@@ -328,8 +328,14 @@ def test_presence_and_frequency_are_openais_formula(output, presence, frequency)
 
 
 def test_bias_is_added_after_the_penalties():
-    out = edited([2.0, 2.0, 2.0], prompt=[0], output=[1, 1], repetition_penalty=2.0, presence_penalty=0.5,
-                 logit_bias={0: 100.0, 2: -100.0})  # fmt: skip
+    out = edited(
+        [2.0, 2.0, 2.0],
+        prompt=[0],
+        output=[1, 1],
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        logit_bias={0: 100.0, 2: -100.0},
+    )
     assert out.tolist() == [101.0, 0.5, -98.0]
 
 

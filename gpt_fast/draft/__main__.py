@@ -142,8 +142,14 @@ def verify(args: argparse.Namespace) -> bool:
         show(check_sampled(core, choice, prompt, params, answers=args.answers // 2))
     passed = all(check.passed for check in checks)
     print("lossless: every check passed" if passed else "NOT lossless: see the checks that failed")
-    print(json.dumps({"passed": passed, "target": engine.description.checkpoint, "draft": draft or "ngram",
-                      "k": args.speculate_k, "checks": [check.json() for check in checks]}))  # fmt: skip
+    result = {
+        "passed": passed,
+        "target": engine.description.checkpoint,
+        "draft": draft or "ngram",
+        "k": args.speculate_k,
+        "checks": [check.json() for check in checks],
+    }
+    print(json.dumps(result))
     return passed
 
 

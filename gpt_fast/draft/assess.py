@@ -14,8 +14,9 @@ from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.cost import measure_cost
 from gpt_fast.draft.formulas import Cost, Speed, best_k, compare, pool
 from gpt_fast.draft.prompts import Prompt, categories
-from gpt_fast.draft.runs import Reader, Run, draft_runner, run, speculator_of, target_runner
+from gpt_fast.draft.runs import Reader, Run, draft_runner, run, target_runner
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculator_of
 from gpt_fast.measure.significance import wilson
 from gpt_fast.speculative.costs import Choice
 
@@ -61,9 +62,15 @@ class DraftReport:
 
 
 def assess_draft(
-    core: EngineCore, name: str, prompts: Sequence[Prompt], *, batch_sizes: Sequence[int],
-    temperatures: Sequence[float], max_new_tokens: int, repeat: int = 1,
-) -> DraftReport:  # fmt: skip
+    core: EngineCore,
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    batch_sizes: Sequence[int],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    repeat: int = 1,
+) -> DraftReport:
     """Measure everything about the proposer that `core` was loaded with; costs and speeds at the first temperature,
     speeds over `repeat` turns of plain decode and speculation."""
     speculator = speculator_of(core)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from gpt_fast.draft.formulas import Cost
-from gpt_fast.draft.runs import draft_runner, rows_catching_up, speculating, speculator_of, target_runner
+from gpt_fast.draft.runs import draft_runner, rows_catching_up, target_runner
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculating, speculator_of
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.model.forward import Startable
 from gpt_fast.request import Request
@@ -25,9 +26,15 @@ REPEATS = 11
 
 @torch.inference_mode()
 def measure_cost(
-    core: EngineCore, arm: str, batch_size: int, counts: Sequence[int], *, context: int = 64, unread: int = 0,
+    core: EngineCore,
+    arm: str,
+    batch_size: int,
+    counts: Sequence[int],
+    *,
+    context: int = 64,
+    unread: int = 0,
     temperature: float = 0.0,
-) -> Cost:  # fmt: skip
+) -> Cost:
     """Time every kind of step in turn, REPEATS times, after `context` tokens a row; medians.
 
     Plain steps and a draft's come several in a row, for a step may begin before the last one's tokens are read.
@@ -89,8 +96,14 @@ def draft_step(runner: Runner, rows: Sequence[Request], model: Startable | None,
     """Seconds of one of several proposals: steps of a chain where they can be begun (`model`), else one by one."""
     started = time.perf_counter()
     if model:
-        GreedyChain(model, runner.cache, tokens=[[0] for _ in rows], starts=[r.computed for r in rows],
-              slots=[r.slot for r in rows], counts=[steps] * len(rows)).tokens()  # fmt: skip
+        GreedyChain(
+            model,
+            runner.cache,
+            tokens=[[0] for _ in rows],
+            starts=[r.computed for r in rows],
+            slots=[r.slot for r in rows],
+            counts=[steps] * len(rows),
+        ).tokens()
     else:
         for _ in range(steps):
             forward(runner, rows, 1)

@@ -130,11 +130,18 @@ def compare(pooled: Pooled, cost: Cost, k: int, plain: Sequence[Run], spoken: Se
     prompts = rows * min(reading(run) for run in spoken) / plain_step * tau / pooled.answer
     relative = ready + prompts
     return Speed(
-        batch_size=rows, k=k, predicted=pooled.tau(k) / pooled.cost(k, cost), measured=tau / relative,
-        tau_predicted=pooled.tau(k), tau_measured=tau, cost_predicted=pooled.cost(k, cost), cost_measured=relative,
-        prompts_predicted=cost.prompts(pooled.tau(k), pooled.answer), prompts_measured=prompts,
+        batch_size=rows,
+        k=k,
+        predicted=pooled.tau(k) / pooled.cost(k, cost),
+        measured=tau / relative,
+        tau_predicted=pooled.tau(k),
+        tau_measured=tau,
+        cost_predicted=pooled.cost(k, cost),
+        cost_measured=relative,
+        prompts_predicted=cost.prompts(pooled.tau(k), pooled.answer),
+        prompts_measured=prompts,
         break_even=break_even(k, cost.step(k) + cost.prompts(pooled.tau(k), pooled.answer)),
-    )  # fmt: skip
+    )
 
 
 def ready_step(run: Run) -> float:

@@ -73,8 +73,15 @@ def check_greedy(core: EngineCore, choice: Choice, prompts: Sequence[list[int]],
         tied = gap <= tie_tolerance(logits_V, reader.dtype)
         ties, wrong = ties + tied, wrong + (not tied)
     totals = spoken.totals
-    figures = {"prompts": len(prompts), "equal": len(prompts) - ties - wrong, "ties": ties, "different": wrong,
-               "largest_gap": largest, "accepted": totals.accepted, "drafted": totals.drafted}  # fmt: skip
+    figures = {
+        "prompts": len(prompts),
+        "equal": len(prompts) - ties - wrong,
+        "ties": ties,
+        "different": wrong,
+        "largest_gap": largest,
+        "accepted": totals.accepted,
+        "drafted": totals.drafted,
+    }
     return Check("greedy", wrong == 0 and totals.drafted > 0, figures)
 
 
@@ -124,8 +131,16 @@ def check_histories(
         worst = max(worst, (distance, expected_total_variation(p_V, len(following))))
     tail = torch.special.gammaincc(torch.tensor(max(freedom, 1) / 2).double(), torch.tensor(statistic / 2).double())
     p_value = float(tail) if freedom else 1.0
-    figures = {"answers": len(answers), "histories": len(common), "chi2": statistic, "df": freedom, "p": p_value,
-               "tv": worst[0], "tv_expected": worst[1], "impossible": impossible}  # fmt: skip
+    figures = {
+        "answers": len(answers),
+        "histories": len(common),
+        "chi2": statistic,
+        "df": freedom,
+        "p": p_value,
+        "tv": worst[0],
+        "tv_expected": worst[1],
+        "impossible": impossible,
+    }
     return Check(f"{name}, histories", p_value > ALPHA and impossible <= RARE * len(answers), figures)
 
 

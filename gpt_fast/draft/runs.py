@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculating, speculator_of
 from gpt_fast.engine.runner import Runner, bucket_of
 from gpt_fast.model.cache import KVCache
 from gpt_fast.speculative.costs import Choice
-from gpt_fast.speculative.speculator import Speculator, Totals
+from gpt_fast.speculative.speculator import Totals
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,6 @@ class Run:
     ready_seconds: float = 0.0
     ready_steps: int = 0
     caught_up: int = 0
-
-
-def speculator_of(core: EngineCore) -> Speculator | None:
-    """The core's speculator, with all that the tools here look at."""
-    return core.speculator if isinstance(core.speculator, Speculator) else None
-
-
-@contextmanager
-def speculating(core: EngineCore, choice: Choice | None) -> Iterator[None]:
-    """Let every step take this choice; None: plain decode, without the speculator."""
-    loaded = speculator_of(core)
-    if loaded is None:
-        yield
-        return
-    always = loaded.always
-    try:
-        with core.with_speculator(loaded if choice else None):
-            loaded.always, loaded.totals = choice, Totals()
-            yield
-    finally:
-        loaded.always = always
 
 
 def run(

@@ -17,8 +17,8 @@ from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams
 from gpt_fast.draft.prompts import Prompt, categories
-from gpt_fast.draft.runs import speculator_of
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculator_of
 from gpt_fast.measure.machine import CpuMeter, foreign_share
 from gpt_fast.measure.stats import is_quiet, percentile
 from gpt_fast.speculative.speculator import Speculator
@@ -98,9 +98,15 @@ def batches(prompts: Sequence[Prompt], rows: int) -> list[tuple[str, list[list[i
 
 
 def take_turns(
-    core: EngineCore, ways: Variants, prompts: Sequence[Prompt], *, rows: int, temperatures: Sequence[float],
-    max_new_tokens: int, repeat: int,
-) -> list[list[Turn]]:  # fmt: skip
+    core: EngineCore,
+    ways: Variants,
+    prompts: Sequence[Prompt],
+    *,
+    rows: int,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    repeat: int,
+) -> list[list[Turn]]:
     """`repeat` rounds after a discarded one; each inner list holds one batch's turns, one a variant."""
     rounds: list[list[Turn]] = []
     work = [(*batch, temperature) for batch in batches(prompts, rows) for temperature in temperatures]
@@ -182,11 +188,24 @@ def summarize(
     low, median, high = (percentile(quotients, p) or 0.0 for p in (10, 50, 90))
     speeds = plain.tokens / plain.seconds, spoken.tokens / spoken.seconds
     cpu = (spoken.tokens / spoken.cpu_seconds) / (plain.tokens / plain.cpu_seconds)
-    return [Ratio(
-        category, temperature, name, *speeds, speeds[1] / speeds[0], cpu, median, low, high, len(quiet),
-        len(pairs) - len(quiet), spoken.accepted / max(spoken.drafted, 1), spoken.tokens / spoken.steps,
-        spoken.blocks / spoken.steps,
-    )]  # fmt: skip
+    return [
+        Ratio(
+            category,
+            temperature,
+            name,
+            *speeds,
+            speeds[1] / speeds[0],
+            cpu,
+            median,
+            low,
+            high,
+            len(quiet),
+            len(pairs) - len(quiet),
+            spoken.accepted / max(spoken.drafted, 1),
+            spoken.tokens / spoken.steps,
+            spoken.blocks / spoken.steps,
+        )
+    ]
 
 
 def total(turns: Sequence[Turn]) -> Turn:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gpt_fast.config import ConfigError
-from gpt_fast.draft.runs import draft_runner, speculator_of
+from gpt_fast.draft.runs import draft_runner
 from gpt_fast.engine.core import EngineCore
+from gpt_fast.engine.fixed_choice import speculator_of
 from gpt_fast.sampling import SamplingTensors, on_device
 from gpt_fast.speculative.accept import accept_at_once
 from gpt_fast.speculative.speculator import Speculator

@@ -71,7 +71,13 @@ def row_of(request: Request, max_seq_len: int) -> Row:
     params = request.params
     limit = min(len(request.prompt) + params.max_new_tokens, max_seq_len)
     return Row(
-        slot=request.slot, token=request.output[-1], position=request.computed, limit=limit,
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=request.seed,
+        slot=request.slot,
+        token=request.output[-1],
+        position=request.computed,
+        limit=limit,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=request.seed,
         eos=not params.ignore_eos,
-    )  # fmt: skip
+    )

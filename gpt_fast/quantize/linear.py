@@ -66,7 +66,7 @@ class Quantized(nn.Module, ABC):
         held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         for name, buffer in held.items():
             self._buffers[name] = buffer.view(SAME_SIZE_INT[buffer.element_size()])
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in held.items():
             self._buffers[name] = self._buffers[name].view(buffer.dtype)  # type: ignore[union-attr]
         return self

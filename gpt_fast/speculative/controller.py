@@ -137,9 +137,16 @@ class Controller:
         return min(int(idle * self.REST_SHARE), self.REST)
 
     def learn(
-        self, choice: Choice | None, batch: BatchShape, tokens: int, seconds: float, *, caught_up: int = 0,
-        rows_behind: int = 0, overlapped: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        choice: Choice | None,
+        batch: BatchShape,
+        tokens: int,
+        seconds: float,
+        *,
+        caught_up: int = 0,
+        rows_behind: int = 0,
+        overlapped: bool = True,
+    ) -> None:
         """What a step brought and cost, `caught_up` tokens of `rows_behind` rows fed to a draft included.
         overlapped False: a plain step that waited for the host's work, and would not have without a speculator."""
         kind = choice or (PLAIN if overlapped else UNOVERLAPPED)

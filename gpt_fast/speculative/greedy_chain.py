@@ -20,9 +20,15 @@ class GreedyChain:
     """
 
     def __init__(
-        self, model: Startable, cache: KVCache, *, tokens: list[list[int]], starts: list[int], slots: list[int],
+        self,
+        model: Startable,
+        cache: KVCache,
+        *,
+        tokens: list[list[int]],
+        starts: list[int],
+        slots: list[int],
         counts: list[int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rows = [row if count else [] for row, count in zip(tokens, counts, strict=True)]
         size, scratch = max(map(len, rows)), cache.scratch
         ends = [at + len(row) for row, at in zip(rows, starts, strict=True)]

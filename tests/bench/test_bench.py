@@ -493,14 +493,11 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def test_the_command_from_end_to_end(tiny_checkpoint, tmp_path):
     """Engine, server, this checkout as another build, an absent peer; tables, a picture, a file, JSON last."""
     with RoundServer() as server:
-        arguments = [
-            "--checkpoint_path", str(tiny_checkpoint), "--engine", "--http", server.url, "--peer", "ik_llama.cpp",
-            "--peer", f"build={ROOT}",
-            "--prompt_len", "8", "16", "--batch_size", "1", "3", "--max_new_tokens", "30", "--repeat", "2",
-            "--threads", "1", "--probe_gib", "0.002", "--foreign_limit", "99", "--verify", "--busy", "1",
-            "--long_prompt", "40", "--starts", "2",
-            "--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png"),
-        ]  # fmt: skip
+        measured = "--prompt_len 8 16 --batch_size 1 3 --max_new_tokens 30 --repeat 2 --long_prompt 40 --starts 2"
+        machine = "--verify --threads 1 --probe_gib 0.002 --foreign_limit 99 --busy 1"
+        targets = ["--engine", "--http", server.url, "--peer", "ik_llama.cpp", "--peer", f"build={ROOT}"]
+        files = ["--out", str(tmp_path / "out" / "r.json"), "--plot", str(tmp_path / "r.png")]
+        arguments = ["--checkpoint_path", str(tiny_checkpoint), *targets, *measured.split(), *machine.split(), *files]
         run = subprocess.run(
             [sys.executable, "-m", "gpt_fast.bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
         )

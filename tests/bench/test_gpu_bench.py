@@ -132,8 +132,8 @@ def test_a_model_that_cannot_be_made_is_a_row(capsys, monkeypatch):
 def test_peers_and_cold_start_in_a_process_of_its_own(tmp_path):
     (tmp_path / "generate.py").write_text(GENERATE)
     (tmp_path / "model.py").write_text(MODEL)
-    ordered = [sys.executable, "-m", "gpt_fast.bench", "--gpu", "--dry-run", "--only", "decode", "peers", "cold",
-               "--formats", "bf16", "--peer_dir", str(tmp_path)]  # fmt: skip
+    options = ["--gpu", "--dry-run", "--only", "decode", "peers", "cold", "--formats", "bf16", "--peer_dir"]
+    ordered = [sys.executable, "-m", "gpt_fast.bench", *options, str(tmp_path)]
     done = subprocess.run(ordered, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -164,10 +164,8 @@ def test_as_many_requests_in_flight_as_streams_and_every_prompt_asked():
 def test_the_script_against_the_real_rounds(api, tmp_path):
     with RoundServer() as server:
         url = server.url if api == "native" else f"{server.url}/v1/completions"
-        arguments = [
-            "--url", url, "--api", api, "--streams", "1", "6", "--requests", "24", "--prompts", "6",
-            "--prompt_len", "8", "--max_new_tokens", "20", "--vocabulary", "200", "--out", str(tmp_path / "r.json"),
-        ]  # fmt: skip
+        load = "--streams 1 6 --requests 24 --prompts 6 --prompt_len 8 --max_new_tokens 20 --vocabulary 200"
+        arguments = ["--url", url, "--api", api, *load.split(), "--out", str(tmp_path / "r.json")]
         done = subprocess.run(
             [sys.executable, "scripts/loadgen.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
@@ -187,10 +185,8 @@ def test_the_script_against_the_real_rounds(api, tmp_path):
 @pytest.mark.slow
 def test_peers_are_loaded_in_turn():
     with RoundServer() as server, RoundServer() as other:
-        arguments = [
-            "--url", server.url, "--peer", f"other={other.url}/v1/completions", "--rounds", "2", "--streams", "1", "2",
-            "--requests", "4", "--prompts", "2", "--prompt_len", "8", "--max_new_tokens", "5", "--vocabulary", "200",
-        ]  # fmt: skip
+        load = "--streams 1 2 --requests 4 --prompts 2 --prompt_len 8 --max_new_tokens 5 --vocabulary 200 --rounds 2"
+        arguments = ["--url", server.url, "--peer", f"other={other.url}/v1/completions", *load.split()]
         done = subprocess.run(
             [sys.executable, "scripts/loadgen.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
         )

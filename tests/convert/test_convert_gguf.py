@@ -24,10 +24,18 @@ from support.paths import ROOT
 from support.tiny_models import SIZES, logits, make, tokenizer_json
 
 ARCH = {
-    "llama-gqa": "llama", "llama-mha-tied": "llama", "llama-biases": "llama", "llama3": "llama", "mixtral": "llama",
-    "llama-linear": "llama", "qwen2-tied": "qwen2", "qwen3": "qwen3", "qwen2-yarn": "qwen2", "phi3": "phi3",
+    "llama-gqa": "llama",
+    "llama-mha-tied": "llama",
+    "llama-biases": "llama",
+    "llama3": "llama",
+    "mixtral": "llama",
+    "llama-linear": "llama",
+    "qwen2-tied": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2-yarn": "qwen2",
+    "phi3": "phi3",
     "phi3-long": "phi3",
-}  # fmt: skip
+}
 
 
 def some_tokenizer(metadata: Mapping[str, Any]) -> bytes:

@@ -40,8 +40,19 @@ def test_break_even_pays_exactly():
 
 
 def test_the_verdict_names_the_term_that_is_off():
-    speed = formulas.Speed(1, 4, predicted=2.0, measured=1.5, tau_predicted=3.0, tau_measured=2.25, cost_predicted=1.5,
-                         cost_measured=1.5, prompts_predicted=0.1, prompts_measured=0.1, break_even=0.4)  # fmt: skip
+    speed = formulas.Speed(
+        1,
+        4,
+        predicted=2.0,
+        measured=1.5,
+        tau_predicted=3.0,
+        tau_measured=2.25,
+        cost_predicted=1.5,
+        cost_measured=1.5,
+        prompts_predicted=0.1,
+        prompts_measured=0.1,
+        break_even=0.4,
+    )
     assert speed.residual == pytest.approx(-0.25) and speed.verdict == "tau is off by -25.0%"
     dear = dataclasses.replace(speed, tau_measured=3.0, cost_measured=2.0)
     assert dear.verdict == "k c + v + o is off by +33.3% of a step"
@@ -128,8 +139,14 @@ def test_the_scripts_run_and_pass_their_flags_on(name, tmp_path):
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
     script = ROOT / "scripts" / f"speculate_{name}.sh"
-    run = subprocess.run([script, "--seed", "7"], env={"PYTHON": str(fake), "PATH": "/usr/bin:/bin"},
-                         capture_output=True, text=True, timeout=20, check=True)  # fmt: skip
+    run = subprocess.run(
+        [script, "--seed", "7"],
+        env={"PYTHON": str(fake), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
     arguments = run.stdout.splitlines()
     args = parse_args(arguments[arguments.index("gpt_fast.generate") + 1 :])
     assert args.draft_checkpoint_path and args.speculate_k >= 4 and args.seed == 7 and args.temperature == 0

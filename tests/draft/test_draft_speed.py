@@ -180,11 +180,9 @@ def prompts(tmp_path):
 
 @pytest.mark.slow
 def test_the_speed_command_prints_ratios_and_json(target, prompts, tmp_path, capsys):
-    code, out = run(
-        capsys, "speed", "--checkpoint_path", target, "--useless_draft", 1, "--speculate", "draft", "auto",
-        "--prompts", prompts, "--repeat", 1, "--max_new_tokens", 20, "--max_seq_len", 64, "--foreign_limit", 99,
-        "--out", tmp_path / "out.json", "--threads", 1,
-    )  # fmt: skip
+    turns = "--useless_draft 1 --speculate draft auto --repeat 1 --max_new_tokens 20 --max_seq_len 64 --threads 1"
+    files = "--prompts", prompts, "--out", tmp_path / "out.json"
+    code, out = run(capsys, "speed", "--checkpoint_path", target, *turns.split(), "--foreign_limit", 99, *files)
     assert code == 0
     result = json.loads(out.splitlines()[-1])
     assert {r["variant"] for r in result["ratios"]} == {"draft", "auto"} and len(result["ratios"]) == 2 * (4 + 1)
@@ -215,11 +213,10 @@ def test_a_wrong_command_is_one_line(command, flags, line, target, capsys):
 def test_several_drafts_in_one_table_with_forced_acceptance(target, prompts, tmp_path, capsys):
     for layers in (1, 2):
         assert run(capsys, "random", "--like", target, "--layers", layers, "--out_dir", tmp_path / f"{layers}")[0] == 0
-    code, out = run(
-        capsys, "report", "--checkpoint_path", target, "--draft_checkpoint_path", tmp_path / "1", tmp_path / "2",
-        "--synthetic_acceptance", 0.7, "--prompts", prompts, "--batch_sizes", 1, 2, "--speculate_k", 2, "--repeat", 1,
-        "--max_new_tokens", 24, "--max_seq_len", 64, "--plot", tmp_path / "plot.png", "--threads", 1,
-    )  # fmt: skip
+    models = "--checkpoint_path", target, "--draft_checkpoint_path", tmp_path / "1", tmp_path / "2"
+    turns = "--batch_sizes 1 2 --speculate_k 2 --repeat 1 --max_new_tokens 24 --max_seq_len 64 --threads 1"
+    forced = "--synthetic_acceptance", 0.7, "--prompts", prompts, "--plot", tmp_path / "plot.png"
+    code, out = run(capsys, "report", *models, *turns.split(), *forced)
     assert code == 0 and (tmp_path / "plot.png").is_file()
     lines = out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "verdict" in line and "draft" in line) + 1 : -1]

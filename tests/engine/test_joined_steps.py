@@ -98,8 +98,17 @@ def fused(tiny_model):
     return get
 
 
-def core_of(decoder, *, slots=4, dtype=torch.float32, max_seq_len=120, reuse_prefix=True, budget=None, speculator=None,
-            eos_ids=(EOS, 7, 8)):  # fmt: skip
+def core_of(
+    decoder,
+    *,
+    slots=4,
+    dtype=torch.float32,
+    max_seq_len=120,
+    reuse_prefix=True,
+    budget=None,
+    speculator=None,
+    eos_ids=(EOS, 7, 8),
+):
     counting = Counting(decoder)
     cache = KVCache(decoder.config, slots=slots, max_seq_len=max_seq_len, dtype=dtype, device=CPU)
     runner = Watching(

@@ -14,10 +14,23 @@ def test_the_description_keeps_its_keys_and_order(tmp_path: Path) -> None:
     told = Engine.load(str(directory), kernels="plain", device="cpu", max_num_seqs=2, threads=1).description
     written = json.loads(json.dumps(told.as_dict()))
     assert list(written) == [
-        "checkpoint", "quantization", "path", "tuning", "device", "threads", "torch_threads", "dtype", "kv_cache",
-        "kv_cache_gib", "max_seq_len", "max_num_seqs", "speculate", "weight_bytes_per_step", "greedy_bytes_per_step",
+        "checkpoint",
+        "quantization",
+        "path",
+        "tuning",
+        "device",
+        "threads",
+        "torch_threads",
+        "dtype",
+        "kv_cache",
+        "kv_cache_gib",
+        "max_seq_len",
+        "max_num_seqs",
+        "speculate",
+        "weight_bytes_per_step",
+        "greedy_bytes_per_step",
         "load_seconds",
-    ]  # fmt: skip
+    ]
     assert written["checkpoint"].endswith("model.safetensors") and written["path"] == "plain (kernels: plain)"
     assert (written["quantization"], written["dtype"], written["kv_cache"]) == ("none", "float32", "float32")
     assert (written["device"], written["threads"], written["max_num_seqs"], written["speculate"]) == (

@@ -316,9 +316,17 @@ def test_rope_scaling_equals_transformers(name, positions):
     llama = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters=theirs)
     frequency_E, scale = ROPE_INIT_FUNCTIONS[options["kind"]](llama, CPU, seq_len=positions)
     config = ModelConfig(
-        vocab_size=8, n_layer=1, n_head=2, n_kv_head=2, dim=64, head_dim=32, intermediate_size=8, max_position=512,
-        rope_base=10000.0, rope_scaling=RopeScaling(**{**options, "attention_factor": scale}),
-    )  # fmt: skip
+        vocab_size=8,
+        n_layer=1,
+        n_head=2,
+        n_kv_head=2,
+        dim=64,
+        head_dim=32,
+        intermediate_size=8,
+        max_position=512,
+        rope_base=10000.0,
+        rope_scaling=RopeScaling(**{**options, "attention_factor": scale}),
+    )
     angle_PE = torch.arange(positions + 1).double()[:, None] * frequency_E.double()
     expected = torch.stack((angle_PE.cos(), angle_PE.sin()), dim=1) * scale
     torch.testing.assert_close(rope_table(config, positions + 1).double(), expected, atol=2e-4, rtol=0)

@@ -499,8 +499,15 @@ def test_nothing_in_the_compile_is_warned_of(isa: str, tmp_path: Path) -> None:
 def test_ctypes_twins_lie_as_the_structures_do() -> None:
     count = ctypes.c_int()
     fields = load_library().gf_layout(byref(count))
-    twins = (structs.Linear, structs.Screen, structs.LayerWeights, structs.ModelWeights, structs.Fetch, structs.Tuning,
-             structs.StepInput)  # fmt: skip
+    twins = (
+        structs.Linear,
+        structs.Screen,
+        structs.LayerWeights,
+        structs.ModelWeights,
+        structs.Fetch,
+        structs.Tuning,
+        structs.StepInput,
+    )
     expected = []
     for twin in twins:
         expected.append((twin.__name__, "", 0, ctypes.sizeof(twin)))

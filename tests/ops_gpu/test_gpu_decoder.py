@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -257,8 +258,14 @@ def test_path_choice_says_why_not(model):
     path = load_path.gpu_path(config, small_model().requires_grad_(False).bfloat16(), 1)
     assert path.name == "fused GPU decoder" and isinstance(path.decode, GpuDecoder)
     bfloat16 = {"slots": 2, "max_seq_len": 40, "dtype": torch.bfloat16, "device": CPU}
-    runner = path.runner(decode=path.decode, prefill=path.prefill, cache=KVCache(model.config, **bfloat16),
-                         eos_ids=(EOS,), prefill_chunk=16, speculator=None)  # fmt: skip
+    runner = path.runner(
+        decode=path.decode,
+        prefill=path.prefill,
+        cache=KVCache(model.config, **bfloat16),
+        eos_ids=(EOS,),
+        prefill_chunk=16,
+        speculator=None,
+    )
     assert isinstance(runner, GraphRunner)
     assert load_path.gpu_path(EngineConfig(checkpoint_path="x", kv_cache="int8"), model, 1).name == "fused GPU decoder"
     narrow = EngineConfig(checkpoint_path="x", kv_cache="bfloat16")
@@ -321,13 +328,24 @@ def begin(decoder, model, prompts, params, *, rows=4, steps=3, max_seq_len=MAX_S
     starts = []
     for slot, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
         core = core_of(model, model, max_seq_len, eos_ids)
-        first = answers(core, [prompt], [SamplingParams(max_new_tokens=1, temperature=one.temperature, top_k=one.top_k,
-                                                        top_p=one.top_p, seed=one.seed)])[0][0][0]  # fmt: skip
+        params_of_first = dataclasses.replace(one, max_new_tokens=1)
+        first = answers(core, [prompt], [params_of_first])[0][0][0]
         with torch.inference_mode():
             runner.forward(model, [prompt], [0], [slot], size=32)
         limit = min(len(prompt) + one.max_new_tokens, max_seq_len)
-        starts.append(Row(slot, first, len(prompt), limit, one.temperature, one.top_k, one.top_p, one.seed or 0,
-                          not one.ignore_eos))  # fmt: skip
+        starts.append(
+            Row(
+                slot,
+                first,
+                len(prompt),
+                limit,
+                one.temperature,
+                one.top_k,
+                one.top_p,
+                one.seed or 0,
+                not one.ignore_eos,
+            )
+        )
     return loop, starts
 
 

@@ -45,5 +45,7 @@ def test_what_users_are_told_to_install_can_be_installed(path: Path) -> None:
 
 def test_advice_is_found() -> None:
     assert ADVICE.findall("pip install 'a>=1' or pip install b==2 `pip install c[d]`") == [
-        ("a>=1", ""), ("", "b==2"), ("", "c"),
-    ]  # fmt: skip
+        ("a>=1", ""),
+        ("", "b==2"),
+        ("", "c"),
+    ]

@@ -60,9 +60,35 @@ def ask(java: subprocess.Popen[str], text: str) -> dict[str, str] | None:
 
 
 PIECES = st.sampled_from(
-    ["\\", "\\\\", "\n", "\r", "\r\n", "=", ":", " ", "\t", "\f", "#", "!", "key", "a", "1", "\\u0041", "\\u", "\\u00",
-     "\\t", "\\n", "\\:", "\\=", "\\ ", "\xe9", "inference_address=http://0.0.0.0:8080", "# x\\"]
-)  # fmt: skip
+    [
+        "\\",
+        "\\\\",
+        "\n",
+        "\r",
+        "\r\n",
+        "=",
+        ":",
+        " ",
+        "\t",
+        "\f",
+        "#",
+        "!",
+        "key",
+        "a",
+        "1",
+        "\\u0041",
+        "\\u",
+        "\\u00",
+        "\\t",
+        "\\n",
+        "\\:",
+        "\\=",
+        "\\ ",
+        "\xe9",
+        "inference_address=http://0.0.0.0:8080",
+        "# x\\",
+    ]
+)
 
 
 @pytest.mark.slow

@@ -37,9 +37,15 @@ def test_a_chat_answers_in_json_whole_and_streamed(client):
 
 def test_every_choice_of_every_prompt_has_a_guide_of_its_own(client):
     answer = client.completions.create(
-        model="gpt-fast", prompt=["a", "b"], n=2, seed=1, temperature=2.0, max_tokens=200, logprobs=2,
+        model="gpt-fast",
+        prompt=["a", "b"],
+        n=2,
+        seed=1,
+        temperature=2.0,
+        max_tokens=200,
+        logprobs=2,
         extra_body={"response_format": FORMAT},
-    )  # fmt: skip
+    )
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
     assert all(json.loads(choice.text)["unit"] in ("mm", "in") for choice in answer.choices)
     assert len({choice.text for choice in answer.choices}) > 1

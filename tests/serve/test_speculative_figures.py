@@ -8,9 +8,18 @@ from gpt_fast.speculative.speculator import Totals
 
 def record(name="r/0", reason="stop", drafted=0, accepted=0):
     return RequestRecord(
-        request_id=name, finish_reason=reason, prompt_tokens=5, reused_tokens=0, generation_tokens=9, arrival=1.0,
-        started=1.0, first_token=1.5, ended=2.0, drafted_tokens=drafted, accepted_tokens=accepted,
-    )  # fmt: skip
+        request_id=name,
+        finish_reason=reason,
+        prompt_tokens=5,
+        reused_tokens=0,
+        generation_tokens=9,
+        arrival=1.0,
+        started=1.0,
+        first_token=1.5,
+        ended=2.0,
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+    )
 
 
 @pytest.fixture

@@ -100,10 +100,26 @@ def test_bare_calls(made, between, seed):
 
 
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "<tool", "_call>", "\n", " ", "{", "}", '{"name": "clock", "arguments": {}}', "word",
-    '{"name": "clock", "parameters": {}}', '{"name": "other", "arguments": {}}', '"', ";", "<", "é",
-    '{"name": "clock", "arguments": {"t": "', '"}}', "\\",
-]  # fmt: skip
+    "<tool_call>",
+    "</tool_call>",
+    "<tool",
+    "_call>",
+    "\n",
+    " ",
+    "{",
+    "}",
+    '{"name": "clock", "arguments": {}}',
+    "word",
+    '{"name": "clock", "parameters": {}}',
+    '{"name": "other", "arguments": {}}',
+    '"',
+    ";",
+    "<",
+    "é",
+    '{"name": "clock", "arguments": {"t": "',
+    '"}}',
+    "\\",
+]
 
 
 def test_marks_inside_a_string_are_its_text():

@@ -31,8 +31,14 @@ def cache_of(model, slots, max_seq_len):
 
 def fused_runner(model, pool=None, *, weights="int8", slots=4, max_seq_len=96, **options):
     fused = CpuDecoder(model, weights=weights, threads=2, pool=pool)
-    return OverlapRunner(decode=fused, prefill=fused, cache=cache_of(model, slots, max_seq_len), eos_ids=(1,),
-                       prefill_chunk=16, **options)  # fmt: skip
+    return OverlapRunner(
+        decode=fused,
+        prefill=fused,
+        cache=cache_of(model, slots, max_seq_len),
+        eos_ids=(1,),
+        prefill_chunk=16,
+        **options,
+    )
 
 
 def speculating(target, draft, k, *, max_seq_len=96, controller=None, slots=4):

@@ -39,12 +39,18 @@ def random_requests(rng, count, *, longest=90):
         requests[f"r{i}"] = (
             prompt,
             SamplingParams(
-                max_new_tokens=rng.randrange(1, 30), temperature=rng.choice([0, 0, 0.7, 1.3]),
-                top_k=rng.choice([0, 5]), top_p=rng.choice([1.0, 0.7]), min_p=rng.choice([0.0, 0.05]),
-                seed=rng.randrange(-5, 5), ignore_eos=rng.random() < 0.5, min_tokens=0,
-                repetition_penalty=rng.choice([1.0, 1.2]), presence_penalty=rng.choice([0.0, 0.5]),
+                max_new_tokens=rng.randrange(1, 30),
+                temperature=rng.choice([0, 0, 0.7, 1.3]),
+                top_k=rng.choice([0, 5]),
+                top_p=rng.choice([1.0, 0.7]),
+                min_p=rng.choice([0.0, 0.05]),
+                seed=rng.randrange(-5, 5),
+                ignore_eos=rng.random() < 0.5,
+                min_tokens=0,
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                presence_penalty=rng.choice([0.0, 0.5]),
             ),
-        )  # fmt: skip
+        )
     return requests
 
 

@@ -85,9 +85,16 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", {"sliding_window": 50}),
     "phi3-long": ("Phi3ForCausalLM", longrope(4, 128)),
     "phi3-short": ("Phi3ForCausalLM", longrope(4, 1024)),
-    "phi4-partial": ("Phi3ForCausalLM", {"head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 3,
-                                         **rope("default", partial_rotary_factor=0.75)}),
-}  # fmt: skip
+    "phi4-partial": (
+        "Phi3ForCausalLM",
+        {
+            "head_dim": 16,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            **rope("default", partial_rotary_factor=0.75),
+        },
+    ),
+}
 
 
 def make(name: str, *, seed: int = 0) -> torch.nn.Module:

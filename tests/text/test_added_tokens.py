@@ -20,9 +20,16 @@ CHATML = (
     "{{ '<|im_start|>assistant\n' }}"
 )
 TEXTS = [
-    "Hi", "", " two  spaces ", "<|im_start|>user\nquick brown<|im_end|>\n<|im_start|>assistant\n", "a <tool> b<tool>c",
-    "x</s>y <s> z", "<|im_start|>  <|im_end|>é<tool>\n", "<|im_end|><|im_end|>", "no<unk>pe 你好 \U0001f600",
-]  # fmt: skip
+    "Hi",
+    "",
+    " two  spaces ",
+    "<|im_start|>user\nquick brown<|im_end|>\n<|im_start|>assistant\n",
+    "a <tool> b<tool>c",
+    "x</s>y <s> z",
+    "<|im_start|>  <|im_end|>é<tool>\n",
+    "<|im_end|><|im_end|>",
+    "no<unk>pe 你好 \U0001f600",
+]
 LEGACY = {"<|im_start|>": SIZE, "<|im_end|>": SIZE + 1, "<tool>": SIZE + 2}
 
 
@@ -71,9 +78,14 @@ def sentencepiece_file(**options: Any) -> bytes:
 
     model = io.BytesIO()
     defaults = {
-        "vocab_size": SIZE, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-        "minloglevel": 2, "character_coverage": 0.99, "remove_extra_whitespaces": False,
-    }  # fmt: skip
+        "vocab_size": SIZE,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "minloglevel": 2,
+        "character_coverage": 0.99,
+        "remove_extra_whitespaces": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, **{**defaults, **options}
     )

@@ -44,8 +44,11 @@ BOTH = {
         "{% elif content['type'] == 'text' %}{{ content['text'] | trim }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
     )
 }
-CASES = {name: (source, form) for form, group in (("string", STRING), ("parts", PARTS), ("both", BOTH))
-         for name, source in group.items()}  # fmt: skip
+CASES = {
+    name: (source, form)
+    for form, group in (("string", STRING), ("parts", PARTS), ("both", BOTH))
+    for name, source in group.items()
+}
 
 
 @pytest.mark.parametrize("name", CASES)

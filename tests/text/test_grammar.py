@@ -269,12 +269,31 @@ def test_texts_are_encoded_byte_for_byte(name, tmp_path):
 # --------------------------------------------------------------------------------- calls of tools
 
 TOOLS = [
-    {"type": "function", "function": {"name": "move", "parameters": {
-        "type": "object", "properties": {"to": {"$ref": "#/$defs/Place"}}, "required": ["to"],
-        "additionalProperties": False, "$defs": {"Place": {"enum": ["here", "there"]}}}}},
-    {"type": "function", "function": {"name": "stop", "parameters": {
-        "properties": {"now": {"type": "boolean"}}, "required": ["now"], "additionalProperties": False}}},
-]  # fmt: skip
+    {
+        "type": "function",
+        "function": {
+            "name": "move",
+            "parameters": {
+                "type": "object",
+                "properties": {"to": {"$ref": "#/$defs/Place"}},
+                "required": ["to"],
+                "additionalProperties": False,
+                "$defs": {"Place": {"enum": ["here", "there"]}},
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "stop",
+            "parameters": {
+                "properties": {"now": {"type": "boolean"}},
+                "required": ["now"],
+                "additionalProperties": False,
+            },
+        },
+    },
+]
 
 
 @pytest.mark.slow

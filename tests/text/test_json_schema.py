@@ -76,14 +76,18 @@ schemas = st.recursive(
         inner.map(lambda item: {"type": "array", "items": item, "maxItems": 2}),
         st.builds(
             lambda name, item: {
-                "type": "object", "properties": {name: item}, "required": [name], "additionalProperties": False
+                "type": "object",
+                "properties": {name: item},
+                "required": [name],
+                "additionalProperties": False,
             },
-            st.sampled_from(["enum", "const", "minimum", "p"]), inner,
+            st.sampled_from(["enum", "const", "minimum", "p"]),
+            inner,
         ),
         inner.map(lambda item: {"anyOf": [item, {"type": "null"}]}),
     ),
     max_leaves=2,
-).flatmap(lambda schema: st.sampled_from([schema, {"$ref": "#/$defs/enum", "$defs": {"enum": schema}}]))  # fmt: skip
+).flatmap(lambda schema: st.sampled_from([schema, {"$ref": "#/$defs/enum", "$defs": {"enum": schema}}]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -156,7 +160,7 @@ def test_a_bound_that_is_harmless_stays_itself() -> None:
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no value matches it"),
         ({"type": "array", "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]; leave them out'),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_says_what_to_do(maker: Maker, schema: Any, message: str) -> None:
     with pytest.raises(GuideError, match=re.escape(message)) as caught:
         maker.json_guide(json.dumps(schema))

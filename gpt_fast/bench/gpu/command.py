@@ -68,8 +68,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def shrunk(args: argparse.Namespace) -> argparse.Namespace:
     """The same rows, so small that a CPU runs them in seconds."""
-    small = {"models": [*TINY], "batch_size": [1, 2], "context": [4, 40], "prompt": [20, 40], "chunk": 24,
-             "new_tokens": 5, "steps": 2, "repeat": 1, "probe_gib": 2**-8}  # fmt: skip
+    small = {
+        "models": [*TINY],
+        "batch_size": [1, 2],
+        "context": [4, 40],
+        "prompt": [20, 40],
+        "chunk": 24,
+        "new_tokens": 5,
+        "steps": 2,
+        "repeat": 1,
+        "probe_gib": 2**-8,
+    }
     return argparse.Namespace(**(vars(args) | small))
 
 

@@ -17,9 +17,16 @@ FORMATS = ("bf16", "int8", "int4", "fp8")
 
 def shape(vocab: int, layers: int, heads: int, kv_heads: int, dim: int, hidden: int, *, tied: bool) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab, n_layer=layers, n_head=heads, n_kv_head=kv_heads, dim=dim, head_dim=dim // heads,
-        intermediate_size=hidden, max_position=MAX_POSITION, tie_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=vocab,
+        n_layer=layers,
+        n_head=heads,
+        n_kv_head=kv_heads,
+        dim=dim,
+        head_dim=dim // heads,
+        intermediate_size=hidden,
+        max_position=MAX_POSITION,
+        tie_embeddings=tied,
+    )
 
 
 SHAPES = {

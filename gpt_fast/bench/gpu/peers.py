@@ -44,10 +44,16 @@ def hf_transformers(
 
     c = config
     llama = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-        max_position_embeddings=c.max_position, tie_word_embeddings=c.tie_embeddings,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position,
+        tie_word_embeddings=c.tie_embeddings,
+    )
     with torch.device(device):
         model: Any = transformers.LlamaForCausalLM(llama)
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
@@ -63,8 +69,14 @@ def hf_transformers(
 def static_cache(transformers: Any, model: Any, positions: int, device: torch.device) -> Any:
     """transformers.StaticCache, whose arguments differ from release to release."""
     known = inspect.signature(transformers.StaticCache.__init__).parameters
-    wanted = {"config": model.config, "max_cache_len": positions, "max_batch_size": 1, "batch_size": 1,
-              "device": device, "dtype": torch.bfloat16}  # fmt: skip
+    wanted = {
+        "config": model.config,
+        "max_cache_len": positions,
+        "max_batch_size": 1,
+        "batch_size": 1,
+        "device": device,
+        "dtype": torch.bfloat16,
+    }
     return transformers.StaticCache(**{name: value for name, value in wanted.items() if name in known})
 
 
@@ -111,9 +123,15 @@ def hf_step(forward: Callable[..., Any], tokens_1S: Tensor, start: int, cache: A
 
 @torch.inference_mode()
 def upstream(
-    config: ModelConfig, context: int, effort: Effort, device: torch.device, *, compiled: bool, form: str,
+    config: ModelConfig,
+    context: int,
+    effort: Effort,
+    device: torch.device,
+    *,
+    compiled: bool,
+    form: str,
     checkout: Path,
-) -> Figures:  # fmt: skip
+) -> Figures:
     """meta-pytorch/gpt-fast from a checkout: its decode loop and sampler, compiled as its generate.py does."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
@@ -152,9 +170,16 @@ def upstream_model(its_model: Any, config: ModelConfig, form: str, device: torch
     """Its Transformer of our shape, quantized by its own modules, with random numbers."""
     c = config
     args = its_model.ModelArgs(
-        block_size=c.max_position, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.dim,
-        intermediate_size=c.intermediate_size, n_local_heads=c.n_kv_head, rope_base=c.rope_base, norm_eps=c.norm_eps,
-    )  # fmt: skip
+        block_size=c.max_position,
+        vocab_size=c.vocab_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        dim=c.dim,
+        intermediate_size=c.intermediate_size,
+        n_local_heads=c.n_kv_head,
+        rope_base=c.rope_base,
+        norm_eps=c.norm_eps,
+    )
     with torch.device("meta"):
         model = its_model.Transformer(args)
     if form != "bf16":

@@ -71,10 +71,8 @@ class LlamaBuild:
         meter = CpuMeter()
         before = meter.read()
         context = case.rows * (case.prompt_len + case.new_tokens)
-        output = self._tool(
-            "llama-batched-bench", "-c", str(context), "-npp", str(case.prompt_len), "-ntg", str(case.new_tokens),
-            "-npl", str(case.rows), "-tb", str(self.threads), *self.dialect.batched,
-        )  # fmt: skip
+        sizes = f"-c {context} -npp {case.prompt_len} -ntg {case.new_tokens} -npl {case.rows} -tb {self.threads}"
+        output = self._tool("llama-batched-bench", *sizes.split(), *self.dialect.batched)
         foreign = foreign_share(before, meter.read())
         prefill, decode = parse_batched_bench(output, case)
         segment = Segment(case.rows * case.new_tokens, case.new_tokens, decode, foreign)

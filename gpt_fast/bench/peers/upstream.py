@@ -41,7 +41,7 @@ class Upstream:
         self.model, mode = build(options.checkpoint)
         self.model.setup_caches(max_batch_size=1, max_seq_length=options.max_seq_len)
         self.takes_mask = "block_mask" in inspect.signature(generate.decode_one_token).parameters
-        self.decode = torch.compile(generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
+        self.decode: Any = torch.compile(generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
         read = (self.model.layers, self.model.output)
         weights = sum(tensor.nbytes for module in read for tensor in module.state_dict().values())
         facts = {"torch": torch.__version__, "format": mode, "compile": "reduce-overhead"}
@@ -109,6 +109,13 @@ def build(checkpoint: Path) -> tuple[Any, str]:
 def model_args(loaded: Loaded, upstream_model: Any) -> Any:
     c = loaded.config
     return upstream_model.ModelArgs(
-        block_size=c.max_position, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.dim,
-        intermediate_size=c.intermediate_size, n_local_heads=c.n_kv_head, rope_base=c.rope_base, norm_eps=c.norm_eps,
-    )  # fmt: skip
+        block_size=c.max_position,
+        vocab_size=c.vocab_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        dim=c.dim,
+        intermediate_size=c.intermediate_size,
+        n_local_heads=c.n_kv_head,
+        rope_base=c.rope_base,
+        norm_eps=c.norm_eps,
+    )

@@ -40,8 +40,15 @@ def build_screen(
     error_scale, error_norm = torch.empty(2, rows)
     weight_norm = torch.empty(tiles)
     outliers = energy_K.topk(count).indices.int()
-    weights = Linear(format=pack.LEVELS, rows=head.rows, cols=head.cols, group=pack.GROUP,
-                     q=q.data_ptr(), scale=scale.data_ptr(), bias=None)  # fmt: skip
+    weights = Linear(
+        format=pack.LEVELS,
+        rows=head.rows,
+        cols=head.cols,
+        group=pack.GROUP,
+        q=q.data_ptr(),
+        scale=scale.data_ptr(),
+        bias=None,
+    )
     arrays = (outliers, outlier_error, error_scale, error_norm, weight_norm)
     kept = [q, scale, *arrays]
     empty = Screen(weights, *(t.data_ptr() for t in arrays), count, MAX_ROWS, 0.0)

@@ -28,9 +28,16 @@ from gpt_fast.ops.gpu.pack import FP8, GpuLinear
 from gpt_fast.ops.gpu.sampler import sample_launches, sampler_workspace
 
 TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", FP8: "fp8e4nv",
-    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    FP8: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 DIM, HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 4096, 14336, 128256, 32, 8, 128, 8192
 BITS = {"bf16": 16, "int8": 8, "int8g": 8, "int4": 4, "fp8": 8}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.]+)")

@@ -41,9 +41,17 @@ def attention_workspace(
 
 
 def decode_attention(
-    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
-    workspace: AttentionWorkspace, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
-) -> None:  # fmt: skip
+    q_MHD: Tensor,
+    cache: LayerCache,
+    slots_M: Tensor,
+    lengths_M: Tensor,
+    workspace: AttentionWorkspace,
+    out_MHD: Tensor,
+    *,
+    scale: float,
+    splits: int,
+    rows_per_slot: int = 1,
+) -> None:
     """softmax(scale * q k^T) v of each token over positions 0..length-1 of its slot.
 
     lengths_M: at least 1. Each token has its own, so the tokens that a verification adds to one slot see each other as
@@ -52,15 +60,30 @@ def decode_attention(
     ValueError where M is no multiple of it.
     """
     attention_launch(
-        q_MHD, cache, slots_M, lengths_M, workspace, out_MHD,
-        scale=scale, splits=splits, rows_per_slot=rows_per_slot,
-    ).run()  # fmt: skip
+        q_MHD,
+        cache,
+        slots_M,
+        lengths_M,
+        workspace,
+        out_MHD,
+        scale=scale,
+        splits=splits,
+        rows_per_slot=rows_per_slot,
+    ).run()
 
 
 def decode_attention_reference(
-    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
-    workspace: AttentionWorkspace | None, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
-) -> None:  # fmt: skip
+    q_MHD: Tensor,
+    cache: LayerCache,
+    slots_M: Tensor,
+    lengths_M: Tensor,
+    workspace: AttentionWorkspace | None,
+    out_MHD: Tensor,
+    *,
+    scale: float,
+    splits: int,
+    rows_per_slot: int = 1,
+) -> None:
     """In float32, a token at a time; workspace, splits and rows_per_slot change nothing."""
     kv_heads = cache.k_NHTD.shape[1]
     for row, (slot, length) in enumerate(zip(slots_M.tolist(), lengths_M.tolist(), strict=True)):
@@ -71,9 +94,17 @@ def decode_attention_reference(
 
 
 def attention_launch(
-    q_MHD: Tensor, cache: LayerCache, slots_M: Tensor, lengths_M: Tensor,
-    workspace: AttentionWorkspace, out_MHD: Tensor, *, scale: float, splits: int, rows_per_slot: int = 1,
-) -> Launch:  # fmt: skip
+    q_MHD: Tensor,
+    cache: LayerCache,
+    slots_M: Tensor,
+    lengths_M: Tensor,
+    workspace: AttentionWorkspace,
+    out_MHD: Tensor,
+    *,
+    scale: float,
+    splits: int,
+    rows_per_slot: int = 1,
+) -> Launch:
     from gpt_fast.ops.gpu.attention_triton import decode_attention_kernel
 
     tokens, q_heads, head_dim = q_MHD.shape
@@ -82,9 +113,18 @@ def attention_launch(
     if tokens % rows_per_slot:
         raise ValueError(f"rows_per_slot: must divide the tokens (got {rows_per_slot}, {tokens} tokens)")
     arguments = {
-        "q": q_MHD, **cache.arguments(), "slots": slots_M, "lengths": lengths_M, **workspace._asdict(), "out": out_MHD,
-        "scale": scale, "splits": splits, "rows": tokens, "q_heads": q_heads, "kv_heads": kv_heads,
-    }  # fmt: skip
+        "q": q_MHD,
+        **cache.arguments(),
+        "slots": slots_M,
+        "lengths": lengths_M,
+        **workspace._asdict(),
+        "out": out_MHD,
+        "scale": scale,
+        "splits": splits,
+        "rows": tokens,
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+    }
     constants = {
         "ROWS": rows_per_slot,
         "GROUP": group,

@@ -219,13 +219,28 @@ class GpuDecoder:
         for index, layer in enumerate(self.layers):
             held = LayerCache.of(cache, index)
             self.ops.norm_qkv_rope_write(
-                s.x_MD, layer.attention_norm, layer.qkv, self.cos_sin, inputs.positions_M, inputs.slots_M,
-                held, self.heads, s.q_MHE, eps=eps,
-            )  # fmt: skip
+                s.x_MD,
+                layer.attention_norm,
+                layer.qkv,
+                self.cos_sin,
+                inputs.positions_M,
+                inputs.slots_M,
+                held,
+                self.heads,
+                s.q_MHE,
+                eps=eps,
+            )
             self.ops.attention(
-                s.q_MHE, held, inputs.slots_M, inputs.lengths_M, self.workspace, s.attended_MHE,
-                scale=self.config.head_dim**-0.5, splits=reach, rows_per_slot=size,
-            )  # fmt: skip
+                s.q_MHE,
+                held,
+                inputs.slots_M,
+                inputs.lengths_M,
+                self.workspace,
+                s.attended_MHE,
+                scale=self.config.head_dim**-0.5,
+                splits=reach,
+                rows_per_slot=size,
+            )
             self.ops.linear_residual(s.attended_MHE.flatten(1), layer.out, s.x_MD, s.y_MD)
             self.ops.norm_gate_up_silu(s.y_MD, layer.ffn_norm, layer.gate_up, s.hidden_MI, eps=eps)
             self.ops.linear_residual(s.hidden_MI, layer.down, s.y_MD, s.x_MD)
@@ -263,8 +278,14 @@ class GpuDecoder:
             return torch.empty(M, *shape, dtype=dtype, device=self.device)
 
         heads = (c.n_head, c.head_dim)
-        return Scratch(empty(c.dim), empty(c.dim), empty(*heads), empty(*heads), empty(c.intermediate_size),
-                       empty(c.vocab_size, dtype=torch.float32))  # fmt: skip
+        return Scratch(
+            empty(c.dim),
+            empty(c.dim),
+            empty(*heads),
+            empty(*heads),
+            empty(c.intermediate_size),
+            empty(c.vocab_size, dtype=torch.float32),
+        )
 
 
 def splits_for(length: int, *, programs: int, processors: int) -> int:

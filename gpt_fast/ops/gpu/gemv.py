@@ -57,9 +57,18 @@ FEW_TOKENS = {
 
 
 def norm_qkv_rope_write(
-    x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
-) -> None:  # fmt: skip
+    x_MD: Tensor,
+    norm_D: Tensor,
+    qkv: GpuLinear,
+    cos_sin_P2E: Tensor,
+    positions_M: Tensor,
+    slots_M: Tensor,
+    cache: LayerCache,
+    workspace: HeadWorkspace | None,
+    out_q_MHD: Tensor,
+    *,
+    eps: float,
+) -> None:
     """RMSNorm, the fused query/key/value projection, RoPE on neighbouring pairs; keys and values go to the cache.
 
     cos_sin_P2E: float32, of the rotated pairs (rope.rope_table). A token's keys and values land at
@@ -88,9 +97,18 @@ def norm_head(x_MD: Tensor, norm_D: Tensor, head: GpuLinear, out_logits_MV: Tens
 
 
 def norm_qkv_rope_write_reference(
-    x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
-) -> None:  # fmt: skip
+    x_MD: Tensor,
+    norm_D: Tensor,
+    qkv: GpuLinear,
+    cos_sin_P2E: Tensor,
+    positions_M: Tensor,
+    slots_M: Tensor,
+    cache: LayerCache,
+    workspace: HeadWorkspace | None,
+    out_q_MHD: Tensor,
+    *,
+    eps: float,
+) -> None:
     (_, q_heads, head_dim), kv_heads = out_q_MHD.shape, cache.k_NHTD.shape[1]
     qkv_MHD = (rms_norm(x_MD, norm_D, eps) @ dequantize(qkv).T).unflatten(1, (-1, head_dim))
     q_MHD, k_MHD, v_MHD = qkv_MHD.split((q_heads, kv_heads, kv_heads), dim=1)
@@ -148,9 +166,18 @@ def gate_up_launch(x_MD: Tensor, norm_D: Tensor, gate_up: GpuLinear, out_MI: Ten
 
 
 def qkv_launch(
-    x_MD: Tensor, norm_D: Tensor, qkv: GpuLinear, cos_sin_P2E: Tensor, positions_M: Tensor, slots_M: Tensor,
-    cache: LayerCache, workspace: HeadWorkspace | None, out_q_MHD: Tensor, *, eps: float,
-) -> Launch:  # fmt: skip
+    x_MD: Tensor,
+    norm_D: Tensor,
+    qkv: GpuLinear,
+    cos_sin_P2E: Tensor,
+    positions_M: Tensor,
+    slots_M: Tensor,
+    cache: LayerCache,
+    workspace: HeadWorkspace | None,
+    out_q_MHD: Tensor,
+    *,
+    eps: float,
+) -> Launch:
     from gpt_fast.ops.gpu.gemv_triton import norm_qkv_rope_write_kernel
 
     _, kv_heads, _, head_dim = cache.k_NHTD.shape
@@ -161,9 +188,15 @@ def qkv_launch(
         raise ValueError("workspace: an int8 cache needs one")
     between = workspace._asdict() if scaled and workspace else {"heads": out_q_MHD, "arrived": out_q_MHD}
     extra = {
-        "cos_sin": cos_sin_P2E, "positions": positions_M, "slots": slots_M, **cache.arguments(), **between,
-        "out_q": out_q_MHD, "q_heads": out_q_MHD.shape[1], "kv_heads": kv_heads,
-    }  # fmt: skip
+        "cos_sin": cos_sin_P2E,
+        "positions": positions_M,
+        "slots": slots_M,
+        **cache.arguments(),
+        **between,
+        "out_q": out_q_MHD,
+        "q_heads": out_q_MHD.shape[1],
+        "kv_heads": kv_heads,
+    }
     constants = {
         "HEAD_DIM": head_dim,
         "WIDTH": power_of_two(head_dim),
@@ -174,9 +207,16 @@ def qkv_launch(
 
 
 def launch(
-    kernel: Any, x_MK: Tensor, norm_K: Tensor | None, w: GpuLinear, extra: dict[str, Any],
-    constants: dict[str, Any], eps: float, *, row_unit: int = ANY,
-) -> Launch:  # fmt: skip
+    kernel: Any,
+    x_MK: Tensor,
+    norm_K: Tensor | None,
+    w: GpuLinear,
+    extra: dict[str, Any],
+    constants: dict[str, Any],
+    eps: float,
+    *,
+    row_unit: int = ANY,
+) -> Launch:
     """What every kernel of the family shares. row_unit: no program's rows may lie on both sides of a multiple of it.
 
     ValueError for more tokens than MAX_TOKENS.
@@ -194,10 +234,16 @@ def launch(
     in_groups = w.kind == "int8g" or (w.kind == "int4" and most == 8)  # where a share must be of one group
     shares = max(tile.warps, columns // group_bytes) if in_groups else tile.warps
     arguments = {
-        "x": x_MK, "norm": unused if norm_K is None else norm_K, "weight": weight,
-        "scale": unused if w.scale is None else w.scale, "zero": unused if w.zero is None else w.zero,
-        "tokens": len(x_MK), "k": w.k, "eps": eps, **extra,
-    }  # fmt: skip
+        "x": x_MK,
+        "norm": unused if norm_K is None else norm_K,
+        "weight": weight,
+        "scale": unused if w.scale is None else w.scale,
+        "zero": unused if w.zero is None else w.zero,
+        "tokens": len(x_MK),
+        "k": w.k,
+        "eps": eps,
+        **extra,
+    }
     shared = {
         "KIND": w.kind,
         "NORM": norm_K is not None,

@@ -33,9 +33,15 @@ class DecodeLoop:
     """
 
     def __init__(
-        self, decoder: GpuDecoder, cache: KVCache, *, rows: int, steps: int, eos_ids: Iterable[int],
+        self,
+        decoder: GpuDecoder,
+        cache: KVCache,
+        *,
+        rows: int,
+        steps: int,
+        eos_ids: Iterable[int],
         ring: Ring | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         device = decoder.device
         self.decoder, self.cache, self.steps = decoder, cache, steps
         self.state = State.empty(rows, device)

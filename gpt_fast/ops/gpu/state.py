@@ -95,10 +95,18 @@ def advance_launch(sampled_B: Tensor, state: State, eos_E: Tensor, out_B: Tensor
 
     tokens_B, positions_B, _, lengths_B = state.inputs
     arguments = {
-        "sampled": sampled_B, "tokens": tokens_B, "positions": positions_B, "lengths": lengths_B,
-        "limit": state.limit_B, "heeds_eos": state.eos_B, "eos": eos_E, "out": out_B, "scratch": scratch,
-        "rows": len(sampled_B), "eos_count": len(eos_E),
-    }  # fmt: skip
+        "sampled": sampled_B,
+        "tokens": tokens_B,
+        "positions": positions_B,
+        "lengths": lengths_B,
+        "limit": state.limit_B,
+        "heeds_eos": state.eos_B,
+        "eos": eos_E,
+        "out": out_B,
+        "scratch": scratch,
+        "rows": len(sampled_B),
+        "eos_count": len(eos_E),
+    }
     constants = {"BLOCK": power_of_two(len(sampled_B)), "NO_TOKEN": NO_TOKEN, "ENDED": ENDED}
     return Launch(advance_kernel, (1,), arguments, constants, num_warps=1)
 
