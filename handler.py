@@ -27,6 +27,7 @@ class GptFastHandler(BaseHandler):
         """Load, warm up and start the engine. The worker is ready when this returns, and not before."""
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's ranks must not outlive it: TorchServe kills only torchrun
             end_with_parent()
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # TorchServe's JSON takes NaN, and the last of repeated keys
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
         try:

@@ -75,17 +75,23 @@ class Engine:
 
     # -------------------------------------------------------------------------------- the prompt
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a plain prompt; special tokens in it are text."""
-        return self.tokenizer.encode(prompt, add_bos=True)
+    def encode(self, prompt: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
+        """Token ids of a plain prompt. specials: special tokens spelled in it are tokens; else they are text."""
+        return self.tokenizer.encode(prompt, add_bos=add_bos, specials=specials)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> list[int]:
-        """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
+        """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer.
+
+        options: ChatTemplate.render's, such as chat_template_kwargs and continue_final_message.
+        """
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")
-        return self.chat_template.encode(self.tokenizer, list(messages), tools=tools, add_generation_prompt=True)
+        return self.chat_template.encode(self.tokenizer, list(messages), tools=tools, **options)
 
     # -------------------------------------------------------------------------------- many requests
 

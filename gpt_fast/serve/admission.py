@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +43,6 @@ class Admit:
         self.created = int(time.time())
         self.page = page_text()
         self.tool_format = tool_format(engine)
-        self.offers = frozenset({"schema", "tools"} if self.tool_format else {"schema"})
         self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
     def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
@@ -69,12 +69,12 @@ class Admit:
             return model_list(self.model_name, **facts)
         if path == f"v1/models/{self.model_name}":
             return dump(model_card(self.model_name, **facts))
-        message = f"path: no such model at {path[:100]!r} (allowed v1/models/{self.model_name})"
+        message = f"path: no such model at {json.dumps(path[:100])} (allowed v1/models/{self.model_name})"
         raise RequestError(message, status=404, code="model_not_found")
 
     def job(self, path: str, body: object) -> Job:
         if path not in ENDPOINTS:
-            raise RequestError(f"path: nothing at {path[:100]!r} (allowed {PATHS})", status=404)
+            raise RequestError(f"path: nothing at {json.dumps(path[:100])} (allowed {PATHS})", status=404)
         if self.drain_file is not None and self.drain_file.exists():
             raise RequestError("the server is stopping", status=503, code="draining")
         self.check_room(1)  # a server that is full says so before it reads
@@ -84,12 +84,11 @@ class Admit:
             model_name=self.model_name,
             max_new_tokens=self.limits.max_new_tokens,
             stream=self.limits.stream,
-            offers=self.offers,
         )
         prompts = self.prompts(request)
         self.check_room(len(prompts))
         seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
-        return Job(self.answer(request, prompts), prompts, owner=request.user, seconds=seconds)
+        return Job(self.answer(request, prompts), prompts, owner=request.owner, seconds=seconds)
 
     # ---------------------------------------------------------------------------------------- prompts
 
@@ -98,19 +97,22 @@ class Admit:
         if request.messages:
             rows = [self.chat_tokens(request)]
         else:
-            rows = [self.text_tokens(prompt) for prompt in request.prompts]
+            rows = [self.text_tokens(prompt, request) for prompt in request.prompts]
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
     def chat_tokens(self, request: ApiRequest) -> list[int]:
+        if request.tools and not request.must_call and self.tool_format is None:
+            names = 'allowed with tool_choice "required" or a function, which constrain the answer, or "none"'
+            raise RequestError(f"tools: this model's chat template has no tool calls ({names})", param="tools")
         try:
-            return self.engine.encode_chat(request.messages, request.tools or None)
+            return self.engine.encode_chat(request.messages, request.tools or None, **request.template_options)
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
             raise RequestError(f"messages: {error}", param="messages") from None
 
-    def text_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
+    def text_tokens(self, prompt: str | tuple[int, ...], request: ApiRequest) -> list[int]:
         if isinstance(prompt, str):
             try:
-                return self.engine.encode(prompt)
+                return self.engine.encode(prompt, add_bos=request.add_special_tokens, specials=request.parse_special)
             except ValueError as error:
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         vocabulary = self.engine.model_config.vocab_size
@@ -175,6 +177,7 @@ class Admit:
                 for _ in range(request.n)
             ],
             "include_usage": request.include_usage,
+            "continuous_usage": request.continuous_usage,
             "wants_logprobs": request.params.logprobs is not None,
             "token_bytes": self.engine.tokenizer.token_bytes,
         }

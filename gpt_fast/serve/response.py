@@ -106,11 +106,13 @@ class OpenAIAnswer(ABC):
         include_usage: bool,
         wants_logprobs: bool,
         token_bytes: Callable[[int], bytes],
+        continuous_usage: bool = False,
     ) -> None:
-        """choices: the text each one begins with ("" without echo)."""
+        """choices: the text each one begins with ("" without echo). continuous_usage: usage so far in every chunk."""
         self.stream, self.model = stream, model
         self.content_type = SSE if stream else JSON
         self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
+        self.continuous_usage = continuous_usage
         self.wants_logprobs, self.token_bytes = wants_logprobs, token_bytes
         self.choices = [Choice(echo=text) for text in choices]
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -146,7 +148,7 @@ class OpenAIAnswer(ABC):
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self.head, "object": self.chunk_object, "choices": choices}
-        return {**chunk, "usage": None} if self.include_usage else chunk
+        return {**chunk, "usage": self.usage() if self.continuous_usage else None} if self.include_usage else chunk
 
     def usage(self) -> dict[str, int]:
         completion = sum(choice.tokens for choice in self.choices)

@@ -1,8 +1,8 @@
 """Text to token ids and back: Hugging Face tokenizer.json, SentencePiece, Llama 3's tiktoken file, a GGUF's own.
 
 Three libraries do the work; this file gives them one face and three rules of its own:
-- Text is text. `encode` never makes a control token, whatever the text spells; `encode_with_specials` does, and is
-  for rendered chat templates only.
+- Text is text. `encode` makes no control token, whatever the text spells, unless it is asked to;
+  `encode_with_specials` does, and is for rendered chat templates only.
 - Text leaves as bytes. A token's bytes may end inside a character, so decoding UTF-8 is for whoever sees the stream.
 - The first token's space. SentencePiece vocabularies write "Hello" as "▁Hello"; the space is dropped where a text
   begins and kept everywhere else. A `Detokenizer` carries that state, so its pushes concatenate to the decoded text.
@@ -55,9 +55,10 @@ class Tokenizer(ABC):
     control_tokens: tuple[str, ...]
     drops_leading_space: bool
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Ids of a text in which control tokens are text. add_bos: begin as the model's own tokenizer does."""
-        return self._encode(check_text(text), specials=False, add_bos=add_bos)
+    def encode(self, text: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
+        """Ids of a text. add_bos: begin as the model's own tokenizer does. specials: control tokens spelled in it are
+        ids, as in transformers; else they are text."""
+        return self._encode(check_text(text), specials=specials, add_bos=add_bos)
 
     def encode_with_specials(self, text: str, *, literal: Sequence[Span] = ()) -> list[int]:
         """Ids of a rendered chat template: control tokens become ids, nothing is added in front.
