@@ -21,7 +21,7 @@ from gpt_fast.options import EngineOptions, SamplingOptions
 from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
 from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.text.stream import TextStream
-from gpt_fast.text.tokenizer import Tokenizer
+from gpt_fast.text.tokenizer import PromptTooLong, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,19 @@ class Engine:
 
     # -------------------------------------------------------------------------------- the prompt
 
+    @property
+    def max_characters(self) -> int | None:
+        """More of a prompt never fits a slot, whatever it says; None: not known."""
+        most = self.tokenizer.characters_per_token
+        return None if most is None else self.core.max_seq_len * most
+
     def encode(self, prompt: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
-        """Token ids of a plain prompt. specials: special tokens spelled in it are tokens; else they are text."""
+        """Token ids of a plain prompt. specials: special tokens spelled in it are tokens; else they are text.
+
+        PromptTooLong for a text that no number of tokens within a slot can hold; it is not encoded.
+        """
+        if self.max_characters is not None and len(prompt) > self.max_characters:
+            raise PromptTooLong(len(prompt), self.max_characters)
         return self.tokenizer.encode(prompt, add_bos=add_bos, specials=specials)
 
     def encode_chat(
@@ -87,11 +98,13 @@ class Engine:
     ) -> list[int]:
         """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer.
 
-        options: ChatTemplate.render's, such as chat_template_kwargs and continue_final_message.
+        options: ChatTemplate.render's, such as chat_template_kwargs and continue_final_message. PromptTooLong as above.
         """
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")
-        return self.chat_template.encode(self.tokenizer, list(messages), tools=tools, **options)
+        return self.chat_template.encode(
+            self.tokenizer, list(messages), max_characters=self.max_characters, tools=tools, **options
+        )
 
     # -------------------------------------------------------------------------------- many requests
 

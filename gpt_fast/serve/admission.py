@@ -19,6 +19,7 @@ from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tool_calls import call_parser
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
+from gpt_fast.text.tokenizer import PromptTooLong
 
 PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
 
@@ -106,6 +107,8 @@ class Admit:
             raise RequestError(f"tools: this model's chat template has no tool calls ({names})", param="tools")
         try:
             return self.engine.encode_chat(request.messages, request.tools or None, **request.template_options)
+        except PromptTooLong as error:
+            raise self.too_long("messages", error) from None
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
             raise RequestError(f"messages: {error}", param="messages") from None
 
@@ -113,6 +116,8 @@ class Admit:
         if isinstance(prompt, str):
             try:
                 return self.engine.encode(prompt, add_bos=request.add_special_tokens, specials=request.parse_special)
+            except PromptTooLong as error:
+                raise self.too_long("prompt", error) from None
             except ValueError as error:
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         vocabulary = self.engine.model_config.vocab_size
@@ -120,6 +125,11 @@ class Admit:
             message = f"prompt: token id {max(prompt)} is outside the vocabulary (allowed 0..{vocabulary - 1})"
             raise RequestError(message, param="prompt")
         return list(prompt)
+
+    def too_long(self, field: str, error: PromptTooLong) -> RequestError:
+        tokens = f"{self.engine.core.max_seq_len} tokens, which are at most {error.allowed} characters"
+        message = f"{field}: {error.characters} characters (allowed {tokens})"
+        return RequestError(message, param=field, code="context_length_exceeded")
 
     def guide(self, request: ApiRequest) -> Guide | None:
         """A guide of its own for each sequence. What it costs to compile one is bounded; see guide_check."""

@@ -382,7 +382,7 @@ def test_an_exception_in_admission_is_that_requests_500(frontend, shared, monkey
     frontend.until(lambda: good.replies)
     with monkeypatch.context() as patch:
 
-        def encode(prompt: str) -> list[int]:
+        def encode(prompt: str, **_: bool) -> list[int]:
             raise KeyError(prompt)
 
         patch.setattr(shared.service.engine, "encode", encode)
@@ -447,7 +447,7 @@ def test_a_slow_admission_does_not_hold_up_the_others(frontend, shared, monkeypa
     monkeypatch.setattr(
         shared.service.engine,
         "encode",
-        lambda text: encode(text) if text != "slow" else (gate.wait(10), encode(text))[1],
+        lambda text, **_: encode(text) if text != "slow" else (gate.wait(10), encode(text))[1],
     )
     slow = frontend.send(native(2, prompt="slow"))
     quick = frontend.send(native(30))
@@ -460,7 +460,7 @@ def test_a_slow_admission_does_not_hold_up_the_others(frontend, shared, monkeypa
 
 def test_a_client_that_leaves_during_admission_costs_nothing(frontend, shared, monkeypatch):
     encode, gate = shared.service.engine.encode, threading.Event()
-    monkeypatch.setattr(shared.service.engine, "encode", lambda text: (gate.wait(10), encode(text))[1])
+    monkeypatch.setattr(shared.service.engine, "encode", lambda text, **_: (gate.wait(10), encode(text))[1])
     client = frontend.send(native(2))
     frontend.round()
     client.gone = True
