@@ -277,6 +277,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # None: none; n: the chosen token's and the n best
     logprobs: int | None = checked(None, unless_none(whole(0, MAX_LOGPROBS)))
+    prompt_logprobs: int | None = checked(None, unless_none(whole(0, MAX_LOGPROBS)))  # of the prompt's tokens
     guide: Guide | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

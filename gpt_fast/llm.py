@@ -29,6 +29,7 @@ class TextEvent:
     """What one decoded token brought a request: `text` is complete UTF-8 and past every stop string's reach.
 
     `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed.
+    `prompt_logprobs`, of the prompt's tokens behind the first, come with the first event where they were asked for.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class TextEvent:
     token: int | None  # None: the request ended without one
     finish_reason: str | None = None
     logprobs: Logprobs = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Engine:
     def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Request:
         """Queue a request. ValueError when the prompt does not fit, or the id is in use."""
         request = self.core.add(request_id, prompt, params, owner=owner)
-        self._texts[request_id] = _RequestText(self.tokenizer, params)
+        self._texts[request_id] = _RequestText(self.tokenizer, request)
         return request
 
     def abort(self, request_id: str) -> None:
@@ -161,7 +163,7 @@ class Engine:
         if reason is not None:
             self.abort(event.request_id)
         token = None if event.token == NO_TOKEN else event.token
-        return TextEvent(event.request_id, text, token, reason, event.logprobs)
+        return TextEvent(event.request_id, text, token, reason, event.logprobs, state.take_prompt_logprobs())
 
     # -------------------------------------------------------------------------------- one request
 
@@ -211,10 +213,11 @@ def completion(events: Sequence[TextEvent]) -> Completion:
 class _RequestText:
     """One request's way from token ids to text: bytes, then UTF-8, then stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.request = request
         self.detokenizer = tokenizer.detokenizer()
-        self.stream = TextStream(params.stop)
-        self.silent = {NO_TOKEN, *params.stop_token_ids}  # tokens that are no part of the text
+        self.stream = TextStream(request.params.stop)
+        self.silent = {NO_TOKEN, *request.params.stop_token_ids}  # tokens that are no part of the text
 
     def push(self, event: TokenEvent) -> tuple[str, bool]:
         """The text that may leave now, and whether a stop string was met."""
@@ -222,3 +225,8 @@ class _RequestText:
         if event.finish_reason is not None and not self.stream.stopped:
             text += self.stream.finish()
         return text, self.stream.stopped
+
+    def take_prompt_logprobs(self) -> tuple[Logprobs, ...]:
+        """All at its first event, then none."""
+        taken, self.request.prompt_logprobs = tuple(self.request.prompt_logprobs), []
+        return taken
