@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_fast.llm import Engine
-from gpt_fast.serve.endpoints import ENDPOINTS
+from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
+from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
@@ -99,6 +100,9 @@ class Admit:
             rows = [self.chat_tokens(request)]
         else:
             rows = [self.text_tokens(prompt, request) for prompt in request.prompts]
+        if request.params.prompt_logprobs is not None:
+            param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+            check_entries(rows * request.n, request.params.prompt_logprobs, param)
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
     def chat_tokens(self, request: ApiRequest) -> list[int]:
@@ -189,12 +193,25 @@ class Admit:
             "include_usage": request.include_usage,
             "continuous_usage": request.continuous_usage,
             "wants_logprobs": request.params.logprobs is not None,
-            "token_bytes": self.engine.tokenizer.token_bytes,
+            "token_bytes": partial(self.engine.tokenizer.token_bytes, keep_specials=request.endpoint is COMPLETION),
+            "told": self.told(request, prompts),
         }
+        if request.prompt_only:
+            options["prompt_only"] = True
         if request.tools and self.tool_format is not None:
             names = [tool["function"]["name"] for tool in request.tools]
             options["new_parser"] = partial(call_parser, self.tool_format, names)
         return request.endpoint.answer(**options)
+
+    def told(self, request: ApiRequest, prompts: list[Prompt]) -> PromptLogprobs | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        return PromptLogprobs.of(
+            self.engine.tokenizer,
+            [prompt.tokens for prompt in prompts],
+            echoed=request.params.logprobs if request.echo else None,
+            listed=request.prompt_logprobs,
+        )
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)

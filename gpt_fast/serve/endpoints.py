@@ -23,8 +23,9 @@ class Endpoint:
     known: the fields it takes; of others, those that ask for nothing pass (neutral.py). prompt: the field that holds
     the prompt; a list of prompts is refused unless `many`. parse_special: whether a text prompt's special tokens are
     tokens, where the request does not say. token_limits: fields for the number of new tokens, which must agree;
-    max_new_tokens: without one, None for what the server is configured to. temperature: without one. logprobs: how
-    many alternatives a token is to report, None: none. openai: it streams only if asked to.
+    max_new_tokens: without one, None for what the server is configured to; fewest_tokens: the least they may say, 0
+    where an answer may be the prompt alone. temperature: without one. logprobs: how many alternatives a token is to
+    report, None: none. openai: it streams only if asked to.
     """
 
     known: frozenset[str]
@@ -37,11 +38,17 @@ class Endpoint:
     logprobs: Callable[[Fields], int | None]
     openai: bool
     answer: Callable[..., PlainAnswer | CompletionAnswer | ChatAnswer]
+    fewest_tokens: int = 1
+
+
+def count_of(fields: Fields, name: str) -> int | None:
+    """How many alternatives of each token are asked for; None: not even its own log-probability."""
+    return None if fields.get(name) is None else whole_number(fields, name, 0, 0, MAX_LOGPROBS)
 
 
 def count_of_logprobs(fields: Fields) -> int | None:
     """As completions ask: with a number."""
-    return None if fields.get("logprobs") is None else whole_number(fields, "logprobs", 0, 0, MAX_LOGPROBS)
+    return count_of(fields, "logprobs")
 
 
 def switch_of_logprobs(fields: Fields) -> int | None:
@@ -67,7 +74,7 @@ SAMPLING = frozenset((
 ))  # fmt: skip
 COMMON = SAMPLING | {"stream", "timeout", "user", "cache_salt", "response_format"}
 TEXT = {"prompt", "add_special_tokens", "parse_special"}
-OPENAI = COMMON | {"model", "max_tokens", "max_completion_tokens", "n", "stream_options", "logprobs"}
+OPENAI = COMMON | {"model", "max_tokens", "max_completion_tokens", "n", "stream_options", "logprobs", "prompt_logprobs"}
 TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}
 TEMPLATE = {"chat_template_kwargs", "reasoning_effort", "documents", "add_generation_prompt", "continue_final_message"}
 
@@ -94,6 +101,7 @@ COMPLETION = Endpoint(
     logprobs=count_of_logprobs,
     openai=True,
     answer=CompletionAnswer,
+    fewest_tokens=0,
 )
 CHAT = Endpoint(
     known=OPENAI | TOOLS | TEMPLATE | {"messages", "top_logprobs"},

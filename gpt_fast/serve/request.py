@@ -20,7 +20,7 @@ from gpt_fast.serve.chat_request import (
     parse_tools,
     short_text,
 )
-from gpt_fast.serve.endpoints import CHAT, SAMPLING, Endpoint, Fields, whole_number
+from gpt_fast.serve.endpoints import CHAT, SAMPLING, Endpoint, Fields, count_of, whole_number
 from gpt_fast.serve.neutral import check_neutral, is_neutral
 
 __all__ = ["REASONS", "ApiRequest", "RequestError", "parse_request"]
@@ -40,6 +40,8 @@ class ApiRequest:
     whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
     tools, must_call: what a chat's model may call, and whether it has to; parallel: whether more than once. schema: the
     JSON schema, as text, that the answer must match. continuous_usage: usage in every chunk of a stream.
+    prompt_only: nothing is to be generated. prompt_logprobs: alternatives in vLLM's list of the prompt's tokens, None
+    for none; the params' are also those of an echo.
     """
 
     endpoint: Endpoint
@@ -56,6 +58,8 @@ class ApiRequest:
     schema: str | None = None
     n: int = 1
     echo: bool = False
+    prompt_only: bool = False
+    prompt_logprobs: int | None = None
     include_usage: bool = False
     continuous_usage: bool = False
     limited: bool = False
@@ -115,6 +119,8 @@ def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bo
         schema=parse_response_format(fields.get("response_format", {"type": "text"})),
         n=n,
         echo=fields.get("echo", False),
+        prompt_only=limit == 0,
+        prompt_logprobs=count_of(fields, "prompt_logprobs"),
         include_usage=usage,
         continuous_usage=continuous,
         limited=limit_name is not None,
@@ -152,8 +158,9 @@ def owner(fields: Fields) -> str:
 
 def check_together(request: ApiRequest) -> None:
     """Refuse fields that do not go together."""
-    if request.echo and request.params.logprobs is not None:
-        raise RequestError("echo: not supported together with logprobs (got true, allowed false)", param="echo")
+    if request.prompt_logprobs is not None and request.stream:
+        message = f"prompt_logprobs: not with stream true (got {request.prompt_logprobs}), leave one of them out"
+        raise RequestError(message, param="prompt_logprobs")
     if request.schema is not None and request.tools:
         raise RequestError("response_format: not supported together with tools", param="response_format")
     if (request.schema is not None or request.must_call) and request.params.min_tokens:
@@ -180,7 +187,7 @@ def choices(fields: Fields) -> int:
 
 
 def sampling_params(endpoint: Endpoint, fields: Fields, max_new_tokens: Any, limit_name: str | None) -> SamplingParams:
-    check_int(limit_name or "max_new_tokens", max_new_tokens, 1, 1 << 22)
+    check_int(limit_name or "max_new_tokens", max_new_tokens, endpoint.fewest_tokens, 1 << 22)
     values = {name: fields[name] for name in SAMPLING & fields.keys()}
     values.setdefault("temperature", endpoint.temperature)
     if values.get("top_k") == -1:  # vLLM's spelling of "all"
@@ -189,7 +196,10 @@ def sampling_params(endpoint: Endpoint, fields: Fields, max_new_tokens: Any, lim
         values["stop"] = stop_strings(values["stop"])
     if "logit_bias" in values:
         values["logit_bias"] = logit_bias(values["logit_bias"])
-    return SamplingParams(**values, max_new_tokens=max_new_tokens, logprobs=endpoint.logprobs(fields))
+    logprobs, of_prompt = endpoint.logprobs(fields), count_of(fields, "prompt_logprobs")
+    if fields.get("echo") and logprobs is not None:
+        of_prompt = max(logprobs, of_prompt or 0)
+    return SamplingParams(**values, max_new_tokens=max(max_new_tokens, 1), logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
 def stop_strings(value: Any) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join 
 REJOIN_SECONDS = 0.004  # the shortest round, right after an answer's end: its client may have another request at once
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
 REPORT_SECONDS = 0.1  # how often figures are exported
+MAX_PIECE = 1 << 20  # characters sent at once: TorchServe ends a worker whose message is over max_response_size
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
 
@@ -116,6 +117,7 @@ class Exchange:
         self.failed = False
         self.begun = False
         self.text = ""  # held back until the next chunk is due
+        self.whole = False  # nothing comes behind it
         self.spoke = False  # some text has left
         self.sent_at = arrival
         self.deadline = arrival + job.seconds
@@ -130,14 +132,22 @@ class Exchange:
         if self.failed and not self.begun:
             return server_error("the model failed on this request")
         if not self.running:
-            text = self.text + self.answer.end()
-            return Reply(text, False if self.begun else None, content_type=self.answer.content_type)
+            return self._last()
         now = time.monotonic()
         if now - self.sent_at < self._patience(interval):
             return None
         text, self.text = self.text, ""
         self.begun, self.spoke, self.sent_at = True, self.spoke or bool(text), now
         return Reply(text, True, content_type=self.answer.content_type)
+
+    def _last(self) -> Reply:
+        """The rest of the answer, or the next piece of a long one."""
+        if not self.whole:
+            self.text, self.whole = self.text + self.answer.end(), True
+        text, self.text = self.text[:MAX_PIECE], self.text[MAX_PIECE:]
+        more = True if self.text else (False if self.begun else None)
+        self.begun = True
+        return Reply(text, more, content_type=self.answer.content_type)
 
     def _patience(self, interval: float) -> float:
         """Seconds from the last chunk to the next."""
@@ -255,6 +265,8 @@ class Rounds:
             if reply is None:
                 continue
             replies[request_id] = reply
+            if reply.more and exchange.whole:
+                self.service.wake()  # the next piece is there
             if reply.more is not True:
                 del self.exchanges[request_id]
                 self.service.cancel(exchange.running)  # of a failed one, the other sequences

@@ -27,6 +27,7 @@ class Event:
     token: int | None = 65
     finish_reason: str | None = None
     logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 def token_bytes(token):

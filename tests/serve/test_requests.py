@@ -384,7 +384,10 @@ def test_logprobs_of_both_endpoints():
         ("native", {"stop_token_ids": [True]}, "stop_token_ids"),
         ("completion", {"stop_token_ids": list(range(65))}, "stop_token_ids"),
         ("completion", {"include_stop_str_in_output": True}, "include_stop_str_in_output"),
-        ("completion", {"echo": True, "logprobs": 0}, "echo"),
+        ("completion", {"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ("completion", {"prompt_logprobs": 21}, "prompt_logprobs"),
+        ("completion", {"prompt_logprobs": -1}, "prompt_logprobs"),
+        ("chat", {"max_tokens": 0}, "max_tokens"),
         ("chat", {"tool_choice": "required"}, "tool_choice"),
     ],
 )

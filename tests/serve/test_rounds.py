@@ -206,6 +206,20 @@ def test_echo_is_the_prompt_as_it_was_sent(frontend):
     assert [text[:2] for text in texts[2:]] == ["hi", "hi"]
 
 
+def test_an_answer_that_is_too_long_for_one_message_leaves_in_pieces(frontend, monkeypatch):
+    body = {"prompt": "x", "max_tokens": 30, "logprobs": 5, "seed": 1}
+    usual = frontend.send(body, "v1/completions")
+    frontend.finish()
+    monkeypatch.setattr(rounds_module, "MAX_PIECE", 100)
+    for fields in ({}, {"stream": True}):
+        client = frontend.send(body | fields, "v1/completions")
+        frontend.finish()
+        assert max(len(reply.text) for reply in client.replies) <= 1000 and client.replies[-1].more is False
+        assert len(client.replies) > 5 and {reply.more for reply in client.replies[:-1]} == {True}
+        if not fields:
+            assert json.loads(client.text)["choices"] == json.loads(usual.text)["choices"]
+
+
 def test_complete_replies_without_the_model(frontend):
     models = frontend.send(None, "/v1/models")
     card = frontend.send(None, "v1/models/gpt-fast")
