@@ -13,11 +13,15 @@ from ts.torch_handler.base_handler import BaseHandler
 from gpt_fast.engine.ranks import end_with_parent
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
-from gpt_fast.serve.rounds import Incoming, Reply
+from gpt_fast.serve.rounds import Incoming, Reply, client_id_of
 from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend
 
 logger = logging.getLogger(__name__)
+
+
+def incoming(headers: dict[str, str], data: dict[str, Any]) -> Incoming:
+    return Incoming(headers.get("url_path") or "", data.get("body", data.get("data")), client_id_of(headers))
 
 
 class GptFastHandler(BaseHandler):
@@ -50,9 +54,8 @@ class GptFastHandler(BaseHandler):
 
     def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
         """The requests of this round that carry a body, i.e. are new, by id."""
-        headers = self.context.get_request_header
         return {
-            request_id: Incoming(headers(index, "url_path") or "", data[index].get("body", data[index].get("data")))
+            request_id: incoming(self.context.get_all_request_header(index), data[index])
             for index, request_id in self.context.request_ids.items()
             if not self.rounds.knows(request_id)
         }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS
@@ -16,7 +17,7 @@ from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
-from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
+from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tool_calls import call_parser
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
@@ -38,23 +39,24 @@ class Admit:
     """Rounds' Admission over one engine. `in_flight` says how many sequences are running or waiting."""
 
     def __init__(
-        self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_name: str, drain_file: Path | None
-    ) -> None:
+        self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_names: Sequence[str],
+        drain_file: Path | None,
+    ) -> None:  # fmt: skip
         self.engine, self.in_flight, self.limits = engine, in_flight, limits
-        self.model_name, self.drain_file = model_name, drain_file
+        self.model_names, self.drain_file = tuple(model_names), drain_file
         self.created = int(time.time())
         self.page = page_text()
         self.tool_format = tool_format(engine)
         self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
-    def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
-        path = path.strip("/")
+    def __call__(self, incoming: Incoming) -> Job | Reply:
+        path = incoming.path.strip("/")
         if path == "chat":
             return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
         try:
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
-            return self.job(path, body)
+            return self.job(path, incoming)
         except RequestError as error:
             raise refusal(error) from None
 
@@ -68,13 +70,15 @@ class Admit:
     def models(self, path: str) -> str:
         facts = {"created": self.created, "max_seq_len": self.engine.core.max_seq_len}
         if path == "v1/models":
-            return model_list(self.model_name, **facts)
-        if path == f"v1/models/{self.model_name}":
-            return dump(model_card(self.model_name, **facts))
-        message = f"path: no such model at {json.dumps(path[:100])} (allowed v1/models/{self.model_name})"
+            return model_list(self.model_names, **facts)
+        for name in self.model_names:
+            if path in (f"v1/models/{name}", f"v1/models/{quote(name, safe='')}"):
+                return dump(model_card(name, **facts))
+        allowed = ", ".join(f"v1/models/{name}" for name in self.model_names)
+        message = f"path: no such model at {json.dumps(path[:100])} (allowed {allowed})"
         raise RequestError(message, status=404, code="model_not_found")
 
-    def job(self, path: str, body: object) -> Job:
+    def job(self, path: str, incoming: Incoming) -> Job:
         if path not in ENDPOINTS:
             raise RequestError(f"path: nothing at {json.dumps(path[:100])} (allowed {PATHS})", status=404)
         if self.drain_file is not None and self.drain_file.exists():
@@ -82,15 +86,15 @@ class Admit:
         self.check_room(1)  # a server that is full says so before it reads
         request = parse_request(
             ENDPOINTS[path],
-            body,
-            model_name=self.model_name,
+            incoming.body,
+            model_names=self.model_names,
             max_new_tokens=self.limits.max_new_tokens,
             stream=self.limits.stream,
         )
         prompts = self.prompts(request)
         self.check_room(len(prompts))
         seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
-        return Job(self.answer(request, prompts), prompts, owner=request.owner, seconds=seconds)
+        return Job(self.answer(request, prompts, incoming.client_id), prompts, owner=request.owner, seconds=seconds)
 
     # ---------------------------------------------------------------------------------------- prompts
 
@@ -178,11 +182,12 @@ class Admit:
 
     # ---------------------------------------------------------------------------------------- answers
 
-    def answer(self, request: ApiRequest, prompts: list[Prompt]) -> Answer:
+    def answer(self, request: ApiRequest, prompts: list[Prompt], answer_id: str) -> Answer:
         if not request.endpoint.openai:
             return request.endpoint.answer(stream=request.stream)
         options: dict[str, Any] = {
-            "model": self.model_name,
+            "model": self.model_names[0],
+            "answer_id": answer_id,
             "stream": request.stream,
             "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
             "choices": [

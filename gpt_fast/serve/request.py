@@ -6,7 +6,7 @@ that is unknown, or not supported with the value it has, is refused by name; one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ def parse_request(
     endpoint: Endpoint,
     body: object,
     *,
-    model_name: str,
+    model_names: Collection[str],
     max_new_tokens: int,
     stream: bool = True,
 ) -> ApiRequest:
@@ -84,8 +84,9 @@ def parse_request(
     fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
     for name in sorted(BOOLEANS & fields.keys()):
         expect(fields[name], name, bool, "true or false")
-    if fields.get("model", model_name) != model_name:
-        message = f"model: {short(fields['model'])} is not served here (allowed {short(model_name)})"
+    if "model" in fields and fields["model"] not in model_names:
+        allowed = ", ".join(map(short, model_names))
+        message = f"model: {short(fields['model'])} is not served here (allowed {allowed})"
         raise RequestError(message, param="model", status=404, code="model_not_found")
     try:
         return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream)

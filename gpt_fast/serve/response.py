@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,10 +116,11 @@ class OpenAIAnswer(ABC):
         token_bytes: Callable[[int], bytes],
         continuous_usage: bool = False,
         told: PromptLogprobs | None = None,
+        answer_id: str = "",
     ) -> None:
         """choices: the text each one begins with ("" without echo). continuous_usage: usage so far in every chunk.
 
-        told: what of their prompts' tokens.
+        told: what of their prompts' tokens. answer_id: what the answer's id says behind its prefix; "" for a fresh one.
         """
         self.stream, self.model = stream, model
         self.content_type = SSE if stream else JSON
@@ -127,7 +128,11 @@ class OpenAIAnswer(ABC):
         self.continuous_usage = continuous_usage
         self.wants_logprobs, self.token_bytes, self.told = wants_logprobs, token_bytes, told
         self.choices = [Choice(echo=text) for text in choices]
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{self.prefix}-{answer_id or uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def push(self, index: int, events: Sequence[Event]) -> str:
         choice = self.choices[index]
@@ -327,9 +332,10 @@ def finish_reason(choice: Choice) -> str | None:
     return "tool_calls" if choice.calls and choice.finish_reason == "stop" else choice.finish_reason
 
 
-def model_list(model: str, *, created: int, max_seq_len: int) -> str:
+def model_list(models: Iterable[str], *, created: int, max_seq_len: int) -> str:
     """The body of GET /v1/models."""
-    return dump({"object": "list", "data": [model_card(model, created=created, max_seq_len=max_seq_len)]})
+    cards = [model_card(model, created=created, max_seq_len=max_seq_len) for model in models]
+    return dump({"object": "list", "data": cards})
 
 
 def model_card(model: str, *, created: int, max_seq_len: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine,
         in_flight=service.in_flight,
         limits=limits,
-        model_name=model_name,
+        model_names=serve_config.model_names or (model_name,),
         drain_file=Path(drain_file) if drain_file else None,
     )
     return Rounds(service, admit)

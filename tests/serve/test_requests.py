@@ -28,7 +28,7 @@ CLOCK = {"type": "function", "function": {"name": "clock", "description": "the t
 
 
 def parse(kind, body, **options):
-    return parse_request(KINDS[kind], body, model_name="gpt-fast", max_new_tokens=50, **options)
+    return parse_request(KINDS[kind], body, model_names=["gpt-fast"], max_new_tokens=50, **options)
 
 
 def parse_fields(kind, **fields):
@@ -653,7 +653,7 @@ def test_checks_stand_without_assertions_and_without_torch():
         "from gpt_fast.serve.request import parse_request, RequestError\n"
         "assert False\n"
         'for body in (b\'[]\', b\'{"prompt": 5}\', b\'{"prompt": "x", "n": 99}\'):\n'
-        "    try: parse_request(COMPLETION, body, model_name='m', max_new_tokens=5)\n"
+        "    try: parse_request(COMPLETION, body, model_names=['m'], max_new_tokens=5)\n"
         "    except RequestError: continue\n"
         "    sys.exit('accepted')\n"
         "sys.exit('torch' in sys.modules)\n"
