@@ -157,7 +157,7 @@ class Exchange:
         now = time.monotonic()
         if now - self.sent_at < self._patience(interval):
             return None
-        text, self.text = self.text, ""
+        text = self._piece()
         self.begun, self.spoke, self.sent_at = True, self.spoke or bool(text), now
         return Reply(text, True, content_type=self.answer.content_type)
 
@@ -165,10 +165,15 @@ class Exchange:
         """The rest of the answer, or the next piece of a long one."""
         if not self.whole:
             self.text, self.whole = self.text + self.answer.end(), True
-        text, self.text = self.text[:MAX_PIECE], self.text[MAX_PIECE:]
+        text = self._piece()
         more = True if self.text else (False if self.begun else None)
         self.begun = True
         return Reply(text, more, content_type=self.answer.content_type)
+
+    def _piece(self) -> str:
+        """Of the text that is there, what one message may hold."""
+        text, self.text = self.text[:MAX_PIECE], self.text[MAX_PIECE:]
+        return text
 
     def _patience(self, interval: float) -> float:
         """Seconds from the last chunk to the next."""

@@ -374,7 +374,6 @@ def test_logprobs_of_both_endpoints():
         ("chat", {"echo": True}, "echo"),
         ("chat", {"priority": 1}, "priority"),
         ("chat", {"parallel_tool_calls": 1}, "parallel_tool_calls"),
-        ("chat", {"prompt_logprobs": 1}, "prompt_logprobs"),
         ("completion", {"parse_special": 1}, "parse_special"),
         ("completion", {"logit_bias": {str(n): 1 for n in range(8193)}}, "logit_bias"),
         ("chat", {"store": 0}, "store"),
