@@ -12,18 +12,21 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from gpt_fast.llm import Engine
-from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS
+from gpt_fast.serve.body import parse_json
+from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, Fields
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
-from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
+from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
+from gpt_fast.serve.tokenize import detokenize, tokenize, tokenizer_info
 from gpt_fast.serve.tool_calls import call_parser
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 from gpt_fast.text.tokenizer import PromptTooLong
 
-PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
+AT_ONCE: dict[str, Callable[[Engine, Fields], Fields]] = {"tokenize": tokenize, "detokenize": detokenize}
+PATHS = ", ".join(["none", *filter(None, ENDPOINTS), "v1/models", *AT_ONCE, "tokenizer_info", "chat"])
 
 
 class Limits(NamedTuple):
@@ -56,9 +59,19 @@ class Admit:
         try:
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
+            if path == "tokenizer_info":
+                return Reply(dump(tokenizer_info(self.engine)), None, content_type=JSON)
+            if path in AT_ONCE:
+                return Reply(dump(AT_ONCE[path](self.engine, self.fields(incoming))), None, content_type=JSON)
             return self.job(path, incoming)
         except RequestError as error:
             raise refusal(error) from None
+
+    def fields(self, incoming: Incoming) -> Fields:
+        """The body's fields, but for those that say nothing."""
+        fields = {name: value for name, value in parse_json(incoming.body).items() if value is not None}
+        check_model(fields, self.model_names)
+        return fields
 
     def confirm(self, job: Job) -> None:
         """Look for room again: requests that came together were admitted before any of them was in flight."""

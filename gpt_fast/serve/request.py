@@ -84,15 +84,19 @@ def parse_request(
     fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
     for name in sorted(BOOLEANS & fields.keys()):
         expect(fields[name], name, bool, "true or false")
-    if "model" in fields and fields["model"] not in model_names:
-        allowed = ", ".join(map(short, model_names))
-        message = f"model: {short(fields['model'])} is not served here (allowed {allowed})"
-        raise RequestError(message, param="model", status=404, code="model_not_found")
+    check_model(fields, model_names)
     try:
         return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream)
     except ConfigError as error:
         message = str(error).replace(f"got {error.got!r}", f"got {short(error.got)}", 1)  # as JSON spells it
         raise RequestError(message, param=error.key) from None
+
+
+def check_model(fields: Fields, model_names: Collection[str]) -> None:
+    if fields.get("model") is not None and fields["model"] not in model_names:
+        allowed = ", ".join(map(short, model_names))
+        message = f"model: {short(fields['model'])} is not served here (allowed {allowed})"
+        raise RequestError(message, param="model", status=404, code="model_not_found")
 
 
 def check_known(given: Fields, endpoint: Endpoint) -> None:
