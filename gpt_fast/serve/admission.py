@@ -157,9 +157,9 @@ class Admit:
         try:
             if request.must_call and self.tool_format:
                 return self.guides.calls_guide(request.tools, self.tool_format)
-            return None if request.schema is None else self.guides.json_guide(request.schema)
+            return None if request.constraint is None else self.guides.guide(request.constraint)
         except GuideError as error:
-            where = "tools" if request.must_call else "response_format"
+            where = "tools" if request.must_call else request.constrained_by
             raise RequestError(f"{where}: {error}", param=where) from None
 
     def prompt(self, tokens: list[int], request: ApiRequest, choice: int) -> Prompt:

@@ -1,22 +1,20 @@
-"""What only a chat request has: messages, tools, and the schema its answer must match. Checked JSON in and out.
+"""What only a chat request has: messages, tools, and what it tells the template. Checked JSON in and out.
 
 Shapes are OpenAI's (https://platform.openai.com/docs/api-reference/chat/create), text only.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from gpt_fast.serve.body import RequestError, check_values, decode_json, expect, short
+from gpt_fast.serve.constraints import refuse
 from gpt_fast.text.chat import CALL_NAMES
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 64
-MAX_SCHEMA = 32_768  # bytes of JSON in ASCII
-ANY_OBJECT = '{"type": "object"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -224,51 +222,8 @@ def parse_function(value: object, where: str) -> dict[str, Any]:
     return found
 
 
-def parse_response_format(value: object) -> str | None:
-    """The JSON schema, as text, that the answer must match; None: any text."""
-    expect(value, "response_format", dict, "an object with a type")
-    fields: dict[str, Any] = value  # type: ignore[assignment]
-    kind = fields.get("type")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise refuse("response_format.type", f"unknown (got {short(kind)}, allowed text, json_object, json_schema)")
-    check_names(fields, "response_format", FORMAT_FIELDS[kind])
-    if kind == "text":
-        return None
-    if kind == "json_object":  # llama-server and others take a schema beside it
-        return ANY_OBJECT if fields.get("schema") is None else schema_text(fields["schema"], "response_format.schema")
-    named = fields.get("json_schema")
-    expect(named, "response_format.json_schema", dict, "an object with name and schema")
-    check_names(named, "response_format.json_schema", ("name", "schema", "description", "strict"))
-    return schema_text(named.get("schema"), "response_format.json_schema.schema")  # type: ignore[union-attr]
-
-
-FORMAT_FIELDS = {"text": ("type",), "json_object": ("type", "schema"), "json_schema": ("type", "json_schema")}
-
-
-def schema_text(schema: object, where: str) -> str:
-    expect(schema, where, dict, "a JSON schema")
-    text = json.dumps(schema)
-    if len(text) > MAX_SCHEMA:
-        raise refuse(where, f"{len(text)} bytes (allowed {MAX_SCHEMA})")
-    return text
-
-
-def check_names(value: Any, where: str, allowed: tuple[str, ...]) -> None:
-    for name in value:
-        if name not in allowed:
-            raise refuse(f"{where}.{name}", f"unknown field (allowed {', '.join(allowed)})")
-
-
 def short_text(value: object, where: str) -> str:
     """An identifier: a string of at most 256 characters."""
     if not isinstance(value, str) or not 0 < len(value) <= 256:
         raise refuse(where, f"must be a string of 1..256 characters (got {short(value)})")
     return value
-
-
-def refuse(where: str, problem: str) -> RequestError:
-    return RequestError(f"{short_path(where)}: {problem}", param=where)
-
-
-def short_path(where: str) -> str:
-    return where if len(where) <= 100 else where[:97] + "..."

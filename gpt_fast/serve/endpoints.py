@@ -11,6 +11,7 @@ from typing import Any
 
 from gpt_fast.config import SamplingParams, check_int
 from gpt_fast.serve.body import RequestError, expect
+from gpt_fast.serve.constraints import CONSTRAINTS
 from gpt_fast.serve.response import ChatAnswer, CompletionAnswer, PlainAnswer
 
 Fields = dict[str, Any]
@@ -72,7 +73,7 @@ SAMPLING = frozenset((
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens",
 ))  # fmt: skip
-COMMON = SAMPLING | {"stream", "timeout", "user", "cache_salt", "response_format"}
+COMMON = SAMPLING | {"stream", "timeout", "user", "cache_salt"} | CONSTRAINTS
 TEXT = {"prompt", "add_special_tokens", "parse_special"}
 OPENAI = COMMON | {"model", "max_tokens", "max_completion_tokens", "n", "stream_options", "logprobs", "prompt_logprobs"}
 TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}

@@ -99,7 +99,7 @@ INSTEAD = {
     "function_call": "use tool_choice",
     "chat_template": "the model's own is used; chat_template_kwargs are its options",
     "truncate_prompt_tokens": "send a shorter prompt",
-    "allowed_token_ids": "use structured_outputs",
+    "allowed_token_ids": "structured_outputs says which texts are allowed",
     "suffix": "write the model's fill-in-the-middle marks into the prompt",
 }
 

@@ -15,13 +15,14 @@ from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
 from gpt_fast.serve.chat_request import (
     Object,
     parse_messages,
-    parse_response_format,
     parse_template_options,
     parse_tools,
     short_text,
 )
+from gpt_fast.serve.constraints import parse_constraint
 from gpt_fast.serve.endpoints import CHAT, SAMPLING, Endpoint, Fields, count_of, whole_number
 from gpt_fast.serve.neutral import check_neutral, is_neutral
+from gpt_fast.text.grammar import Constraint
 
 __all__ = ["REASONS", "ApiRequest", "RequestError", "parse_request"]
 
@@ -38,10 +39,10 @@ class ApiRequest:
     limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
     add_special_tokens, parse_special: whether a text prompt begins as the model's tokenizer begins texts (BOS), and
     whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
-    tools, must_call: what a chat's model may call, and whether it has to; parallel: whether more than once. schema: the
-    JSON schema, as text, that the answer must match. continuous_usage: usage in every chunk of a stream.
-    prompt_only: nothing is to be generated. prompt_logprobs: alternatives in vLLM's list of the prompt's tokens, None
-    for none; the params' are also those of an echo.
+    tools, must_call: what a chat's model may call, and whether it has to; parallel: whether more than once.
+    constraint: what the answer must match, as the field constrained_by says. continuous_usage: usage in every chunk.
+    prompt_only: nothing is to be generated. prompt_logprobs: alternatives in vLLM\'s list of the prompt\'s tokens, None
+    for none; the params\' are also those of an echo.
     """
 
     endpoint: Endpoint
@@ -55,7 +56,8 @@ class ApiRequest:
     tools: tuple[Object, ...] = ()
     must_call: bool = False
     parallel: bool = True
-    schema: str | None = None
+    constraint: Constraint | None = None
+    constrained_by: str = ""
     n: int = 1
     echo: bool = False
     prompt_only: bool = False
@@ -117,11 +119,13 @@ def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bo
     if params.seed is not None:
         check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
     usage, continuous = usage_options(fields, streamed)
+    constraint, constrained_by = parse_constraint(fields)
     request = ApiRequest(
         endpoint=endpoint,
         params=params,
         stream=streamed,
-        schema=parse_response_format(fields.get("response_format", {"type": "text"})),
+        constraint=constraint,
+        constrained_by=constrained_by,
         n=n,
         echo=fields.get("echo", False),
         prompt_only=limit == 0,
@@ -166,11 +170,10 @@ def check_together(request: ApiRequest) -> None:
     if request.prompt_logprobs is not None and request.stream:
         message = f"prompt_logprobs: not with stream true (got {request.prompt_logprobs}), leave one of them out"
         raise RequestError(message, param="prompt_logprobs")
-    if request.schema is not None and request.tools:
-        raise RequestError("response_format: not supported together with tools", param="response_format")
-    if (request.schema is not None or request.must_call) and request.params.min_tokens:
-        message = "not supported together with response_format or a required tool"
-        raise RequestError(f"min_tokens: {message} (got {request.params.min_tokens})", param="min_tokens")
+    if (request.constraint is not None or request.must_call) and request.params.min_tokens:
+        by = "tool_choice" if request.must_call else request.constrained_by
+        message = f"not supported together with {by} (got {request.params.min_tokens}, allowed 0)"
+        raise RequestError(f"min_tokens: {message}", param="min_tokens")
 
 
 def token_limit(endpoint: Endpoint, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:

@@ -363,7 +363,6 @@ def test_logprobs_of_both_endpoints():
         ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("chat", {"logprobs": 1}, "logprobs"),
         ("chat", {"chat_template": "{{ x }}"}, "chat_template"),
-        ("chat", {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ("chat", {"reasoning_effort": "hard"}, "reasoning_effort"),
         ("chat", {"verbosity": "low"}, "verbosity"),
         ("chat", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
@@ -597,15 +596,70 @@ def test_bad_tools(fields, param):
     assert refusal("chat", MINIMAL["chat"] | fields)["param"] == param
 
 
+def constraint(kind, **fields):
+    return parse_fields(kind, **fields).constraint
+
+
 def test_response_formats():
     schema = {"type": "object", "properties": {"é": {"type": "string"}}}
     named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
     for kind in ("chat", "completion"):
-        assert json.loads(parse_fields(kind, response_format=named).schema) == schema
-        assert json.loads(parse_fields(kind, response_format={"type": "json_object"}).schema) == {"type": "object"}
+        assert json.loads(constraint(kind, response_format=named).text) == schema
+        assert json.loads(constraint(kind, response_format={"type": "json_object"}).text) == {"type": "object"}
         with_schema = {"type": "json_object", "schema": schema}  # llama-server's
         assert parse_fields(kind, response_format=with_schema) == parse_fields(kind, response_format=named)
         assert parse_fields(kind, response_format={"type": "text"}) == parse_fields(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constraints_in_the_words_of_other_servers(kind):
+    schema = {"type": "object", "properties": {"é": {"type": "string"}}}
+    as_json = constraint(kind, json_schema=schema)
+    assert (as_json.kind, json.loads(as_json.text)) == ("json", schema)
+    assert constraint(kind, structured_outputs={"json": schema}) == as_json
+    assert constraint(kind, structured_outputs={"json": json.dumps(schema)}) == as_json
+    assert constraint(kind, guided_json=json.dumps(schema)) == as_json
+    any_object = constraint(kind, response_format={"type": "json_object"})
+    assert constraint(kind, structured_outputs={"json_object": True, "regex": None}) == any_object
+    for name, value, text in (
+        ("regex", "a+", "a+"),
+        ("choice", ["a", "é"], json.dumps(["a", "é"])),
+        ("grammar", 'root ::= "a"', 'root ::= "a"'),
+    ):
+        assert constraint(kind, structured_outputs={name: value}) == (name, text, False)
+        assert constraint(kind, **{f"guided_{name}": value}) == (name, text, False)
+    assert constraint(kind, grammar='start: "a"') == ("grammar", 'start: "a"', False)
+    assert constraint(kind, structured_outputs={"json": schema, "disable_any_whitespace": True}).compact
+    both = {"response_format": {"type": "text"}, "grammar": "x"}
+    assert constraint(kind, **both).kind == "grammar"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": "a"}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 32_769}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"grammar": 5}, "grammar"),
+        ({"json_schema": "{}"}, "json_schema"),
+        ({"guided_regex": ["a"]}, "guided_regex"),
+        ({"grammar": "x", "json_schema": {}}, "json_schema"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_constraints_that_are_none_or_two(fields, param):
+    for kind in KINDS:
+        assert refusal(kind, MINIMAL[kind] | fields)["param"] == param
 
 
 @pytest.mark.parametrize(
