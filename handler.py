@@ -14,11 +14,15 @@ from gpt_fast.engine.ranks import end_with_parent
 from gpt_fast.serve.archive_files import check_archive
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
-from gpt_fast.serve.rounds import Incoming, Reply
+from gpt_fast.serve.rounds import Incoming, Reply, client_id_of
 from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend
 
 logger = logging.getLogger(__name__)
+
+
+def incoming(headers: dict[str, str], data: dict[str, Any]) -> Incoming:
+    return Incoming(headers.get("url_path") or "", data.get("body", data.get("data")), client_id_of(headers))
 
 
 class GptFastHandler(BaseHandler):
@@ -28,6 +32,7 @@ class GptFastHandler(BaseHandler):
         """Load, warm up and start the engine. The worker is ready when this returns, and not before."""
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's ranks must not outlive it: TorchServe kills only torchrun
             end_with_parent()
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # TorchServe's JSON takes NaN, and the last of repeated keys
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
         try:
@@ -51,9 +56,8 @@ class GptFastHandler(BaseHandler):
 
     def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
         """The requests of this round that carry a body, i.e. are new, by id."""
-        headers = self.context.get_request_header
         return {
-            request_id: Incoming(headers(index, "url_path") or "", data[index].get("body", data[index].get("data")))
+            request_id: incoming(self.context.get_all_request_header(index), data[index])
             for index, request_id in self.context.request_ids.items()
             if not self.rounds.knows(request_id)
         }

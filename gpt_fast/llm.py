@@ -22,7 +22,7 @@ from gpt_fast.options import EngineOptions, SamplingOptions
 from gpt_fast.request import NO_TOKEN, Logprobs, Request, TokenEvent
 from gpt_fast.speculative.speculator import Totals
 from gpt_fast.text.stream import TextStream
-from gpt_fast.text.tokenizer import Tokenizer
+from gpt_fast.text.tokenizer import PromptTooLong, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TextEvent:
     """What one decoded token brought a request: `text` is complete UTF-8 and past every stop string's reach.
 
     `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed.
+    `prompt_logprobs`, of the prompt's tokens behind the first, come with the first event where they were asked for.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class TextEvent:
     token: int | None  # None: the request ended without one
     finish_reason: str | None = None
     logprobs: Logprobs = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,43 @@ class Engine:
 
     # -------------------------------------------------------------------------------- the prompt
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a plain prompt; special tokens in it are text."""
-        return self.tokenizer.encode(prompt, add_bos=True)
+    @property
+    def max_characters(self) -> int | None:
+        """More of a prompt never fits a slot, whatever it says; None: not known."""
+        most = self.tokenizer.characters_per_token
+        return None if most is None else self.core.max_seq_len * most
+
+    def encode(self, prompt: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
+        """Token ids of a plain prompt. specials: special tokens spelled in it are tokens; else they are text.
+
+        PromptTooLong for a text that no number of tokens within a slot can hold; it is not encoded.
+        """
+        if self.max_characters is not None and len(prompt) > self.max_characters:
+            raise PromptTooLong(len(prompt), self.max_characters)
+        return self.tokenizer.encode(prompt, add_bos=add_bos, specials=specials)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> list[int]:
-        """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer."""
+        """Token ids of a conversation, by the checkpoint's own chat template, ready for the assistant's answer.
+
+        options: ChatTemplate.render's, such as chat_template_kwargs and continue_final_message. PromptTooLong as above.
+        """
         if self.chat_template is None:
             raise ConfigError("messages", "this checkpoint has no chat template")
-        return self.chat_template.encode(self.tokenizer, list(messages), tools=tools, add_generation_prompt=True)
+        return self.chat_template.encode(
+            self.tokenizer, list(messages), max_characters=self.max_characters, tools=tools, **options
+        )
 
     # -------------------------------------------------------------------------------- many requests
 
     def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, owner: str = "") -> Request:
         """Queue a request. ValueError when the prompt does not fit, or the id is in use."""
         request = self.core.add(request_id, prompt, params, owner=owner)
-        self._texts[request_id] = _RequestText(self.tokenizer, params)
+        self._texts[request_id] = _RequestText(self.tokenizer, request)
         return request
 
     def abort(self, request_id: str) -> None:
@@ -143,7 +164,7 @@ class Engine:
         if reason is not None:
             self.abort(event.request_id)
         token = None if event.token == NO_TOKEN else event.token
-        return TextEvent(event.request_id, text, token, reason, event.logprobs)
+        return TextEvent(event.request_id, text, token, reason, event.logprobs, state.take_prompt_logprobs())
 
     # -------------------------------------------------------------------------------- one request
 
@@ -193,10 +214,11 @@ def completion(events: Sequence[TextEvent]) -> Completion:
 class _RequestText:
     """One request's way from token ids to text: bytes, then UTF-8, then stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.request = request
         self.detokenizer = tokenizer.detokenizer()
-        self.stream = TextStream(params.stop)
-        self.silent = {NO_TOKEN, *params.stop_token_ids}  # tokens that are no part of the text
+        self.stream = TextStream(request.params.stop)
+        self.silent = {NO_TOKEN, *request.params.stop_token_ids}  # tokens that are no part of the text
 
     def push(self, event: TokenEvent) -> tuple[str, bool]:
         """The text that may leave now, and whether a stop string was met."""
@@ -204,3 +226,8 @@ class _RequestText:
         if event.finish_reason is not None and not self.stream.stopped:
             text += self.stream.finish()
         return text, self.stream.stopped
+
+    def take_prompt_logprobs(self) -> tuple[Logprobs, ...]:
+        """All at its first event, then none."""
+        taken, self.request.prompt_logprobs = tuple(self.request.prompt_logprobs), []
+        return taken

@@ -50,4 +50,5 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     logprobs: int | None
+    prompt_logprobs: int | None
     guide: Guide | None

@@ -15,7 +15,8 @@ NO_TOKEN = -1  # what a runner reports for a row whose logits are not numbers
 class Request:
     """What the engine knows of one request. The first `computed` tokens have their keys and values in its slot.
 
-    `drafted` tokens were proposed and verified for it so far, `accepted` of them were accepted.
+    `drafted` tokens were proposed and verified for it so far, `accepted` of them were accepted. `prompt_logprobs` are
+    those of the prompt's tokens behind the first, as far as it is computed, if they were asked for.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Request:
     reused: int = 0
     drafted: int = 0
     accepted: int = 0
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     arrival: float = field(default_factory=time.monotonic)
     started: float | None = None
 

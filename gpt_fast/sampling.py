@@ -225,8 +225,10 @@ def edit_logits(
     if (params.presence_penalty or params.frequency_penalty) and output:
         ids, counts = torch.tensor(output, device=logits_V.device).unique(return_counts=True)
         logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in params.logit_bias.items():
-        logits_V[token] += bias
+    if params.logit_bias:
+        ids, biases = params.bias_arrays
+        ids_N = torch.frombuffer(ids, dtype=torch.int64).to(logits_V.device)
+        logits_V[ids_N] += torch.frombuffer(biases, dtype=torch.float32).to(logits_V.device)
     if len(output) < params.min_tokens and (eos_ids or params.stop_token_ids):
         logits_V[[*eos_ids, *params.stop_token_ids]] = float("-inf")
     if params.guide is not None:
@@ -238,5 +240,4 @@ def edit_logits(
 def needs_edit(params: SamplingParams, output_length: int) -> bool:
     """Whether `edit_logits` would change anything for this row now."""
     penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    edited = penalized or params.logit_bias or params.guide is not None
-    return bool(edited or output_length < params.min_tokens)
+    return bool(penalized or params.logit_bias or params.guide is not None or output_length < params.min_tokens)

@@ -6,7 +6,7 @@ the plan says next is nearly always known. A step that turns out not to be the p
 time and changes nothing, for rows are independent and a slot holds what the scheduler says it holds, not what was
 written behind that. While a prompt prefills, nothing begins early: the next step is not known.
 
-A step's prompts and decodes are one forward.
+A step's prompts and decodes are one forward, but for prompts whose tokens are scored.
 
 Shapes: B rows, V vocabulary.
 """
@@ -55,7 +55,7 @@ class OverlapRunner(Runner):
         if self.begun and (plan.clears or plan.copies):
             self.begun.step.result()  # it writes to the cache
         self.more = plan.more
-        if not plan.chunks:
+        if not plan.chunks or any(chunk.request.params.prompt_logprobs is not None for chunk in plan.chunks):
             return super().run(plan)
         super().run(replace(plan, chunks=(), decodes=()))
         return self._join(plan)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch, Forward
-from gpt_fast.request import NO_TOKEN, Chunk, PrefixCopy, Request, SampledToken, StepPlan
+from gpt_fast.request import NO_TOKEN, Chunk, Logprobs, PrefixCopy, Request, SampledToken, StepPlan
 from gpt_fast.sampling import SamplingTensors, edit_logits, needs_edit, on_device, sample, sampling_tensors, uniform
 from gpt_fast.speculative.verify import Accepted, Draws, Proposal, draws_of
+
+SCORED = 128  # prompt tokens whose logits are held together: [SCORED, V]
 
 
 class Budget(Protocol):
@@ -110,6 +112,7 @@ class Runner:
         self.device = cache.k_LNHTD.device
         self.rows = buckets(cache.slots, 1)
         self.chunks = chunk_sizes(prefill_chunk)
+        self.scored = max(size for size in self.chunks if size <= max(SCORED, self.chunks[0]))
         self.budget = budget
         self.lengths = buckets(cache.max_seq_len, 128)
         self.speculator = speculator
@@ -148,18 +151,31 @@ class Runner:
         for rows, size in itertools.product(self.rows, [1, *blocks]):
             for slots, length in itertools.product((list(range(rows)), [last] * rows), ends):
                 self.forward(self.decode, [[]] * rows, [0] * rows, slots, size=size, length=length, every=size > 1)
-        for size in self.chunks:
+        for size, every in [*((size, False) for size in self.chunks), (self.scored, True)]:
             for slot, length in itertools.product((0, last), ends):
-                self.forward(self.prefill, [[]], [0], [slot], size=size, length=length)
+                self.forward(self.prefill, [[]], [0], [slot], size=size, length=length, every=every)
         if self.speculator:
             for rows in self.rows:
                 self.speculator.measure(self.advance, rows)
 
     def _prefill(self, chunk: Chunk) -> Tensor:
         request, count = chunk.request, chunk.count
+        if request.params.prompt_logprobs is not None:
+            return self._score_prompt(request, count, request.params.prompt_logprobs)
         tokens = request.tokens(request.computed, request.computed + count)
         size = bucket_of(self.chunks, count)
         return self.forward(self.prefill, [tokens], [request.computed], [request.slot], size=size)
+
+    def _score_prompt(self, request: Request, count: int, best: int) -> Tensor:
+        """A chunk whose tokens' log-probabilities are noted, in pieces of one size."""
+        end = request.computed + count
+        for start in range(request.computed, end, self.scored):
+            tokens = request.tokens(start, min(start + self.scored, end))
+            rows, slots = [tokens], [request.slot]
+            logits_SV = self.forward(self.prefill, rows, [start], slots, size=self.scored, every=True)[0, : len(tokens)]
+            following = request.prompt[start + 1 : start + 1 + len(tokens)]
+            request.prompt_logprobs += top_logprobs(logits_SV[: len(following)], following, best)
+        return logits_SV[-1:]
 
     def advance(self, requests: list[Request]) -> dict[str, list[SampledToken]]:
         """One token for each request, and before it the accepted proposals."""
@@ -261,7 +277,7 @@ class Runner:
             uniform_B = None if params is None else uniform(*draws_of(requests, self.device))
             tokens = sample(edited_BV, params, uniform_B).tolist()
         return {
-            r.id: [SampledToken(token, top_logprobs(logits_V, token, r.params.logprobs))]
+            r.id: [SampledToken(token, sampled_logprobs(logits_V, token, r.params.logprobs))]
             for r, token, logits_V in zip(requests, tokens, logits_BV, strict=True)
         }
 
@@ -288,7 +304,7 @@ class Runner:
         for r, logits_SV, (accepted, following, *draft) in zip(requests, logits_BSV, packed, strict=True):
             tokens = [*draft[:accepted], following]
             sampled[r.id] = [
-                SampledToken(token, top_logprobs(logits_SV[i], token, r.params.logprobs))
+                SampledToken(token, sampled_logprobs(logits_SV[i], token, r.params.logprobs))
                 for i, token in enumerate(tokens)
             ]
         return sampled
@@ -306,10 +322,15 @@ class Runner:
         return torch.stack(rows)
 
 
-def top_logprobs(logits_V: Tensor, token: int, best: int | None) -> tuple[tuple[int, float], ...]:
+def sampled_logprobs(logits_V: Tensor, token: int, best: int | None) -> Logprobs:
     """The chosen token's log-probability and the `best` highest, of the model's own distribution; () for None."""
-    if best is None or token == NO_TOKEN:
-        return ()
-    logprobs_V = logits_V.log_softmax(-1)
-    values, ids = logprobs_V.topk(best)
-    return ((token, float(logprobs_V[token])), *zip(ids.tolist(), values.tolist(), strict=True))
+    return () if best is None or token == NO_TOKEN else top_logprobs(logits_V[None], [token], best)[0]
+
+
+def top_logprobs(logits_NV: Tensor, tokens: list[int], best: int) -> list[Logprobs]:
+    """Of each row, the log-probability of its token and the `best` highest."""
+    logprobs_NV = logits_NV.log_softmax(-1)
+    values_NK, ids_NK = logprobs_NV.topk(best)
+    own_N1 = logprobs_NV.gather(-1, on_device(tokens, logits_NV.device)[:, None])
+    rows = zip(tokens, own_N1[:, 0].tolist(), ids_NK.tolist(), values_NK.tolist(), strict=True)
+    return [((token, own), *zip(ids, values, strict=True)) for token, own, ids, values in rows]

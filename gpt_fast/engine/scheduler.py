@@ -218,8 +218,8 @@ class Scheduler:
         request.slot, request.computed = index, length
 
     def _shared(self, request: Request, slot: Slot) -> int:
-        if not self.reuse_prefix or slot.owner != request.owner:
-            return 0
+        if not self.reuse_prefix or slot.owner != request.owner or request.params.prompt_logprobs is not None:
+            return 0  # a prompt whose tokens are scored must run
         last = len(request.prompt) - 1  # it must run, to be sampled from
         return min(common_prefix(slot.tokens, request.prompt), last)
 

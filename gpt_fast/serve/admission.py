@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from gpt_fast.llm import Engine
-from gpt_fast.serve.endpoints import ENDPOINTS
+from gpt_fast.serve.body import parse_json
+from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, Fields
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
-from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, parse_request
+from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
+from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
-from gpt_fast.serve.rounds import Answer, Job, Prompt, Refusal, Reply
+from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
+from gpt_fast.serve.tokenize import detokenize, tokenize, tokenizer_info
 from gpt_fast.serve.tool_calls import call_parser
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
+from gpt_fast.text.tokenizer import PromptTooLong
 
-PATHS = "none, v1/completions, v1/chat/completions, v1/models, chat"
+AT_ONCE: dict[str, Callable[[Engine, Fields], Fields]] = {"tokenize": tokenize, "detokenize": detokenize}
+PATHS = ", ".join(["none", *filter(None, ENDPOINTS), "v1/models", *AT_ONCE, "tokenizer_info", "chat"])
 
 
 class Limits(NamedTuple):
@@ -35,26 +42,36 @@ class Admit:
     """Rounds' Admission over one engine. `in_flight` says how many sequences are running or waiting."""
 
     def __init__(
-        self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_name: str, drain_file: Path | None
-    ) -> None:
+        self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_names: Sequence[str],
+        drain_file: Path | None,
+    ) -> None:  # fmt: skip
         self.engine, self.in_flight, self.limits = engine, in_flight, limits
-        self.model_name, self.drain_file = model_name, drain_file
+        self.model_names, self.drain_file = tuple(model_names), drain_file
         self.created = int(time.time())
         self.page = page_text()
         self.tool_format = tool_format(engine)
-        self.offers = frozenset({"schema", "tools"} if self.tool_format else {"schema"})
         self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
-    def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
-        path = path.strip("/")
+    def __call__(self, incoming: Incoming) -> Job | Reply:
+        path = incoming.path.strip("/")
         if path == "chat":
             return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
         try:
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
-            return self.job(path, body)
+            if path == "tokenizer_info":
+                return Reply(dump(tokenizer_info(self.engine)), None, content_type=JSON)
+            if path in AT_ONCE:
+                return Reply(dump(AT_ONCE[path](self.engine, self.fields(incoming))), None, content_type=JSON)
+            return self.job(path, incoming)
         except RequestError as error:
             raise refusal(error) from None
+
+    def fields(self, incoming: Incoming) -> Fields:
+        """The body's fields, but for those that say nothing."""
+        fields = {name: value for name, value in parse_json(incoming.body).items() if value is not None}
+        check_model(fields, self.model_names)
+        return fields
 
     def confirm(self, job: Job) -> None:
         """Look for room again: requests that came together were admitted before any of them was in flight."""
@@ -66,30 +83,31 @@ class Admit:
     def models(self, path: str) -> str:
         facts = {"created": self.created, "max_seq_len": self.engine.core.max_seq_len}
         if path == "v1/models":
-            return model_list(self.model_name, **facts)
-        if path == f"v1/models/{self.model_name}":
-            return dump(model_card(self.model_name, **facts))
-        message = f"path: no such model at {path[:100]!r} (allowed v1/models/{self.model_name})"
+            return model_list(self.model_names, **facts)
+        for name in self.model_names:
+            if path in (f"v1/models/{name}", f"v1/models/{quote(name, safe='')}"):
+                return dump(model_card(name, **facts))
+        allowed = ", ".join(f"v1/models/{name}" for name in self.model_names)
+        message = f"path: no such model at {json.dumps(path[:100])} (allowed {allowed})"
         raise RequestError(message, status=404, code="model_not_found")
 
-    def job(self, path: str, body: object) -> Job:
+    def job(self, path: str, incoming: Incoming) -> Job:
         if path not in ENDPOINTS:
-            raise RequestError(f"path: nothing at {path[:100]!r} (allowed {PATHS})", status=404)
+            raise RequestError(f"path: nothing at {json.dumps(path[:100])} (allowed {PATHS})", status=404)
         if self.drain_file is not None and self.drain_file.exists():
             raise RequestError("the server is stopping", status=503, code="draining")
         self.check_room(1)  # a server that is full says so before it reads
         request = parse_request(
             ENDPOINTS[path],
-            body,
-            model_name=self.model_name,
+            incoming.body,
+            model_names=self.model_names,
             max_new_tokens=self.limits.max_new_tokens,
             stream=self.limits.stream,
-            offers=self.offers,
         )
         prompts = self.prompts(request)
         self.check_room(len(prompts))
         seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
-        return Job(self.answer(request, prompts), prompts, owner=request.user, seconds=seconds)
+        return Job(self.answer(request, prompts, incoming.client_id), prompts, owner=request.owner, seconds=seconds)
 
     # ---------------------------------------------------------------------------------------- prompts
 
@@ -98,19 +116,29 @@ class Admit:
         if request.messages:
             rows = [self.chat_tokens(request)]
         else:
-            rows = [self.text_tokens(prompt) for prompt in request.prompts]
+            rows = [self.text_tokens(prompt, request) for prompt in request.prompts]
+        if request.params.prompt_logprobs is not None:
+            param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+            check_entries(rows * request.n, request.params.prompt_logprobs, param)
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
     def chat_tokens(self, request: ApiRequest) -> list[int]:
+        if request.tools and not request.must_call and self.tool_format is None:
+            names = 'allowed with tool_choice "required" or a function, which constrain the answer, or "none"'
+            raise RequestError(f"tools: this model's chat template has no tool calls ({names})", param="tools")
         try:
-            return self.engine.encode_chat(request.messages, request.tools or None)
+            return self.engine.encode_chat(request.messages, request.tools or None, **request.template_options)
+        except PromptTooLong as error:
+            raise self.too_long("messages", error) from None
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
             raise RequestError(f"messages: {error}", param="messages") from None
 
-    def text_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
+    def text_tokens(self, prompt: str | tuple[int, ...], request: ApiRequest) -> list[int]:
         if isinstance(prompt, str):
             try:
-                return self.engine.encode(prompt)
+                return self.engine.encode(prompt, add_bos=request.add_special_tokens, specials=request.parse_special)
+            except PromptTooLong as error:
+                raise self.too_long("prompt", error) from None
             except ValueError as error:
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         vocabulary = self.engine.model_config.vocab_size
@@ -119,14 +147,19 @@ class Admit:
             raise RequestError(message, param="prompt")
         return list(prompt)
 
+    def too_long(self, field: str, error: PromptTooLong) -> RequestError:
+        tokens = f"{self.engine.core.max_seq_len} tokens, which are at most {error.allowed} characters"
+        message = f"{field}: {error.characters} characters (allowed {tokens})"
+        return RequestError(message, param=field, code="context_length_exceeded")
+
     def guide(self, request: ApiRequest) -> Guide | None:
         """A guide of its own for each sequence. What it costs to compile one is bounded; see guide_check."""
         try:
             if request.must_call and self.tool_format:
                 return self.guides.calls_guide(request.tools, self.tool_format)
-            return None if request.schema is None else self.guides.json_guide(request.schema)
+            return None if request.constraint is None else self.guides.guide(request.constraint)
         except GuideError as error:
-            where = "tools" if request.must_call else "response_format"
+            where = "tools" if request.must_call else request.constrained_by
             raise RequestError(f"{where}: {error}", param=where) from None
 
     def prompt(self, tokens: list[int], request: ApiRequest, choice: int) -> Prompt:
@@ -162,11 +195,12 @@ class Admit:
 
     # ---------------------------------------------------------------------------------------- answers
 
-    def answer(self, request: ApiRequest, prompts: list[Prompt]) -> Answer:
+    def answer(self, request: ApiRequest, prompts: list[Prompt], answer_id: str) -> Answer:
         if not request.endpoint.openai:
             return request.endpoint.answer(stream=request.stream)
         options: dict[str, Any] = {
-            "model": self.model_name,
+            "model": self.model_names[0],
+            "answer_id": answer_id,
             "stream": request.stream,
             "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
             "choices": [
@@ -175,13 +209,27 @@ class Admit:
                 for _ in range(request.n)
             ],
             "include_usage": request.include_usage,
+            "continuous_usage": request.continuous_usage,
             "wants_logprobs": request.params.logprobs is not None,
-            "token_bytes": self.engine.tokenizer.token_bytes,
+            "token_bytes": partial(self.engine.tokenizer.token_bytes, keep_specials=request.endpoint is COMPLETION),
+            "told": self.told(request, prompts),
         }
+        if request.prompt_only:
+            options["prompt_only"] = True
         if request.tools and self.tool_format is not None:
             names = [tool["function"]["name"] for tool in request.tools]
             options["new_parser"] = partial(call_parser, self.tool_format, names)
         return request.endpoint.answer(**options)
+
+    def told(self, request: ApiRequest, prompts: list[Prompt]) -> PromptLogprobs | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        return PromptLogprobs.of(
+            self.engine.tokenizer,
+            [prompt.tokens for prompt in prompts],
+            echoed=request.params.logprobs if request.echo else None,
+            listed=request.prompt_logprobs,
+        )
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)

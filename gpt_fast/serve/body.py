@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 MAX_BODY = 1 << 20  # bytes; TorchServe's own limit answers first where it is lower
 MAX_DEPTH = 64  # lists and objects inside one another
 MAX_DIGITS = 40
+GZIP = b"\x1f\x8b"
 REASONS = {
     400: "Bad Request",
     404: "Not Found",
@@ -38,18 +40,34 @@ def parse_json(body: object) -> dict[str, Any]:
         if len(body) > MAX_BODY:
             raise too_large(len(body))
         try:
-            body = bytes(body).decode("utf-8")
+            body = unpacked(bytes(body)).decode("utf-8-sig")  # a byte order mark says nothing more
         except UnicodeDecodeError:
-            raise RequestError("body: not UTF-8") from None
+            raise RequestError("body: not UTF-8 (allowed JSON in UTF-8, as it is or packed by gzip)") from None
     if body is None:  # TorchServe takes apart what says it is a form, as `curl -d` does
         raise RequestError("body: missing, or sent as a form (allowed JSON, with Content-Type: application/json)")
     value = decode_json(body) if isinstance(body, str) else body
     if not isinstance(value, dict):
-        raise RequestError(f"body: must be a JSON object (got {type(value).__name__})")
+        raise RequestError(f"body: must be a JSON object (got {json_kind(value)})")
     size = check_values(value)
     if value is body and size > MAX_BODY:
         raise too_large(size)
     return value
+
+
+def unpacked(body: bytes) -> bytes:
+    """The body without gzip, which its first bytes tell; nothing larger than a body may be is unpacked."""
+    if not body.startswith(GZIP):
+        return body
+    stream = zlib.decompressobj(wbits=31)  # 31: gzip's own header
+    try:
+        text = stream.decompress(body, MAX_BODY + 1)
+    except zlib.error:
+        raise RequestError("body: not gzip, though it begins so (allowed JSON, as it is or packed by gzip)") from None
+    if len(text) > MAX_BODY:
+        raise RequestError(f"body: more than {MAX_BODY} bytes once unpacked (allowed {MAX_BODY})", status=413)
+    if not stream.eof or stream.unused_data:
+        raise RequestError("body: gzip that is cut short or goes on (allowed one whole stream)")
+    return text
 
 
 def decode_json(text: str) -> object:
@@ -121,6 +139,12 @@ def expect(value: object, name: str, kind: type, allowed: str) -> None:
     """Raise unless the value is of this JSON type; a boolean is no number."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RequestError(f"{name}: must be {allowed} (got {short(value)})", param=name)
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value of this type."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "what is no JSON")
 
 
 def short(value: object) -> str:

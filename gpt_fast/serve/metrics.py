@@ -74,9 +74,10 @@ class RequestRecord:
         return values
 
 
-def log_fields(request_id: str, records: Sequence[RequestRecord]) -> dict[str, Any]:
+def log_fields(named: Mapping[str, str], records: Sequence[RequestRecord]) -> dict[str, Any]:
     """One structured log line for a request and all its sequences; it never holds a prompt or an answer.
 
+    named: the request's ids.
     Durations are seconds, of the sequence for which each was longest.
     """
     durations: dict[str, float] = {}
@@ -84,7 +85,7 @@ def log_fields(request_id: str, records: Sequence[RequestRecord]) -> dict[str, A
         for name, value in record.durations().items():
             durations[name] = max(value, durations.get(name, 0.0))
     return {
-        "request_id": request_id,
+        **named,
         "sequences": len(records),
         "finish_reasons": sorted({record.finish_reason for record in records}),
         "prompt_tokens": sum(record.prompt_tokens for record in records),

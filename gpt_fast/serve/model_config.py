@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,17 @@ RENAMED = {  # keys of TorchServe's gpt_fast example, and what became of them
     "profile": "use python -m gpt_fast.generate --profile",
 }
 
+MAX_NAME = 256  # characters
+
+
+def some_names(key: str, value: object) -> None:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in names):
+        allowed = f"a string of 1..{MAX_NAME} characters, or a list of them"
+        raise ConfigError(key, "must be a name or a list of names", got=value, allowed=allowed)
+    if len(set(names)) < len(names):
+        raise ConfigError(key, "has a name twice", got=value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -36,7 +47,8 @@ class ServeConfig:
     before requests get 429; None: half of what batchSize leaves beside the slots. request_seconds: the longest any
     request may take. hung_seconds: a step that takes longer ends the worker, for TorchServe to restart.
     stream_interval: seconds between two chunks of a stream, after the first token; what is decoded meanwhile leaves
-    together. 0 sends every token by itself; None: see `chunk_interval`.
+    together. 0 sends every token by itself; None: see `chunk_interval`. served_model_name: what requests may call the
+    model, a name or several, of which answers carry the first; None: as TorchServe names it.
     """
 
     max_new_tokens: int = checked(50, whole(1, 1 << 22))
@@ -45,6 +57,12 @@ class ServeConfig:
     request_seconds: float = checked(600.0, real(0.001, 86400.0))
     hung_seconds: float = checked(60.0, real(1.0, 86400.0))
     stream_interval: float | None = checked(None, unless_none(real(0.0, 1.0)))
+    served_model_name: str | Sequence[str] | None = checked(None, unless_none(some_names))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        names = self.served_model_name or ()
+        return (names,) if isinstance(names, str) else tuple(names)
 
     def __post_init__(self) -> None:
         check_fields(self, where="handler.")

@@ -1,25 +1,35 @@
 """What a client may send: bytes in, a checked ApiRequest out, or a RequestError that names field, value and limit.
 
 Three bodies: the native one ({"prompt", "max_new_tokens", ...}), OpenAI's completions and chat completions. A field
-that is unknown, or known but not supported with the value it has, is refused by name. No torch here.
+that is unknown, or not supported with the value it has, is refused by name; one that asks for nothing passes. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
 from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
-from gpt_fast.serve.chat_request import Object, parse_messages, parse_response_format, parse_tools, short_text
-from gpt_fast.serve.endpoints import CHAT, NEUTRAL, SAMPLING, Endpoint, Fields, whole_number
+from gpt_fast.serve.chat_request import (
+    Object,
+    parse_messages,
+    parse_template_options,
+    parse_tools,
+    short_text,
+)
+from gpt_fast.serve.constraints import parse_constraint
+from gpt_fast.serve.endpoints import CHAT, SAMPLING, Endpoint, Fields, count_of, whole_number
+from gpt_fast.serve.neutral import check_neutral, is_neutral
+from gpt_fast.text.grammar import Constraint
 
 __all__ = ["REASONS", "ApiRequest", "RequestError", "parse_request"]
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
 MAX_TIMEOUT = 3600.0  # seconds
+MAX_LOGIT_BIAS = 8192  # entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,110 +37,143 @@ class ApiRequest:
     """One checked request. `prompts` are text or token ids; a chat has `messages` instead.
 
     limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
-    tools, must_call: what a chat's model may call, and whether it has to. schema: the JSON schema, as text, that the
-    answer must match.
+    add_special_tokens, parse_special: whether a text prompt begins as the model's tokenizer begins texts (BOS), and
+    whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
+    tools, must_call: what a chat's model may call, and whether it has to; parallel: whether more than once.
+    constraint: what the answer must match, as the field constrained_by says. continuous_usage: usage in every chunk.
+    prompt_only: nothing is to be generated. prompt_logprobs: alternatives in vLLM\'s list of the prompt\'s tokens, None
+    for none; the params\' are also those of an echo.
     """
 
     endpoint: Endpoint
     params: SamplingParams
     stream: bool
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    add_special_tokens: bool = True
+    parse_special: bool = False
     messages: tuple[Object, ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Object, ...] = ()
     must_call: bool = False
-    schema: str | None = None
+    parallel: bool = True
+    constraint: Constraint | None = None
+    constrained_by: str = ""
     n: int = 1
     echo: bool = False
+    prompt_only: bool = False
+    prompt_logprobs: int | None = None
     include_usage: bool = False
+    continuous_usage: bool = False
     limited: bool = False
     timeout: float | None = None
-    user: str = ""
+    owner: str = ""
 
 
-BOOLEANS = {"stream", "echo", "ignore_eos"}
+BOOLEANS = {"stream", "echo", "ignore_eos", "add_special_tokens", "parse_special", "parallel_tool_calls"}
 
 
 def parse_request(
     endpoint: Endpoint,
     body: object,
     *,
-    model_name: str,
+    model_names: Collection[str],
     max_new_tokens: int,
     stream: bool = True,
-    offers: frozenset[str] = frozenset(),
 ) -> ApiRequest:
-    """Check one request. max_new_tokens and stream: what a native request gets that does not say.
-
-    offers: of Endpoint.offered, what this server can do; it must then look at the ApiRequest's fields for it.
-    null is the default.
-    """
+    """Check one request. max_new_tokens and stream: what a native request gets that does not say. null: the default."""
     given = parse_json(body)
-    check_known(given, endpoint, offers)
-    fields = {name: value for name, value in given.items() if value is not None}
-    for name in BOOLEANS & fields.keys():
+    check_known(given, endpoint)
+    fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
+    for name in sorted(BOOLEANS & fields.keys()):
         expect(fields[name], name, bool, "true or false")
-    if fields.get("model", model_name) != model_name:
-        message = f"model: {short(fields['model'])} is not served here (allowed {model_name!r})"
-        raise RequestError(message, param="model", status=404, code="model_not_found")
+    check_model(fields, model_names)
     try:
-        return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream, offers=offers)
+        return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream)
     except ConfigError as error:
-        raise RequestError(str(error), param=error.key) from None
+        message = str(error).replace(f"got {error.got!r}", f"got {short(error.got)}", 1)  # as JSON spells it
+        raise RequestError(message, param=error.key) from None
 
 
-def check_known(given: Fields, endpoint: Endpoint, offers: frozenset[str]) -> None:
-    """Refuse what this endpoint does not know, and what it knows but cannot do."""
-    known = endpoint.known.union(*(endpoint.offered.get(offer, ()) for offer in offers))
+def check_model(fields: Fields, model_names: Collection[str]) -> None:
+    if fields.get("model") is not None and fields["model"] not in model_names:
+        allowed = ", ".join(map(short, model_names))
+        message = f"model: {short(fields['model'])} is not served here (allowed {allowed})"
+        raise RequestError(message, param="model", status=404, code="model_not_found")
+
+
+def check_known(given: Fields, endpoint: Endpoint) -> None:
+    """Refuse what this endpoint does not know, unless it asks for nothing."""
     for name, value in given.items():
-        if name in known:
+        if name in endpoint.known:
             continue
-        if name not in NEUTRAL or not endpoint.openai:
+        if not is_neutral(name):
             shown = name if len(name) <= 60 else name[:57] + "..."
-            raise RequestError(f"{shown}: unknown field (allowed {', '.join(sorted(known))})", param=name)
-        neutral = (None, *NEUTRAL[name])
-        if not any(type(value) is type(each) and value == each for each in neutral):
-            raise RequestError(f"{name}: not supported (got {short(value)})", param=name)
+            raise RequestError(f"{shown}: unknown field (allowed {', '.join(sorted(endpoint.known))})", param=name)
+        check_neutral(name, value)
 
 
-def build(
-    endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bool, offers: frozenset[str]
-) -> ApiRequest:
+def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bool) -> ApiRequest:
     limit_name, limit = token_limit(endpoint, fields, max_new_tokens)
-    is_chat = endpoint is CHAT
-    tools, must_call = chat_tools(fields, offers) if is_chat else ((), False)
     streamed = fields.get("stream", stream and not endpoint.openai)
     n, params = choices(fields), sampling_params(endpoint, fields, limit, limit_name)
     if params.seed is not None:
         check_int("seed", params.seed + n - 1, -(1 << 63), (1 << 63) - 1)  # choice i draws with seed + i
+    usage, continuous = usage_options(fields, streamed)
+    constraint, constrained_by = parse_constraint(fields)
     request = ApiRequest(
         endpoint=endpoint,
         params=params,
         stream=streamed,
-        prompts=() if is_chat else prompts(fields.get("prompt"), many=endpoint.many),
-        messages=parse_messages(fields.get("messages"), tools="tools" in offers) if is_chat else (),
-        tools=tools,
-        must_call=must_call,
-        schema=parse_response_format(fields.get("response_format", {"type": "text"})) if "schema" in offers else None,
+        constraint=constraint,
+        constrained_by=constrained_by,
         n=n,
         echo=fields.get("echo", False),
-        include_usage=include_usage(fields, streamed),
+        prompt_only=limit == 0,
+        prompt_logprobs=count_of(fields, "prompt_logprobs"),
+        include_usage=usage,
+        continuous_usage=continuous,
         limited=limit_name is not None,
         timeout=timeout(fields),
-        user=short_text(fields["user"], "user") if fields.get("user") else "",
+        owner=owner(fields),
+        **(chat_fields(fields) if endpoint is CHAT else text_fields(endpoint, fields)),
     )
     check_together(request)
     return request
 
 
+def text_fields(endpoint: Endpoint, fields: Fields) -> Fields:
+    return {
+        "prompts": prompts(fields.get("prompt"), many=endpoint.many),
+        "add_special_tokens": fields.get("add_special_tokens", True),
+        "parse_special": fields.get("parse_special", endpoint.parse_special),
+    }
+
+
+def chat_fields(fields: Fields) -> Fields:
+    tools, must_call = parse_tools(fields.get("tools", []), fields.get("tool_choice"))
+    return {
+        "messages": parse_messages(fields.get("messages")),
+        "template_options": parse_template_options(fields),
+        "tools": tools,
+        "must_call": must_call,
+        "parallel": fields.get("parallel_tool_calls", True),
+    }
+
+
+def owner(fields: Fields) -> str:
+    """Whose prefixes a request may share: those of equal user and, as vLLM has it, equal cache_salt."""
+    return "\0".join(short_text(fields[name], name) for name in ("user", "cache_salt") if fields.get(name))
+
+
 def check_together(request: ApiRequest) -> None:
     """Refuse fields that do not go together."""
-    if request.echo and request.params.logprobs is not None:
-        raise RequestError("echo: not supported together with logprobs (got true)", param="echo")
-    if request.schema is not None and request.tools:
-        raise RequestError("response_format: not supported together with tools", param="response_format")
-    if (request.schema is not None or request.must_call) and request.params.min_tokens:
-        message = "not supported together with response_format or a required tool"
-        raise RequestError(f"min_tokens: {message} (got {request.params.min_tokens})", param="min_tokens")
+    if request.prompt_logprobs is not None and request.stream:
+        message = f"prompt_logprobs: not with stream true (got {request.prompt_logprobs}), leave one of them out"
+        raise RequestError(message, param="prompt_logprobs")
+    if (request.constraint is not None or request.must_call) and request.params.min_tokens:
+        by = "tool_choice" if request.must_call else request.constrained_by
+        message = f"not supported together with {by} (got {request.params.min_tokens}, allowed 0)"
+        raise RequestError(f"min_tokens: {message}", param="min_tokens")
 
 
 def token_limit(endpoint: Endpoint, fields: Fields, max_new_tokens: int) -> tuple[str | None, Any]:
@@ -139,8 +182,8 @@ def token_limit(endpoint: Endpoint, fields: Fields, max_new_tokens: int) -> tupl
     if not given:
         return None, max_new_tokens if endpoint.max_new_tokens is None else endpoint.max_new_tokens
     if any(fields[name] != fields[given[0]] for name in given):
-        got = short(fields["max_tokens"])
-        raise RequestError(f"max_tokens: differs from {given[0]} (got {got})", param="max_tokens")
+        got, other = short(fields["max_tokens"]), f"{given[0]} {short(fields[given[0]])}"
+        raise RequestError(f"max_tokens: differs from {other} (got {got}), give one of them", param="max_tokens")
     return given[0], fields[given[0]]
 
 
@@ -152,7 +195,7 @@ def choices(fields: Fields) -> int:
 
 
 def sampling_params(endpoint: Endpoint, fields: Fields, max_new_tokens: Any, limit_name: str | None) -> SamplingParams:
-    check_int(limit_name or "max_new_tokens", max_new_tokens, 1, 1 << 22)
+    check_int(limit_name or "max_new_tokens", max_new_tokens, endpoint.fewest_tokens, 1 << 22)
     values = {name: fields[name] for name in SAMPLING & fields.keys()}
     values.setdefault("temperature", endpoint.temperature)
     if values.get("top_k") == -1:  # vLLM's spelling of "all"
@@ -161,7 +204,10 @@ def sampling_params(endpoint: Endpoint, fields: Fields, max_new_tokens: Any, lim
         values["stop"] = stop_strings(values["stop"])
     if "logit_bias" in values:
         values["logit_bias"] = logit_bias(values["logit_bias"])
-    return SamplingParams(**values, max_new_tokens=max_new_tokens, logprobs=endpoint.logprobs(fields))
+    logprobs, of_prompt = endpoint.logprobs(fields), count_of(fields, "prompt_logprobs")
+    if fields.get("echo") and logprobs is not None:
+        of_prompt = max(logprobs, of_prompt or 0)
+    return SamplingParams(**values, max_new_tokens=max(max_new_tokens, 1), logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
 def stop_strings(value: Any) -> tuple[str, ...]:
@@ -173,10 +219,14 @@ def stop_strings(value: Any) -> tuple[str, ...]:
 
 def logit_bias(value: Any) -> Mapping[int, float]:
     expect(value, "logit_bias", dict, "an object of token id to number")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise RequestError(f"logit_bias: {len(value)} entries (allowed {MAX_LOGIT_BIAS})", param="logit_bias")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise RequestError(f"logit_bias: {short(key)} is not a token id", param="logit_bias")
+            raise RequestError(
+                f"logit_bias: {short(key)} is no token id (allowed whole numbers from 0)", param="logit_bias"
+            )
         if int(key) in biases:
             raise RequestError(f"logit_bias: the token {int(key)} is there twice", param="logit_bias")
         check_float(f"logit_bias.{key}", bias, -100.0, 100.0)
@@ -206,33 +256,22 @@ def one_prompt(value: object, allowed: str) -> str | tuple[int, ...]:
     raise RequestError(f"prompt: must be {allowed}, not empty (got {short(value)})", param="prompt")
 
 
-def chat_tools(fields: Fields, offers: frozenset[str]) -> tuple[tuple[Object, ...], bool]:
-    if "tools" not in offers:
-        return (), False
-    tools, must_call = parse_tools(fields.get("tools", []), fields.get("tool_choice"))
-    if must_call and "schema" not in offers:  # only a constrained answer is sure to be a call
-        message = f"tool_choice: not supported (got {short(fields['tool_choice'])}, allowed none, auto)"
-        raise RequestError(message, param="tool_choice")
-    parallel = fields.get("parallel_tool_calls", True)
-    expect(parallel, "parallel_tool_calls", bool, "true or false")
-    if tools and not parallel:
-        raise RequestError("parallel_tool_calls: not supported (got false)", param="parallel_tool_calls")
-    return tools, must_call
-
-
-def include_usage(fields: Fields, streamed: bool) -> bool:
+def usage_options(fields: Fields, streamed: bool) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether every chunk has it: stream_options, as vLLM."""
     options = fields.get("stream_options", {})
     expect(options, "stream_options", dict, "an object")
-    if options and not streamed:
-        raise RequestError("stream_options: needs stream true", param="stream_options")
     for name, value in options.items():
         param = f"stream_options.{name}"
-        if name not in ("include_usage", "include_obfuscation"):
-            raise RequestError(f"{param}: unknown field (allowed include_usage)", param=param)
+        if name not in ("include_usage", "continuous_usage_stats", "include_obfuscation"):
+            allowed = "include_usage, continuous_usage_stats"
+            raise RequestError(f"{param}: unknown field (allowed {allowed})", param=param)
         expect(value if value is not None else False, param, bool, "true or false")
         if name == "include_obfuscation" and value:
-            raise RequestError(f"{param}: not supported (got true)", param=param)
-    return bool(options.get("include_usage"))
+            raise RequestError(f"{param}: not supported (got true, allowed false)", param=param)
+    if any(options.values()) and not streamed:
+        raise RequestError(f"stream_options: needs stream true (got {short(options)})", param="stream_options")
+    usage = bool(options.get("include_usage"))
+    return usage, usage and bool(options.get("continuous_usage_stats"))
 
 
 def timeout(fields: Fields) -> float | None:

@@ -11,11 +11,12 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gpt_fast.request import Logprobs
+from gpt_fast.serve.prompt_logprobs import PromptLogprobs, token_name
 from gpt_fast.serve.tool_calls import CallParser, Piece, ToolCall
 
 TEXT = "text/plain; charset=utf-8"
@@ -24,6 +25,9 @@ SSE = "text/event-stream; charset=utf-8"
 FAILED = {"message": "the model overflowed on this request", "type": "server_error", "param": None, "code": None}
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for a token that could not come: JSON has no infinity
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON leaves them as they are, and some clients split lines there
+
+
+Row = tuple[int, Logprobs, int]  # a token, its log-probabilities and the offset of its text
 
 
 class Event(Protocol):
@@ -37,6 +41,8 @@ class Event(Protocol):
     def finish_reason(self) -> str | None: ...
     @property
     def logprobs(self) -> Logprobs: ...
+    @property
+    def prompt_logprobs(self) -> tuple[Logprobs, ...]: ...
 
 
 class PlainAnswer:
@@ -71,15 +77,17 @@ class Choice:
     text: str = ""
     tokens: int = 0
     finish_reason: str | None = None
-    logprobs: list[tuple[Event, int]] = field(default_factory=list)  # with the offset of the event's text
+    logprobs: list[Row] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprobs, ...] = ()
     begun: bool = False
     parser: CallParser | None = None
     calls: int = 0
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
+            self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
             if event.logprobs:
-                self.logprobs.append((event, len(self.echo) + len(self.text)))
+                self.logprobs.append((event.logprobs[0][0], event.logprobs, len(self.echo) + len(self.text)))
             self.text += event.text
             self.tokens += event.token is not None
             self.finish_reason = event.finish_reason or self.finish_reason
@@ -106,14 +114,25 @@ class OpenAIAnswer(ABC):
         include_usage: bool,
         wants_logprobs: bool,
         token_bytes: Callable[[int], bytes],
+        continuous_usage: bool = False,
+        told: PromptLogprobs | None = None,
+        answer_id: str = "",
     ) -> None:
-        """choices: the text each one begins with ("" without echo)."""
+        """choices: the text each one begins with ("" without echo). continuous_usage: usage so far in every chunk.
+
+        told: what of their prompts' tokens. answer_id: what the answer's id says behind its prefix; "" for a fresh one.
+        """
         self.stream, self.model = stream, model
         self.content_type = SSE if stream else JSON
         self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
-        self.wants_logprobs, self.token_bytes = wants_logprobs, token_bytes
+        self.continuous_usage = continuous_usage
+        self.wants_logprobs, self.token_bytes, self.told = wants_logprobs, token_bytes, told
         self.choices = [Choice(echo=text) for text in choices]
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{self.prefix}-{answer_id or uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def push(self, index: int, events: Sequence[Event]) -> str:
         choice = self.choices[index]
@@ -130,23 +149,28 @@ class OpenAIAnswer(ABC):
         failed = {"error": FAILED} if any(choice.finish_reason == "error" for choice in self.choices) else {}
         if not self.stream:
             choices = [self.whole(index, choice) for index, choice in enumerate(self.choices)]
-            return dump({**self.head, "object": self.object, "choices": choices, "usage": self.usage(), **failed})
+            more = self.beside_choices() | failed
+            return dump({**self.head, "object": self.object, "choices": choices, "usage": self.usage(), **more})
         if failed:
             return self.sse(failed)
         usage = self.sse({**self.chunk([]), "usage": self.usage()}) if self.include_usage else ""
         return usage + "data: [DONE]\n\n"
 
     @abstractmethod
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> list[dict[str, Any]]:
         """The chunks that these events make."""
 
     @abstractmethod
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
         """The finished choice."""
 
+    def beside_choices(self) -> dict[str, Any]:
+        """What else a whole answer holds."""
+        return {}
+
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self.head, "object": self.chunk_object, "choices": choices}
-        return {**chunk, "usage": None} if self.include_usage else chunk
+        return {**chunk, "usage": self.usage() if self.continuous_usage else None} if self.include_usage else chunk
 
     def usage(self) -> dict[str, int]:
         completion = sum(choice.tokens for choice in self.choices)
@@ -165,10 +189,20 @@ class OpenAIAnswer(ABC):
 
 
 class CompletionAnswer(OpenAIAnswer):
+    """prompt_only: the answer is the prompt; of what was generated, which must be a token at least, nothing is told."""
+
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
-        text = text if choice.begun else choice.echo + text
+    def __init__(self, *, prompt_only: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.prompt_only = prompt_only
+
+    def push(self, index: int, events: Sequence[Event]) -> str:
+        return super().push(index, [PromptEnd(event) for event in events] if self.prompt_only else events)
+
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> list[dict[str, Any]]:
+        if not choice.begun:
+            text, logprobs = choice.echo + text, self.echoed(index, choice) + logprobs
         choice.begun = True
         if not (text or logprobs or choice.finish_reason):
             return []
@@ -179,27 +213,44 @@ class CompletionAnswer(OpenAIAnswer):
         return {
             "index": index,
             "text": choice.echo + choice.text,
-            "logprobs": self.logprobs(choice.logprobs),
+            "logprobs": self.logprobs(self.echoed(index, choice) + choice.logprobs),
             "finish_reason": choice.finish_reason,
+            **(self.told.listing(index, choice.prompt_logprobs) if self.told else {}),
         }
 
-    def logprobs(self, events: list[tuple[Event, int]]) -> dict[str, Any] | None:
+    def echoed(self, index: int, choice: Choice) -> list[Row]:
+        return self.told.echo(index, choice.prompt_logprobs) if self.told else []
+
+    def logprobs(self, rows: list[Row]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
         return {
-            "tokens": [self.token_name(event.logprobs[0][0]) for event, _ in events],
-            "token_logprobs": [finite(event.logprobs[0][1]) for event, _ in events],
-            "top_logprobs": [{self.token_name(t): finite(p) for t, p in event.logprobs} for event, _ in events],
-            "text_offset": [offset for _, offset in events],
+            "tokens": [self.token_name(token) for token, _, _ in rows],
+            "token_logprobs": [finite(row[0][1]) if row else None for _, row, _ in rows],
+            "top_logprobs": [self.best(row) if row else None for _, row, _ in rows],
+            "text_offset": [offset for _, _, offset in rows],
         }
 
+    def best(self, row: Logprobs) -> dict[str, float]:
+        """By name; of tokens that share one, the likelier."""
+        names: dict[str, float] = {}
+        for token, logprob in row:
+            name = self.token_name(token)
+            names[name] = max(finite(logprob), names.get(name, LOWEST_LOGPROB))
+        return names
+
     def token_name(self, token: int) -> str:
-        """The token's text; of a part of a character its bytes, as OpenAI writes them: here tokens are told by name."""
-        data = self.token_bytes(token)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return token_name(self.token_bytes(token))
+
+
+class PromptEnd:
+    """An event of a request for its prompt alone: the first one ends it, and says nothing of what came behind."""
+
+    text, token, logprobs = "", None, ()
+
+    def __init__(self, event: Event) -> None:
+        self.prompt_logprobs = event.prompt_logprobs
+        self.finish_reason = "error" if event.finish_reason == "error" else "length"
 
 
 class ChatAnswer(OpenAIAnswer):
@@ -212,7 +263,7 @@ class ChatAnswer(OpenAIAnswer):
         for choice in self.choices:
             choice.parser = new_parser() if new_parser else None
 
-    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[tuple[Event, int]]) -> list[dict[str, Any]]:
+    def deltas(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> list[dict[str, Any]]:
         """OpenAI's order: the role first, then content and whole tool calls, then the finish reason."""
         chunks = []
         if not choice.begun:
@@ -227,6 +278,9 @@ class ChatAnswer(OpenAIAnswer):
         if choice.finish_reason is not None:
             chunks.append(self.delta(index, {}, finish_reason=finish_reason(choice)))
         return chunks
+
+    def beside_choices(self) -> dict[str, Any]:
+        return self.told.listing(0, self.choices[0].prompt_logprobs) if self.told else {}
 
     def delta(self, index: int, delta: dict[str, Any], **extra: Any) -> dict[str, Any]:
         return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **extra}])
@@ -244,14 +298,13 @@ class ChatAnswer(OpenAIAnswer):
             "finish_reason": finish_reason(choice),
         }
 
-    def logprobs(self, events: list[tuple[Event, int]]) -> dict[str, Any] | None:
+    def logprobs(self, rows: list[Row]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
-        rows = [
-            {**self.entry(*event.logprobs[0]), "top_logprobs": [self.entry(*best) for best in event.logprobs[1:]]}
-            for event, _ in events
+        content = [
+            {**self.entry(*row[0]), "top_logprobs": [self.entry(*best) for best in row[1:]]} for _, row, _ in rows
         ]
-        return {"content": rows, "refusal": None}
+        return {"content": content, "refusal": None}
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.token_text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
@@ -279,9 +332,10 @@ def finish_reason(choice: Choice) -> str | None:
     return "tool_calls" if choice.calls and choice.finish_reason == "stop" else choice.finish_reason
 
 
-def model_list(model: str, *, created: int, max_seq_len: int) -> str:
+def model_list(models: Iterable[str], *, created: int, max_seq_len: int) -> str:
     """The body of GET /v1/models."""
-    return dump({"object": "list", "data": [model_card(model, created=created, max_seq_len=max_seq_len)]})
+    cards = [model_card(model, created=created, max_seq_len=max_seq_len) for model in models]
+    return dump({"object": "list", "data": cards})
 
 
 def model_card(model: str, *, created: int, max_seq_len: int) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gpt_fast.config import SamplingParams
@@ -28,6 +29,8 @@ ROUND_SECONDS = 0.1  # the longest a round waits for a token: new requests join 
 REJOIN_SECONDS = 0.004  # the shortest round, right after an answer's end: its client may have another request at once
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
 REPORT_SECONDS = 0.1  # how often figures are exported
+MAX_PIECE = 1 << 20  # characters sent at once: TorchServe ends a worker whose message is over max_response_size
+CLIENT_ID = "x-client-request-id"
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
 
@@ -86,8 +89,36 @@ class Refusal(Exception):
         self.reply = Reply(body, None, status, reason, "application/json", headers)
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """A request's first round: the path behind the model's name, and the body as TorchServe hands it over.
+
+    client_id: the client's own id for it, "" where it has none; see `client_id_of`.
+    """
+
+    path: str
+    body: object
+    client_id: str = ""
+    arrival: float = field(default_factory=time.monotonic)
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """What every answer to it has. TorchServe overwrites x-request-id with an id of its own."""
+        return ((CLIENT_ID, self.client_id),) if self.client_id else ()
+
+    def names(self, request_id: str) -> dict[str, str]:
+        """The request's ids, for the log."""
+        return {"request_id": request_id} | ({"client_request_id": self.client_id} if self.client_id else {})
+
+
+def client_id_of(headers: Mapping[str, str]) -> str:
+    """What a client calls its request, in x-request-id; "" where it does not, or not fit for headers and logs."""
+    given = {name.lower(): value for name, value in headers.items()}.get("x-request-id", "")
+    return given if re.fullmatch(r"[!-~]{1,128}", given) else ""
+
+
 class Admission(Protocol):
-    def __call__(self, request_id: str, path: str, body: object) -> Job | Reply:
+    def __call__(self, incoming: Incoming) -> Job | Reply:
         """Parse one request. A Reply is a complete response (a model list, a page). Raises Refusal.
 
         Called from several threads.
@@ -97,28 +128,20 @@ class Admission(Protocol):
         """The last word on an admitted request, by the rounds' thread, just before it begins. Raises Refusal."""
 
 
-@dataclass(frozen=True)
-class Incoming:
-    """A request's first round: the path behind the model's name, and the body as TorchServe hands it over."""
-
-    path: str
-    body: object
-    arrival: float = field(default_factory=time.monotonic)
-
-
 class Exchange:
     """One request in flight and what of its answer is already gone."""
 
-    def __init__(self, request_id: str, job: Job, *, arrival: float) -> None:
-        self.answer = job.answer
+    def __init__(self, request_id: str, job: Job, incoming: Incoming) -> None:
+        self.answer, self.incoming = job.answer, incoming
         self.ids = [f"{request_id}/{index}" for index in range(len(job.prompts))]
         self.running = set(self.ids)
         self.failed = False
         self.begun = False
         self.text = ""  # held back until the next chunk is due
+        self.whole = False  # nothing comes behind it
         self.spoke = False  # some text has left
-        self.sent_at = arrival
-        self.deadline = arrival + job.seconds
+        self.sent_at = incoming.arrival
+        self.deadline = incoming.arrival + job.seconds
 
     def reply(self, service: Service, *, interval: float) -> Reply | None:
         """What this round sends, if anything: the first text and the end at once, the rest every `interval` seconds.
@@ -130,14 +153,27 @@ class Exchange:
         if self.failed and not self.begun:
             return server_error("the model failed on this request")
         if not self.running:
-            text = self.text + self.answer.end()
-            return Reply(text, False if self.begun else None, content_type=self.answer.content_type)
+            return self._last()
         now = time.monotonic()
         if now - self.sent_at < self._patience(interval):
             return None
-        text, self.text = self.text, ""
+        text = self._piece()
         self.begun, self.spoke, self.sent_at = True, self.spoke or bool(text), now
         return Reply(text, True, content_type=self.answer.content_type)
+
+    def _last(self) -> Reply:
+        """The rest of the answer, or the next piece of a long one."""
+        if not self.whole:
+            self.text, self.whole = self.text + self.answer.end(), True
+        text = self._piece()
+        more = True if self.text else (False if self.begun else None)
+        self.begun = True
+        return Reply(text, more, content_type=self.answer.content_type)
+
+    def _piece(self) -> str:
+        """Of the text that is there, what one message may hold."""
+        text, self.text = self.text[:MAX_PIECE], self.text[MAX_PIECE:]
+        return text
 
     def _patience(self, interval: float) -> float:
         """Seconds from the last chunk to the next."""
@@ -173,7 +209,7 @@ class Rounds:
         self._admitting: dict[str, tuple[Incoming, Future[Job | Reply]]] = {}
         self._pool = ThreadPoolExecutor(ADMITTING, thread_name_prefix="admit")
         self._records: dict[str, list[RequestRecord]] = {}  # of requests some of whose sequences still run
-        self._sequences: dict[str, int] = {}  # how many each request has
+        self._unrecorded: dict[str, Exchange] = {}  # until all their sequences are recorded
 
     def knows(self, request_id: str) -> bool:
         """Whether the request's first round was played."""
@@ -183,7 +219,7 @@ class Rounds:
         """Play one round. Requests without a reply get nothing now and stay in flight."""
         self._forget(active)
         for request_id, request in incoming.items():
-            future = self._pool.submit(self.admit, request_id, request.path, request.body)
+            future = self._pool.submit(self.admit, request)
             self._admitting[request_id] = request, future
             future.add_done_callback(lambda _: self.service.wake())
         end = time.monotonic() + (ROUND_SECONDS if incoming else self._round_seconds())
@@ -224,22 +260,21 @@ class Rounds:
             if isinstance(job, Job):
                 self.admit.confirm(job)
         except Refusal as refusal:
-            return self._refuse(request_id, refusal.reply)
+            return self._refuse(request_id, request, refusal.reply)
         except Exception as error:
             log_failure(request_id, error)
-            return self._refuse(request_id, server_error("the server failed on this request"))
+            return self._refuse(request_id, request, server_error("the server failed on this request"))
         if isinstance(job, Reply):
-            return job
-        exchange = self.exchanges[request_id] = Exchange(request_id, job, arrival=request.arrival)
-        self._sequences[request_id] = len(exchange.ids)
+            return with_headers(job, request)
+        exchange = self.exchanges[request_id] = self._unrecorded[request_id] = Exchange(request_id, job, request)
         for name, prompt in zip(exchange.ids, job.prompts, strict=True):
             self.service.submit(name, prompt.tokens, prompt.params, owner=job.owner, arrival=request.arrival)
         return None
 
-    def _refuse(self, request_id: str, reply: Reply) -> Reply:
+    def _refuse(self, request_id: str, request: Incoming, reply: Reply) -> Reply:
         self.refused += 1
-        logger.info("request %s", json.dumps({"request_id": request_id, "status": reply.status}))
-        return reply
+        logger.info("request %s", json.dumps({**request.names(request_id), "status": reply.status}))
+        return with_headers(reply, request)
 
     def _replies(self) -> dict[str, Reply]:
         replies = {}
@@ -254,7 +289,9 @@ class Rounds:
                 reply = exchange.break_off()
             if reply is None:
                 continue
-            replies[request_id] = reply
+            replies[request_id] = with_headers(reply, exchange.incoming)
+            if reply.more and exchange.whole:
+                self.service.wake()  # the next piece is there
             if reply.more is not True:
                 del self.exchanges[request_id]
                 self.service.cancel(exchange.running)  # of a failed one, the other sequences
@@ -282,10 +319,15 @@ class Rounds:
             request_id = record.request_id.rpartition("/")[0]
             records = self._records.setdefault(request_id, [])
             records.append(record)
-            if len(records) == self._sequences[request_id]:
-                del self._records[request_id], self._sequences[request_id]
-                logger.info("request %s", json.dumps(log_fields(request_id, records)))
+            exchange = self._unrecorded[request_id]
+            if len(records) == len(exchange.ids):
+                del self._records[request_id], self._unrecorded[request_id]
+                logger.info("request %s", json.dumps(log_fields(exchange.incoming.names(request_id), records)))
         reporter.state(self.service.gauges(), {"requests_refused_total": self.refused, **self.service.totals()})
+
+
+def with_headers(reply: Reply, incoming: Incoming) -> Reply:
+    return replace(reply, headers=reply.headers + incoming.headers)
 
 
 def server_error(message: str) -> Reply:

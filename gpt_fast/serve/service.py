@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # last round is gone, and nobody will say so. First decoding pauses, which costs nothing if the silence was a stall.
 SILENCE_SECONDS = 0.3
 LOST_SECONDS = 5.0  # then the requests are dropped
+LOOK_SECONDS = 0.25  # of it count at a time: a machine that runs none of our threads is silent, and no client's leaving
 CROWD_INTERVAL = 0.05  # seconds from round to round that many streams share at least
 
 
@@ -226,8 +227,11 @@ class Service:
     def _admit(self) -> None:
         """Run queued calls; block while there is nothing to decode, or nobody left to read it."""
         with self._changed:
-            while not self._changed.wait_for(self._has_work, timeout=LOST_SECONDS):
-                self._drop_lost()
+            silent, last = 0.0, self._last_round
+            while not self._changed.wait_for(self._has_work, timeout=LOOK_SECONDS):
+                silent, last = silent + LOOK_SECONDS if last == self._last_round else 0.0, self._last_round
+                if silent >= LOST_SECONDS:
+                    self._drop_lost()
             calls, self._inbox = self._inbox, []
         for call in calls:
             call()
@@ -243,9 +247,8 @@ class Service:
 
     def _drop_lost(self) -> None:
         """Free the slots of requests that nobody has read for long; should their round come after all, they fail."""
-        if time.monotonic() - self._last_round > LOST_SECONDS:
-            for request_id in self._mail:
-                self._end(request_id, "error", recorded_as="cancelled")
+        for request_id in self._mail:
+            self._end(request_id, "error", recorded_as="cancelled")
 
     def _deliver(self, events: list[TextEvent]) -> None:
         with self._changed:

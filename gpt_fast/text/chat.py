@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt_fast.files import read_json_object
-from gpt_fast.text.tokenizer import Span, Tokenizer, control_pattern, read_special_tokens
+from gpt_fast.text.tokenizer import PromptTooLong, Span, Tokenizer, control_pattern, read_special_tokens
 
 if TYPE_CHECKING:
     import jinja2
@@ -74,6 +74,7 @@ class ChatTemplate:
         self._template = None if source is None else CompiledTemplate(source)
         self._tool_template = self._template if tool_source is None else CompiledTemplate(tool_source)
         self.tool_format = read_tool_format(tool_source or source or "")
+        self._sources = f"{source or ''}\n{tool_source or ''}"
         self._special_tokens = dict(special_tokens or {})
         self._max_chars = max_chars
         self._names = names
@@ -109,14 +110,41 @@ class ChatTemplate:
         text = collect(chunks, self._max_chars)
         return until_tag(text, last_text(messages)) if continue_final_message else text
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The prompt's token ids; options are render's. Control tokens in messages, tools and documents are text."""
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_characters: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The prompt's token ids; options are render's. Control tokens in messages, tools and documents are text. So
+        are added tokens that are not special but part of the template, except in the assistant's messages (for the
+        rest, as transformers does with sanitize_control_tokens).
+
+        PromptTooLong for a rendered text of more than max_characters, before it is encoded.
+        """
         request = map_strings({"messages": messages, **options}, lambda text: re.sub(f"[{OPEN}{CLOSE}]", "", text))
-        marked = map_strings(request, lambda text: mark_control_tokens(text, tokenizer.control_tokens))
-        if marked == request:  # nothing to keep apart
-            return tokenizer.encode_with_specials(self.render(messages, **options))
-        text, literal = split_marks(self.render(**marked))
-        return tokenizer.encode_with_specials(text, literal=literal)
+        named = tuple(token for token in tokenizer.added_tokens if token in self._sources and not token.isspace())
+        marked = self._marked(request, tokenizer.control_tokens, (*tokenizer.control_tokens, *named))
+        plain = marked == request  # nothing to keep apart
+        text, literal = (self.render(messages, **options), []) if plain else split_marks(self.render(**marked))
+        if max_characters is not None and len(text) > max_characters:
+            raise PromptTooLong(len(text), max_characters)
+        return tokenizer.encode_with_specials(text, literal=literal, named=named)
+
+    def _marked(
+        self, request: Mapping[str, Any], control_tokens: tuple[str, ...], others_tokens: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """The request with marks around tokens that it spells. A model's earlier answers may spell those that are not
+        special, as <think> and <tool_call>: templates look for them there."""
+        messages = []
+        for message in request["messages"]:
+            tokens = control_tokens if message.get("role") == "assistant" else others_tokens
+            messages.append(map_strings(message, functools.partial(mark_control_tokens, control_tokens=tokens)))
+        rest = {name: value for name, value in request.items() if name != "messages"}
+        marked = map_strings(rest, functools.partial(mark_control_tokens, control_tokens=others_tokens))
+        return {"messages": messages, **marked}
 
 
 class CompiledTemplate:
@@ -321,9 +349,11 @@ def mark_control_tokens(text: str, control_tokens: tuple[str, ...]) -> str:
         spans.insert(0, (0, head))
     if tail and not (spans and spans[-1][1] > len(text) - tail):
         spans.append((len(text) - tail, len(text)))
-    for start, end in reversed(spans):
-        text = f"{text[:start]}{OPEN}{text[start:end]}{CLOSE}{text[end:]}"
-    return text
+    if not spans:
+        return text
+    ends = [0, *(end for _, end in spans)]
+    marked = [f"{text[a:start]}{OPEN}{text[start:end]}{CLOSE}" for a, (start, end) in zip(ends, spans, strict=False)]
+    return "".join(marked) + text[ends[-1] :]
 
 
 @functools.lru_cache(maxsize=8)

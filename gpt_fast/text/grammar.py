@@ -1,7 +1,8 @@
-"""Guides: which tokens may come next so that an answer matches a JSON schema or calls a tool. llguidance does the work.
+"""Guides: which tokens may come next so that an answer matches a JSON schema, a regular expression, one of several
+texts or a grammar, or calls a tool. llguidance does the work.
 
-A `Maker` compiles once a schema, off the engine's thread, and makes one `Guide` for each sequence; sampling asks the
-guide for the allowed tokens (config.Guide is what it knows of it). No torch here.
+A `Maker` compiles once a constraint, off the engine's thread, and makes one `Guide` for each sequence; sampling asks
+the guide for the allowed tokens (config.Guide is what it knows of it). No torch here.
 Library: https://github.com/guidance-ai/llguidance (Earley parser over token tries, lazy lexer).
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar_check import check
 from gpt_fast.text.json_schema import SchemaError, exact_schema
+from gpt_fast.text.regex_dialect import respelled
 from gpt_fast.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR = 65_536  # bytes of what is compiled: schemas and what stands around them
@@ -25,8 +28,17 @@ KEPT = 32  # compiled grammars
 JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,16})", "lenient": False}
 
 
+class Constraint(NamedTuple):
+    """What an answer must match. text: a JSON schema, an expression that matches all of it, a JSON list of the texts it
+    may be, or a grammar in GBNF or llguidance's Lark. compact: no white space in JSON."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
+    compact: bool = False
+
+
 class GuideError(ValueError):
-    """A schema that cannot be compiled, in one line."""
+    """A constraint that cannot be compiled, in one line."""
 
 
 class Guide:
@@ -64,14 +76,17 @@ class Maker:
         self.vocab_size = vocab_size
         eos_ids = sorted(eos_ids)
         self._tokenizer = build_tokenizer(tokenizer, vocab_size, eos_ids) if eos_ids and available() else None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, bool], Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def json_guide(self, schema: str) -> Guide:
-        """A guide to the values of a JSON schema. GuideError for what is none, or too large, or not supported."""
+    def guide(self, constraint: Constraint) -> Guide:
+        """A guide to the answers that match. GuideError for a constraint that is none, too large or not supported."""
+        if constraint.kind == "grammar":
+            if is_gbnf(constraint.text):
+                return self._guide(constraint.text, gbnf=True)
+            return self._guide(matcher_class().grammar_from_lark(constraint.text))
         try:
-            exact = json.dumps(exact_schema(json.loads(schema)))
-            return self._guide(matcher_class().grammar_from_json_schema(exact, overrides=JSON_OPTIONS))
+            return self._guide(FORMS[constraint.kind](constraint))
         except ValueError as error:
             raise GuideError(" ".join(str(error).split())) from None
 
@@ -83,26 +98,27 @@ class Maker:
             raise GuideError(str(error)) from None
         return self._guide(matcher_class().grammar_from_lark(grammar))
 
-    def _guide(self, grammar: str) -> Guide:
+    def _guide(self, grammar: str, *, gbnf: bool = False) -> Guide:
         with self._lock:
-            matcher = self._compiled.get(grammar)
+            matcher = self._compiled.get((grammar, gbnf))
         if matcher is None:
-            matcher = self._compile(grammar)
+            matcher = self._compile(grammar, gbnf)
         with self._lock:
-            self._compiled[grammar] = matcher
-            self._compiled.move_to_end(grammar)
+            self._compiled[grammar, gbnf] = matcher
+            self._compiled.move_to_end((grammar, gbnf))
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return Guide(matcher.deep_copy(), self.vocab_size)
 
-    def _compile(self, grammar: str) -> Any:
+    def _compile(self, grammar: str, gbnf: bool) -> Any:
         """First in a process that can be stopped, then here."""
         if self._tokenizer is None:
             raise GuideError("this checkpoint has no end-of-sequence token")
         size = len(grammar.encode())
         if size > MAX_GRAMMAR:
             raise GuideError(f"{size} bytes in all (allowed {MAX_GRAMMAR})")
-        if problem := check(grammar):
+        problem, grammar = check(grammar, gbnf=gbnf)
+        if problem:
             raise GuideError(advised(problem))
         matcher = matcher_class()(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
@@ -110,6 +126,29 @@ class Maker:
         if not any(Guide(matcher.deep_copy(), self.vocab_size).allowed([])):  # such as a "$ref" that leads to itself
             raise GuideError("no value matches it")
         return matcher
+
+
+def json_form(constraint: Constraint) -> str:
+    schema = json.dumps(exact_schema(json.loads(constraint.text)))
+    options = JSON_OPTIONS | ({"whitespace_pattern": "", "whitespace_flexible": False} if constraint.compact else {})
+    return str(matcher_class().grammar_from_json_schema(schema, overrides=options))
+
+
+def regex_form(constraint: Constraint) -> str:
+    return str(matcher_class().grammar_from_regex(respelled(constraint.text)))
+
+
+def choice_form(constraint: Constraint) -> str:
+    texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(constraint.text))
+    return str(matcher_class().grammar_from_lark(f"start: {' | '.join(texts)}"))
+
+
+FORMS: Mapping[str, Callable[[Constraint], str]] = {"json": json_form, "regex": regex_form, "choice": choice_form}
+
+
+def is_gbnf(grammar: str) -> bool:
+    """Whether a grammar is written as llama.cpp's are, with ::=."""
+    return re.search(r"(?m)^[ \t]*[\w-]+[ \t]*::=", grammar) is not None
 
 
 ADVICE = {

@@ -1,8 +1,8 @@
 """Text to token ids and back: Hugging Face tokenizer.json, SentencePiece, Llama 3's tiktoken file, a GGUF's own.
 
 Three libraries do the work; this file gives them one face and three rules of its own:
-- Text is text. `encode` never makes a control token, whatever the text spells; `encode_with_specials` does, and is
-  for rendered chat templates only.
+- Text is text. `encode` makes no control token, whatever the text spells, unless it is asked to;
+  `encode_with_specials` does, and is for rendered chat templates only.
 - Text leaves as bytes. A token's bytes may end inside a character, so decoding UTF-8 is for whoever sees the stream.
 - The first token's space. SentencePiece vocabularies write "Hello" as "▁Hello"; the space is dropped where a text
   begins and kept everywhere else. A `Detokenizer` carries that state, so its pushes concatenate to the decoded text.
@@ -29,9 +29,18 @@ from gpt_fast.text.bpe_backend import bpe_backend, bpe_class, default_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
 from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
 
-__all__ = ["Detokenizer", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
+__all__ = ["Detokenizer", "PromptTooLong", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
 
 Span = tuple[int, int]
+MOST_COMPOSED = 4  # characters that Unicode's NFC makes one of, at most
+
+
+class PromptTooLong(ValueError):
+    """A prompt of more characters than its model's tokens can hold: it has no need to be encoded to be refused."""
+
+    def __init__(self, characters: int, allowed: int) -> None:
+        self.characters, self.allowed = characters, allowed
+        super().__init__(f"{characters} characters (allowed {allowed})")
 
 
 class TokenizerError(ValueError):
@@ -46,41 +55,61 @@ class Tokenizer(ABC):
 
     vocab_size: one past the largest id. bos_id: None where the model has none. eos_ids: what ends an answer, as far
     as the tokenizer's own files say (a config.json may know more). control_tokens: the spellings that only a chat
-    template may turn into ids. drops_leading_space: the rule of the first token's space holds here.
+    template may turn into ids; added_tokens: those that any text may. drops_leading_space: the rule of the first
+    token's space holds here. characters_per_token: how many of a text one token can stand for at most; None: not
+    known, as where a text is shortened before it is cut into tokens.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_ids: frozenset[int]
     control_tokens: tuple[str, ...]
+    added_tokens: tuple[str, ...] = ()
     drops_leading_space: bool
+    characters_per_token: int | None = None
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Ids of a text in which control tokens are text. add_bos: begin as the model's own tokenizer does."""
-        return self._encode(check_text(text), specials=False, add_bos=add_bos)
+    def encode(self, text: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
+        """Ids of a text. add_bos: begin as the model's own tokenizer does. specials: control tokens spelled in it are
+        ids, as in transformers; else they are text."""
+        return self._encode(check_text(text), specials=specials, add_bos=add_bos)
 
-    def encode_with_specials(self, text: str, *, literal: Sequence[Span] = ()) -> list[int]:
+    def encode_with_specials(self, text: str, *, literal: Sequence[Span] = (), named: Sequence[str] = ()) -> list[int]:
         """Ids of a rendered chat template: control tokens become ids, nothing is added in front.
 
         literal: sorted, disjoint spans of the text that came from the user; a control token that touches one stays
-        text. Such a token is encoded on its own, as transformers does with `sanitize_control_tokens`.
+        text. Such a token is encoded on its own, as transformers does with `sanitize_control_tokens`. named: of
+        added_tokens, those that are handled alike.
         """
         ids: list[int] = []
         done = 0
-        for start, end in forged_tokens(check_text(text), self.control_tokens, literal):
-            ids += self._encode_from(done, text[done:start], specials=True)
-            ids += self._encode_from(start, text[start:end], specials=False)
+        forged = list(forged_tokens(check_text(text), (*self.control_tokens, *named), literal))
+        as_text = {part: self._encode_as_text(part) for part in {text[start:end] for start, end in forged}}
+        for start, end in forged:
+            ids += self._encode_from(done, text[done:start])
+            ids += (
+                as_text[text[start:end]]
+                if start or text[:end] in named
+                else self._encode(text[:end], specials=False, add_bos=False)
+            )
             done = end
-        return ids + self._encode_from(done, text[done:], specials=True)
+        return ids + self._encode_from(done, text[done:])
 
-    def _encode_from(self, offset: int, part: str, *, specials: bool) -> list[int]:
-        """Encode a part of a longer text; past its beginning, no space is put in front."""
-        if offset and part and self.drops_leading_space:
+    def _encode_from(self, offset: int, part: str) -> list[int]:
+        """Encode a part of a longer text, control tokens included."""
+        return self._encode_inside(part, specials=True) if offset else self._encode(part, specials=True, add_bos=False)
+
+    def _encode_as_text(self, token: str) -> list[int]:
+        """An added token as text inside a longer one."""
+        return self._encode_inside(token, specials=False)
+
+    def _encode_inside(self, part: str, *, specials: bool) -> list[int]:
+        """Encode a part past the beginning of a text: no space is put in front."""
+        if part and self.drops_leading_space:
             newline = self._encode("\n", specials=specials, add_bos=False)
             ids = self._encode("\n" + part, specials=specials, add_bos=False)
             if ids[: len(newline)] == newline:
                 return ids[len(newline) :]
-        return self._encode(part, specials=specials, add_bos=False)
+        return self._encode(part, specials=specials, add_bos=False) if part else []
 
     def detokenizer(self, *, at_start: bool = False, keep_specials: bool = False) -> Detokenizer:
         """A fresh stream of bytes. at_start: it begins a text; else it goes on after a prompt."""
@@ -283,16 +312,26 @@ class HuggingFaceTokenizer(Tokenizer):
         self._lock = threading.Lock()  # encode_special_tokens is state of the shared backend
         self._byte_level, self.drops_leading_space = read_decoder(decoder, where=where)
         self._specials = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        added = backend.get_added_tokens_decoder().values()
         self.control_tokens = tuple(self._specials.values())
+        self.added_tokens = tuple(token.content for token in added if not token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         bos, eos = (backend.token_to_id(facts.special_tokens.get(name, "")) for name in ("bos_token", "eos_token"))
         self.bos_id = bos
         self.eos_ids = facts.eos_ids | as_ids(eos)
+        self.characters_per_token = characters_per_token(backend)
 
     def _encode(self, text: str, *, specials: bool, add_bos: bool) -> list[int]:
+        """By the call for batches: unlike the one for a text it lets other threads run meanwhile."""
         with self._lock:
             self._backend.encode_special_tokens = not specials  # the library's word for "special tokens are text"
-            return list(self._backend.encode(text, add_special_tokens=add_bos).ids)
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_bos)[0].ids)
+
+    def _encode_as_text(self, token: str) -> list[int]:
+        """The library makes a token of one that is not special: then by its parts that know no added tokens."""
+        if token in self.control_tokens:
+            return super()._encode_as_text(token)
+        return plain_ids(self._backend, "\n" + token)[len(plain_ids(self._backend, "\n")) :]
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True))
@@ -304,6 +343,30 @@ class HuggingFaceTokenizer(Tokenizer):
         if token is None:
             return b""
         return byte_level_bytes(token) if self._byte_level else sentencepiece_bytes(token)
+
+
+def plain_ids(backend: Any, text: str) -> list[int]:
+    """Ids of a text by a backend's rules, none of its added tokens among them."""
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    return list(plain.encode(text, add_special_tokens=False).ids)
+
+
+def characters_per_token(backend: Any) -> int | None:
+    """The most characters of a text that one token stands for, where the text is only ever cut and spelled anew."""
+    state = {} if backend.normalizer is None else json.loads(backend.normalizer.__getstate__())
+    steps = state.get("normalizers", [state] if state else [])
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return None
+    longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+    for step in steps:
+        if step["type"] == "NFC":
+            longest *= MOST_COMPOSED
+        elif step["type"] != "Prepend" and (step["type"], step.get("pattern")) != ("Replace", {"String": " "}):
+            return None
+    return longest
 
 
 def read_decoder(decoder: Any, *, where: str) -> tuple[bool, bool]:
@@ -486,6 +549,7 @@ class Llama3Tokenizer(Tokenizer):
         self._begin = specials["<|begin_of_text|>"]
         self.bos_id = self._begin
         self.eos_ids = facts.eos_ids | {specials[token] for token in LLAMA3_EOS}
+        self.characters_per_token = max(map(len, (*encoding.token_byte_values(), *specials)))
 
     def _encode(self, text: str, *, specials: bool, add_bos: bool) -> list[int]:
         allowed = set(self.control_tokens) if specials else set()

@@ -219,6 +219,44 @@ def test_logprobs_are_those_of_a_plain_forward(model, make_core, temperature):
     assert all(len(e.logprobs) == 1 for e in events["b"]) and all(e.logprobs == () for e in events["c"])
 
 
+def test_prompt_logprobs_are_those_of_a_plain_forward(model, make_core):
+    """Of every token behind the first, whatever chunks it came in and whatever a slot holds of it already."""
+    rng = random.Random(0)
+    core, plain = make_core(model, slots=3, prefill_chunk=32), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    shared = [rng.randrange(2, VOCAB) for _ in range(40)]
+    prompts = {"a": shared + [5] * 60, "b": [*shared, 6], "c": [7]}
+    core.add("before", prompts["a"], plain)
+    run(core)
+    core.add("beside", shared, plain)
+    requests = {
+        name: core.add(name, prompt, SamplingParams(max_new_tokens=2, prompt_logprobs=3))
+        for name, prompt in prompts.items()
+    }
+    run(core)
+    assert [requests[name].reused for name in "abc"] == [0, 0, 0]
+    for name, prompt in prompts.items():
+        check_prompt_logprobs(requests[name], plain_logprobs(model, prompt), best=3)
+    after = core.add("after", prompts["a"], plain)
+    assert tokens_of(run(core)["after"]) == answer(make_core(model), prompts["a"], plain)
+    assert after.reused > 90 and after.prompt_logprobs == []
+
+
+def plain_logprobs(forward, prompt):
+    """[S, V], in one forward."""
+    cache = KVCache(forward.config, slots=1, max_seq_len=128, dtype=torch.float32, device=torch.device("cpu"))
+    batch = Batch(torch.tensor([prompt]), torch.arange(len(prompt))[None], cache, length=128)
+    return forward(batch)[0].log_softmax(-1)
+
+
+def check_prompt_logprobs(request, logprobs_SV, *, best):
+    assert len(request.prompt_logprobs) == len(request.prompt) - 1
+    for token, row_V, ((named, logprob), *others) in zip(
+        request.prompt[1:], logprobs_SV, request.prompt_logprobs, strict=False
+    ):
+        assert named == token and logprob == pytest.approx(row_V[token].item(), abs=1e-4)
+        assert [t for t, _ in others] == row_V.topk(best).indices.tolist()
+
+
 # --------------------------------------------------------------------------------- chunks beside streams
 
 
@@ -281,7 +319,17 @@ def test_buckets_cover_every_value_by_at_most_twice(limit, smallest, data):
     assert value <= bucket_of(sizes, value) <= max(2 * value, smallest)
 
 
+@pytest.fixture
+def many_graphs():
+    """As many of one function as load/path.py allows."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("many_graphs")
 @pytest.mark.parametrize("slots", [1, 3])
 def test_nothing_compiles_after_warm_up(tiny_model, slots):
     """Every step a request can cause has the shapes and the path of one that warm_up made."""
@@ -299,7 +347,9 @@ def test_nothing_compiles_after_warm_up(tiny_model, slots):
     core, rng = EngineCore(runner), random.Random(0)
     for i in range(25):
         prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 220))]
-        core.add(str(i), prompt, SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True))
+        scored = rng.choice([None, None, 2])
+        params = SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True, prompt_logprobs=scored)
+        core.add(str(i), prompt, params)
     run(core)
     assert counters["stats"]["unique_graphs"] == graphs
 

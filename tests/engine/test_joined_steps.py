@@ -15,6 +15,7 @@ from gpt_fast.engine.chunk_budget import JoinedBudget
 from gpt_fast.engine.core import EngineCore
 from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.model.cache import KVCache
+from gpt_fast.model.forward import Batch
 from gpt_fast.ops.cpu import CpuDecoder, build
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import Choice
@@ -224,6 +225,29 @@ def test_a_step_of_prompts_and_streams_is_one_forward(fused):
     run(core)
     assert len(core.runner.mixed) > 1 and set(core.runner.mixed) == {1}
     assert {len(plan.decodes) for plan, _ in core.runner.seen if plan.chunks} >= {2}
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_scored_prompts_have_the_plain_forwards_logprobs_and_change_no_token(fused, weights):
+    """They run apart from streams, whose next step may have begun by then."""
+    decoder, rng, dtype = fused(weights), random.Random(5), FORMATS[weights]
+    core, scored = core_of(decoder, dtype=dtype), SamplingParams(max_new_tokens=4, ignore_eos=True, prompt_logprobs=2)
+    streams = {f"stream{i}": prompt_of(rng, 6) for i in range(2)}
+    for name, prompt in streams.items():
+        core.add(name, prompt, GREEDY)
+    events = run(core, until=("stream1", 5))
+    requests = [core.add(f"scored{i}", streams["stream0"] + prompt_of(rng, 50), scored) for i in range(3)]
+    for name, more in run(core).items():
+        events[name] = events.get(name, []) + more
+    for name, prompt in streams.items():
+        assert tokens_of(events[name]) == answer(core_of(decoder, dtype=dtype), prompt, GREEDY)
+    cache = KVCache(decoder.config, slots=1, max_seq_len=120, dtype=dtype, device=CPU)
+    for request in requests:
+        prompt_1S, positions_1S = torch.tensor([request.prompt]), torch.arange(len(request.prompt))[None]
+        logprobs_SV = decoder(Batch(prompt_1S, positions_1S, cache, length=120))[0].log_softmax(-1)
+        expected = [logprobs_SV[i, token].item() for i, token in enumerate(request.prompt[1:])]
+        assert [row[0][1] for row in request.prompt_logprobs] == expected  # the same bits
+        assert tokens_of(events[request.id])[0] == logprobs_SV[-1].argmax()
 
 
 def test_prompts_alone_are_one_forward_too(fused):

@@ -34,7 +34,9 @@ CORE = (
     "model.forward", "model.parallel", "sampling", "engine.scheduler", "speculative.verify", "engine.runner",
     "engine.core",
 )  # fmt: skip
-CORE_LIMIT = 1350  # 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that
+# 1,000 was the aim; the checks of what users may ask for (config) and parallel took it past that, and the
+# log-probabilities of prompts, which come from the forward that computes them.
+CORE_LIMIT = 1370
 TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
     "serve.body", "serve.endpoints", "serve.request", "serve.chat_request", "serve.response",

@@ -391,6 +391,16 @@ def test_a_full_server_answers_429_at_once(server):
     assert server.call(SHORT).status == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_clients_own_id_comes_back(server, stream):
+    body, headers = {"prompt": "A", "max_tokens": 2, "stream": stream}, {"X-Request-ID": f"mine-{stream}"}
+    response = server.call(body, "/1.0/v1/completions", headers=headers)
+    assert response.headers["x-client-request-id"] == f"mine-{stream}" and f'"cmpl-mine-{stream}"' in response.text
+    time.sleep(0.5)
+    (line,) = [line for line in server.instance.worker_lines() if f'"client_request_id": "mine-{stream}"' in line]
+    assert response.headers["x-request-id"] in line
+
+
 def test_one_log_line_a_request_and_never_its_text(server):
     response = server.call({"prompt": "xylophone quartz", "max_new_tokens": 5, "stream": False})
     refused = server.call({"prompt": "xylophone quartz", "seed": "xylophone"})

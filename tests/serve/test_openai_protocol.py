@@ -27,6 +27,7 @@ class Event:
     token: int | None = 65
     finish_reason: str | None = None
     logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 def token_bytes(token):
@@ -253,6 +254,6 @@ def test_json_is_strict():
 
 
 def test_models():
-    listed = json.loads(model_list("gpt-fast", created=5, max_seq_len=64))
+    listed = json.loads(model_list(["gpt-fast"], created=5, max_seq_len=64))
     assert listed["object"] == "list" and listed["data"] == [model_card("gpt-fast", created=5, max_seq_len=64)]
     assert Model.model_validate(listed["data"][0], strict=True).id == "gpt-fast"

@@ -1,5 +1,6 @@
 """What a client may send: every JSON value is an ApiRequest or a RequestError that names the field, and quickly."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.serve.body import MAX_BODY, MAX_DEPTH, decode_json, parse_json, short
-from gpt_fast.serve.endpoints import CHAT, COMPLETION, NATIVE, NEUTRAL
+from gpt_fast.serve.endpoints import CHAT, COMPLETION, NATIVE
+from gpt_fast.serve.neutral import IGNORED, NEUTRAL
 from gpt_fast.serve.request import ApiRequest, RequestError, parse_request
 from support.examples import examples
 from support.work import bounded_lines, ends
 
 KINDS = {"native": NATIVE, "completion": COMPLETION, "chat": CHAT}
-EVERYTHING = frozenset({"tools", "schema"})
 MINIMAL = {
     "native": {"prompt": "hi"},
     "completion": {"prompt": "hi"},
@@ -27,11 +28,11 @@ CLOCK = {"type": "function", "function": {"name": "clock", "description": "the t
 
 
 def parse(kind, body, **options):
-    return parse_request(KINDS[kind], body, model_name="gpt-fast", max_new_tokens=50, **options)
+    return parse_request(KINDS[kind], body, model_names=["gpt-fast"], max_new_tokens=50, **options)
 
 
 def parse_fields(kind, **fields):
-    return parse(kind, json.dumps(MINIMAL[kind] | fields).encode(), offers=EVERYTHING)
+    return parse(kind, json.dumps(MINIMAL[kind] | fields).encode())
 
 
 def refusal(kind, body, **options):
@@ -60,10 +61,10 @@ json_values = st.recursive(
 )
 # Names and values near the real ones, or the fuzz would never pass the first check.
 field_names = st.sampled_from([
-    *sorted(NEUTRAL), "prompt", "messages", "model", "max_tokens", "max_new_tokens", "max_completion_tokens", "n",
+    *sorted(NEUTRAL | IGNORED), "prompt", "messages", "model", "max_tokens", "max_new_tokens", "max_completion_tokens",
     "stop", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "top_logprobs", "logit_bias",
     "presence_penalty", "repetition_penalty", "ignore_eos", "min_tokens", "stream", "stream_options", "echo", "user",
-    "timeout", "best_of",
+    "timeout", "best_of", "response_format", "add_special_tokens", "parse_special", "cache_salt",
 ])  # fmt: skip
 near_values = st.sampled_from([
     True, False, None, -1, 0, 1, 2, 16, 10**30, 0.5, -0.0, 1e308, "", "hi", [], [1, 2], ["a", "b"], [[1], [2]], {},
@@ -89,55 +90,52 @@ bodies = st.builds(
 ) | st.dictionaries(field_names, near_values | json_values, max_size=5)
 
 
-def answer_to(kind, body, offers):
+def answer_to(kind, body):
     try:
         with ends():
-            request = parse(kind, body, offers=offers)
+            request = parse(kind, body)
     except RequestError as error:
         check_refusal(error)
     else:
-        check_request(request, offers)
+        check_request(request)
 
 
-def check_request(request, offers):
+def check_request(request):
     """What the layers below count on."""
     assert isinstance(request.params, SamplingParams)
     assert 1 <= request.n <= 16 and len(request.prompts) <= 16
     assert bool(request.prompts) != bool(request.messages)
-    assert all(type(message["content"]) is str for message in request.messages)
+    assert all(isinstance(message["content"], str | list) for message in request.messages)
     assert all(isinstance(prompt, str | tuple) and len(prompt) for prompt in request.prompts)
-    if "tools" not in offers:
-        assert not request.tools and not any("tool_calls" in message for message in request.messages)
-    if "schema" not in offers:
-        assert request.schema is None and not request.must_call
+    assert request.tools or not request.must_call
     json.dumps([request.messages, request.prompts, request.tools], ensure_ascii=False, allow_nan=False).encode()
 
 
-kinds, offered = st.sampled_from(sorted(KINDS)), st.sampled_from([frozenset(), frozenset({"tools"}), EVERYTHING])
+kinds = st.sampled_from(sorted(KINDS))
 
 
 @examples(1000)
-@given(kind=kinds, fields=bodies, offers=offered, bare=st.booleans(), tidy=st.booleans())
-def test_any_fields_give_a_request_or_a_refusal(kind, fields, offers, bare, tidy):
+@given(kind=kinds, fields=bodies, bare=st.booleans(), tidy=st.booleans())
+def test_any_fields_give_a_request_or_a_refusal(kind, fields, bare, tidy):
     if tidy:  # without what this endpoint does not know, most are accepted
         fields = {name: value for name, value in fields.items() if name in KINDS[kind].known}
     body = fields if bare else MINIMAL[kind] | fields
-    answer_to(kind, json.dumps(body).encode(), offers)
-    answer_to(kind, body, offers)  # as TorchServe decodes it where it is told the content type
+    answer_to(kind, json.dumps(body).encode())
+    answer_to(kind, body)  # as TorchServe decodes it where it is told the content type
 
 
 @examples(500)
 @given(kind=kinds, value=json_values)
 def test_any_json_value_as_a_body(kind, value):
-    answer_to(kind, json.dumps(value).encode(), EVERYTHING)
+    answer_to(kind, json.dumps(value).encode())
 
 
 @examples(500)
 @given(kind=kinds, raw=st.binary(max_size=60) | st.text('{}[]":,\\ud80 eE+-.019nulltrN', max_size=60).map(str.encode))
 @example(kind="native", raw=b'{"prompt": "\\ud800"}')
 def test_any_bytes_as_a_body(kind, raw):
-    answer_to(kind, raw, EVERYTHING)
-    answer_to(kind, bytearray(raw), EVERYTHING)
+    answer_to(kind, raw)
+    answer_to(kind, bytearray(raw))
 
 
 @pytest.mark.parametrize("body", [None, 3, True, [], "", b"", object(), {"prompt": b"x"}, {"prompt": {1, 2}}])
@@ -152,12 +150,12 @@ def test_what_torchserve_may_hand_over_that_is_no_json(body):
     ("body", "message"),
     [
         (b"", "not JSON at character 0"),
-        (b"\xef\xbb\xbf{}", "not JSON at character 0"),
+        (b"\xff\xfe{\x00}\x00", "not UTF-8 (allowed JSON in UTF-8"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
         (b'{"prompt": "x"} {}', "not JSON at character 16"),
         (b"{'prompt': 'x'}", "not JSON at character 1"),
         (b'{"prompt": "x", }', "not JSON"),
-        (b'["prompt"]', "must be a JSON object (got list)"),
+        (b'["prompt"]', "must be a JSON object (got an array)"),
         (None, "missing, or sent as a form (allowed JSON, with Content-Type: application/json)"),
         (b'{"prompt": "x", "prompt": "y"}', 'the key "prompt" is there twice'),
         (b'{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}', 'the key "1" is there twice'),
@@ -209,7 +207,7 @@ def test_a_body_within_the_limit_is_read_and_one_byte_more_is_refused():
         '{"prompt": "x", "model": "' + "a" * 10**6 + '"}',
         '{"prompt": "x", "seed": {"' + "a" * 10**6 + '": 1}}',
         '{"messages": [{"role": "' + "a" * 10**6 + '"}]}',
-        '{"messages": [{"role": "user", "content": "x", "' + "a" * 10**6 + '": 1}]}',
+        '{"messages": [{"role": "user", "content": "x", "name": "' + "a" * 10**6 + '"}]}',
         '{"messages": [{"role": "user", "content": "x"}], "response_format": {"' + "a" * 10**6 + '": 1}}',
         '{"prompt": "x", "stream": true, "stream_options": {"' + "a" * 10**6 + '": 1}}',
         '{"messages": [{"role": "user", "content": "x"}], "tool_choice": "' + "a" * 10**6 + '"}',
@@ -219,7 +217,7 @@ def test_a_hostile_megabyte_is_refused_at_once_and_shortly(body):
     assert len(body) <= MAX_BODY
     for kind in KINDS:
         with bounded_lines(4 * len(body)):
-            error = refusal(kind, body.encode(), offers=EVERYTHING)
+            error = refusal(kind, body.encode())
         assert len(error["param"] or "") <= 103
 
 
@@ -262,10 +260,14 @@ def test_neutral_values_and_null_change_nothing(kind):
     assert parse_fields(kind, **neutral) == plain
     assert parse_fields(kind, **dict.fromkeys(neutral)) == plain
     assert parse_fields(kind, top_k=-1) == plain
-    if kind != "native":
-        for name, values in NEUTRAL.items():
-            for value in (None, *values):
-                assert parse(kind, MINIMAL[kind] | {name: value}) == parse(kind, MINIMAL[kind]), name
+    for name, values in NEUTRAL.items():
+        for value in (None, *values):
+            if name not in KINDS[kind].known:
+                assert parse(kind, MINIMAL[kind] | {name: value}) == plain, name
+    for name, (json_type, _) in IGNORED.items():
+        for value in (None, json_type()):
+            assert parse(kind, MINIMAL[kind] | {name: value}) == plain, name
+        assert refusal(kind, MINIMAL[kind] | {name: [1]})["param"] == name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,17 +277,18 @@ def test_every_sampling_field_arrives(kind):
         "presence_penalty": 1.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_tokens": 2,
     }  # fmt: skip
     limit = "max_new_tokens" if kind == "native" else "max_tokens"
-    request = parse_fields(kind, **asked, logit_bias={"5": -100}, timeout=2.5, user="me", **{limit: 9})
+    request = parse_fields(kind, **asked, logit_bias={"5": -100}, timeout=2.5, user="me", cache_salt="s", **{limit: 9})
     want = SamplingParams(**asked | {"stop": ("a", "b")}, logit_bias={5: -100.0}, max_new_tokens=9)
     assert request.params == want
-    assert (request.timeout, request.user, request.limited) == (2.5, "me", True)
+    assert (request.timeout, request.owner, request.limited) == (2.5, "me\0s", True)
     assert parse_fields(kind, stop="END").params.stop == ("END",)
 
 
-def test_max_completion_tokens_is_the_newer_max_tokens():
-    assert parse_fields("chat", max_completion_tokens=5).params.max_new_tokens == 5
-    assert parse_fields("chat", max_completion_tokens=5, max_tokens=5).params.max_new_tokens == 5
-    assert refusal("chat", MINIMAL["chat"] | {"max_completion_tokens": 5, "max_tokens": 6})["param"] == "max_tokens"
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_max_completion_tokens_is_the_newer_max_tokens(kind):
+    assert parse_fields(kind, max_completion_tokens=5).params.max_new_tokens == 5
+    assert parse_fields(kind, max_completion_tokens=5, max_tokens=5).params.max_new_tokens == 5
+    assert refusal(kind, MINIMAL[kind] | {"max_completion_tokens": 5, "max_tokens": 6})["param"] == "max_tokens"
 
 
 def test_logprobs_of_both_endpoints():
@@ -307,7 +310,7 @@ def test_logprobs_of_both_endpoints():
         ("native", {"prompt": []}, "prompt"),
         ("native", {"prompt": {"a": 1}}, "prompt"),
         ("native", {"max_tokens": 5}, "max_tokens"),
-        ("native", {"n": 1}, "n"),
+        ("native", {"n": 2}, "n"),
         ("native", {"foo": None}, "foo"),
         ("native", {"max_new_tokens": 0}, "max_new_tokens"),
         ("native", {"max_new_tokens": -3}, "max_new_tokens"),
@@ -360,9 +363,18 @@ def test_logprobs_of_both_endpoints():
         ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("chat", {"logprobs": 1}, "logprobs"),
         ("chat", {"chat_template": "{{ x }}"}, "chat_template"),
-        ("chat", {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-        ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
-        ("chat", {"store": True}, "store"),
+        ("chat", {"reasoning_effort": "hard"}, "reasoning_effort"),
+        ("chat", {"verbosity": "low"}, "verbosity"),
+        ("chat", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ("chat", {"chat_template_kwargs": 1}, "chat_template_kwargs"),
+        ("chat", {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ("chat", {"add_generation_prompt": 1}, "add_generation_prompt"),
+        ("chat", {"documents": ["a"]}, "documents[0]"),
+        ("chat", {"echo": True}, "echo"),
+        ("chat", {"priority": 1}, "priority"),
+        ("chat", {"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ("completion", {"parse_special": 1}, "parse_special"),
+        ("completion", {"logit_bias": {str(n): 1 for n in range(8193)}}, "logit_bias"),
         ("chat", {"store": 0}, "store"),
         ("chat", {"skip_special_tokens": False}, "skip_special_tokens"),
         ("chat", {"stop_token_ids": [-1]}, "stop_token_ids"),
@@ -370,9 +382,10 @@ def test_logprobs_of_both_endpoints():
         ("native", {"stop_token_ids": [True]}, "stop_token_ids"),
         ("completion", {"stop_token_ids": list(range(65))}, "stop_token_ids"),
         ("completion", {"include_stop_str_in_output": True}, "include_stop_str_in_output"),
-        ("completion", {"echo": True, "logprobs": 0}, "echo"),
-        ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
-        ("chat", {"tools": [WEATHER]}, "tools"),
+        ("completion", {"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ("completion", {"prompt_logprobs": 21}, "prompt_logprobs"),
+        ("completion", {"prompt_logprobs": -1}, "prompt_logprobs"),
+        ("chat", {"max_tokens": 0}, "max_tokens"),
         ("chat", {"tool_choice": "required"}, "tool_choice"),
     ],
 )
@@ -401,7 +414,7 @@ def test_prompts_as_text_and_token_ids():
 
 
 def chat(*messages, **fields):
-    return parse("chat", json.dumps({"messages": messages} | fields).encode(), offers=EVERYTHING)
+    return parse("chat", json.dumps({"messages": messages} | fields).encode())
 
 
 def test_messages_become_what_templates_read():
@@ -421,6 +434,63 @@ def test_messages_become_what_templates_read():
         {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
         {"role": "assistant", "content": "sunny"},
     )
+
+
+def test_keys_of_a_message_that_no_template_reads_are_passed_over():
+    """lm-eval's "type", LangChain's "index" in a call, litellm's cache_control, and what OpenAI's own answers hold."""
+    call = {"id": "1", "index": 0, "type": "function", "function": {"name": "clock", "arguments": "", "x": 1}}
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    request = chat(
+        {
+            "role": "user",
+            "type": "text",
+            "content": [part, "b", {"type": "input_text", "text": "c"}],
+            "tool_calls": [1],
+        },
+        {"role": "assistant", "tool_calls": [call], "provider_specific_fields": {}, "annotations": []},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm"},
+    )
+    clean = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}
+    assert request.messages == (
+        {"role": "user", "content": [{"type": "text", "text": text} for text in "abc"]},
+        {"role": "assistant", "content": "", "tool_calls": [clean]},
+        {"role": "assistant", "content": "No."},
+        {"role": "assistant", "content": "x", "reasoning": "hm", "reasoning_content": "hm"},
+    )
+
+
+def test_what_a_chat_tells_its_template():
+    user, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}
+    plain = {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}}
+    assert chat(user).template_options == plain | {"documents": None}
+    on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert chat(user, said, continue_final_message=True).template_options == plain | on | {"documents": None}
+    thinking = chat(user, reasoning_effort="high", chat_template_kwargs={"enable_thinking": False, "x": 1})
+    asked = {"reasoning_effort": "high", "enable_thinking": False, "x": 1}  # as vLLM: its own kwargs win
+    assert thinking.template_options["chat_template_kwargs"] == asked
+    quiet = chat(user, reasoning_effort="none").template_options["chat_template_kwargs"]
+    assert quiet == {"reasoning_effort": "none", "enable_thinking": False}
+
+
+def test_stream_options_that_ask_for_nothing_need_no_stream():
+    assert parse_fields("chat", stream_options={"include_usage": False}) == parse_fields("chat")
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    request = parse_fields("chat", stream=True, stream_options=both)
+    assert request.include_usage and request.continuous_usage
+    alone = parse_fields("chat", stream=True, stream_options={"continuous_usage_stats": True})
+    assert not alone.include_usage and not alone.continuous_usage  # as vLLM
+
+
+def test_a_body_with_a_byte_order_mark_or_packed_is_the_body():
+    body = json.dumps(MINIMAL["native"]).encode()
+    assert parse("native", b"\xef\xbb\xbf" + body) == parse("native", gzip.compress(body)) == parse("native", body)
+    large = json.dumps({"prompt": "x" * MAX_BODY}).encode()
+    with pytest.raises(RequestError) as caught:
+        parse("native", gzip.compress(large))
+    assert caught.value.status == 413
+    for broken in (gzip.compress(body)[:-1], gzip.compress(body) + b"x", b"\x1f\x8bx"):
+        assert "gzip" in refusal("native", broken)["message"]
 
 
 @pytest.mark.parametrize(("sent", "read"), [("", {}), ({"city": "x"}, {"city": "x"}), ("{}", {}), ({}, {})], ids=str)
@@ -443,8 +513,8 @@ def test_arguments_of_an_earlier_call_are_an_object(sent, read):
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content"),
         ({"role": "user", "content": "hi", "name": 5}, "messages[1].name"),
-        ({"role": "user", "content": "hi", "extra": 5}, "messages[1].extra"),
-        ({"role": "user", "content": "hi", "tool_calls": [{}]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "content": "hi", "reasoning_content": 5}, "messages[1].reasoning_content"),
+        ({"role": "assistant", "function_call": {"name": "a", "arguments": "{}"}}, "messages[1].function_call"),
         ({"role": "tool", "content": "hi"}, "messages[1].tool_call_id"),
         ({"role": "assistant"}, "messages[1].content"),
         ({"role": "assistant", "tool_calls": [5]}, "messages[1].tool_calls[0]"),
@@ -471,13 +541,18 @@ def test_arguments_of_an_earlier_call_are_an_object(sent, read):
     ],
 )
 def test_a_bad_message_is_named_by_its_path(message, param):
-    error = refusal("chat", {"messages": [{"role": "user", "content": "hi"}, message]}, offers=EVERYTHING)
+    error = refusal("chat", {"messages": [{"role": "user", "content": "hi"}, message]})
     assert error["param"] == param and error["message"].startswith(param)
 
 
 def test_no_messages():
     for messages in (None, [], {}, [{}] * 1025):
         assert refusal("chat", {"messages": messages})["param"].startswith("messages")
+
+
+def allowed_tools(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 def test_tools_and_tool_choice():
@@ -489,6 +564,10 @@ def test_tools_and_tool_choice():
     named = chat(user, tools=[WEATHER, CLOCK], tool_choice={"type": "function", "function": {"name": "clock"}})
     assert (named.tools, named.must_call) == ((CLOCK,), True)
     assert not chat(user, tools=[], tool_choice="auto", parallel_tool_calls=False).tools
+    some = chat(user, tools=[WEATHER, CLOCK], tool_choice=allowed_tools("required", "clock"), parallel_tool_calls=False)
+    assert (some.tools, some.must_call, some.parallel) == ((CLOCK,), True, False)
+    extra = CLOCK | {"cache_control": {}, "function": CLOCK["function"] | {"defer_loading": False}}
+    assert chat(user, tools=[extra]).tools == (CLOCK,)
 
 
 @pytest.mark.parametrize(
@@ -505,29 +584,82 @@ def test_tools_and_tool_choice():
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": "{}"}}]},
             "tools[0].function.parameters",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "a", "code": "x"}}]}, "tools[0].function.code"),
         ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [WEATHER], "tool_choice": allowed_tools("auto")}, "tool_choice.allowed_tools.tools"),
+        ({"tools": [WEATHER], "tool_choice": allowed_tools("auto", "clock")}, "tool_choice.allowed_tools.tools"),
+        ({"tools": [WEATHER], "tool_choice": allowed_tools("any", "weather")}, "tool_choice.allowed_tools.mode"),
     ],
 )
 def test_bad_tools(fields, param):
-    assert refusal("chat", MINIMAL["chat"] | fields, offers=EVERYTHING)["param"] == param
+    assert refusal("chat", MINIMAL["chat"] | fields)["param"] == param
 
 
-def test_a_call_can_be_required_only_where_answers_can_be_constrained():
-    body = MINIMAL["chat"] | {"tools": [WEATHER], "tool_choice": "required"}
-    assert refusal("chat", body, offers=frozenset({"tools"}))["param"] == "tool_choice"
+def constraint(kind, **fields):
+    return parse_fields(kind, **fields).constraint
 
 
 def test_response_formats():
     schema = {"type": "object", "properties": {"é": {"type": "string"}}}
     named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
     for kind in ("chat", "completion"):
-        assert json.loads(parse_fields(kind, response_format=named).schema) == schema
-        assert json.loads(parse_fields(kind, response_format={"type": "json_object"}).schema) == {"type": "object"}
+        assert json.loads(constraint(kind, response_format=named).text) == schema
+        assert json.loads(constraint(kind, response_format={"type": "json_object"}).text) == {"type": "object"}
+        with_schema = {"type": "json_object", "schema": schema}  # llama-server's
+        assert parse_fields(kind, response_format=with_schema) == parse_fields(kind, response_format=named)
         assert parse_fields(kind, response_format={"type": "text"}) == parse_fields(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constraints_in_the_words_of_other_servers(kind):
+    schema = {"type": "object", "properties": {"é": {"type": "string"}}}
+    as_json = constraint(kind, json_schema=schema)
+    assert (as_json.kind, json.loads(as_json.text)) == ("json", schema)
+    assert constraint(kind, structured_outputs={"json": schema}) == as_json
+    assert constraint(kind, structured_outputs={"json": json.dumps(schema)}) == as_json
+    assert constraint(kind, guided_json=json.dumps(schema)) == as_json
+    any_object = constraint(kind, response_format={"type": "json_object"})
+    assert constraint(kind, structured_outputs={"json_object": True, "regex": None}) == any_object
+    for name, value, text in (
+        ("regex", "a+", "a+"),
+        ("choice", ["a", "é"], json.dumps(["a", "é"])),
+        ("grammar", 'root ::= "a"', 'root ::= "a"'),
+    ):
+        assert constraint(kind, structured_outputs={name: value}) == (name, text, False)
+        assert constraint(kind, **{f"guided_{name}": value}) == (name, text, False)
+    assert constraint(kind, grammar='start: "a"') == ("grammar", 'start: "a"', False)
+    assert constraint(kind, structured_outputs={"json": schema, "disable_any_whitespace": True}).compact
+    both = {"response_format": {"type": "text"}, "grammar": "x"}
+    assert constraint(kind, **both).kind == "grammar"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": "a"}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 32_769}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"grammar": 5}, "grammar"),
+        ({"json_schema": "{}"}, "json_schema"),
+        ({"guided_regex": ["a"]}, "guided_regex"),
+        ({"grammar": "x", "json_schema": {}}, "json_schema"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_constraints_that_are_none_or_two(fields, param):
+    for kind in KINDS:
+        assert refusal(kind, MINIMAL[kind] | fields)["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -536,7 +668,8 @@ def test_response_formats():
         ("json", "response_format"),
         ({}, "response_format.type"),
         ({"type": "grammar"}, "response_format.type"),
-        ({"type": "json_object", "schema": {}}, "response_format.schema"),
+        ({"type": "json_object", "schema": "{}"}, "response_format.schema"),
+        ({"type": "text", "schema": {}}, "response_format.schema"),
         ({"type": "json_schema"}, "response_format.json_schema"),
         ({"type": "json_schema", "json_schema": {"schema": "{}"}}, "response_format.json_schema.schema"),
         (
@@ -547,7 +680,7 @@ def test_response_formats():
     ],
 )
 def test_bad_response_formats(value, param):
-    assert refusal("chat", MINIMAL["chat"] | {"response_format": value}, offers=EVERYTHING)["param"] == param
+    assert refusal("chat", MINIMAL["chat"] | {"response_format": value})["param"] == param
 
 
 # ------------------------------------------------------------------------------------------------ and besides
@@ -573,7 +706,7 @@ def test_checks_stand_without_assertions_and_without_torch():
         "from gpt_fast.serve.request import parse_request, RequestError\n"
         "assert False\n"
         'for body in (b\'[]\', b\'{"prompt": 5}\', b\'{"prompt": "x", "n": 99}\'):\n'
-        "    try: parse_request(COMPLETION, body, model_name='m', max_new_tokens=5)\n"
+        "    try: parse_request(COMPLETION, body, model_names=['m'], max_new_tokens=5)\n"
         "    except RequestError: continue\n"
         "    sys.exit('accepted')\n"
         "sys.exit('torch' in sys.modules)\n"

@@ -1,6 +1,7 @@
 """response_format by HTTP, with OpenAI's own client, over a tiny random model: whole, streamed, refused."""
 
 import json
+import re
 
 import openai
 import pytest
@@ -117,3 +118,33 @@ def test_stop_token_ids_by_http(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**ask, extra_body={"stop_token_ids": [257]})
     assert caught.value.param == "stop_token_ids"
+
+
+def test_an_answer_is_what_vllm_and_llama_server_clients_ask_for(client):
+    """Every field at both endpoints, streamed and not; what ends by itself matches."""
+    cases = [
+        ({"structured_outputs": {"regex": r"\d{2}-[a-f]+!"}}, lambda text: re.fullmatch(r"\d{2}-[a-f]+!", text)),
+        ({"structured_outputs": {"choice": ["red", "green"]}}, lambda text: text in ("red", "green")),
+        ({"grammar": 'root ::= "<" [0-9] root? ">"'}, lambda text: re.fullmatch(r"(<\d)+>+", text)),
+        ({"structured_outputs": {"grammar": 'start: "a" "b"~2'}}, lambda text: text == "abb"),
+        ({"json_schema": json.loads(POINT)}, lambda text: set(json.loads(text)) == {"x", "unit"}),
+        ({"guided_choice": ["x"]}, lambda text: text == "x"),
+    ]
+    ask = {"model": "gpt-fast", "seed": 4, "max_tokens": 100}
+    for extra, matches in cases:
+        (choice,) = client.chat.completions.create(**ask, messages=USER, extra_body=extra).choices
+        assert choice.finish_reason == "length" or matches(choice.message.content), (extra, choice.message.content)
+        streamed = client.completions.create(**ask, prompt="x", stream=True, extra_body=extra)
+        parts = [event.choices[0] for event in streamed]
+        assert parts[-1].finish_reason == "length" or matches("".join(part.text for part in parts))
+
+
+def test_a_constraint_that_cannot_be_had_is_named(client):
+    for extra, param in (
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs"),
+        ({"grammar": "root ::= foo"}, "grammar"),
+        ({"guided_regex": "("}, "guided_regex"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="gpt-fast", prompt="x", extra_body=extra)
+        assert caught.value.param == param and caught.value.message

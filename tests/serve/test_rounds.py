@@ -18,7 +18,7 @@ from gpt_fast.serve import service as service_module
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.model_config import queue_places, read_config
-from gpt_fast.serve.rounds import Incoming, Reply, Rounds
+from gpt_fast.serve.rounds import Incoming, Reply, Rounds, client_id_of
 from gpt_fast.serve.service import Service
 from support.paths import ROOT
 from support.tiny_engine import tiny_engine
@@ -35,6 +35,7 @@ class Client:
     body: object
     replies: list[Reply] = field(default_factory=list)
     gone: bool = False
+    client_id: str = ""
 
     @property
     def done(self) -> bool:
@@ -75,7 +76,7 @@ class Frontend:
 
     def round(self) -> None:
         active = {name: client for name, client in self.clients.items() if not client.done and not client.gone}
-        incoming = {n: Incoming(c.path, c.body) for n, c in active.items() if n in self.fresh}
+        incoming = {n: Incoming(c.path, c.body, c.client_id) for n, c in active.items() if n in self.fresh}
         assert {name for name in active if not self.rounds.knows(name)} == set(incoming)
         self.fresh -= set(incoming)
         for name, reply in self.rounds.run(active, incoming).items():
@@ -98,7 +99,7 @@ def make_rounds(
     engine = tiny_engine(slots=slots)
     service = Service(engine, hung_after=hung_after, interval=interval)
     service.start()
-    admit = Admit(engine, in_flight=service.in_flight, limits=limits, model_name="gpt-fast", drain_file=drain_file)
+    admit = Admit(engine, in_flight=service.in_flight, limits=limits, model_names=["gpt-fast"], drain_file=drain_file)
     return Rounds(service, admit)
 
 
@@ -204,6 +205,20 @@ def test_echo_is_the_prompt_as_it_was_sent(frontend):
     texts = [choice["text"] for choice in json.loads(client.text)["choices"]]
     assert [text[:4] for text in texts[:2]] == ["e\u0301 汉", "e\u0301 汉"]
     assert [text[:2] for text in texts[2:]] == ["hi", "hi"]
+
+
+def test_an_answer_that_is_too_long_for_one_message_leaves_in_pieces(frontend, monkeypatch):
+    body = {"prompt": "x", "max_tokens": 30, "logprobs": 5, "seed": 1}
+    usual = frontend.send(body, "v1/completions")
+    frontend.finish()
+    monkeypatch.setattr(rounds_module, "MAX_PIECE", 100)
+    for fields in ({}, {"stream": True}):
+        client = frontend.send(body | fields, "v1/completions")
+        frontend.finish()
+        assert max(len(reply.text) for reply in client.replies) <= 100 and client.replies[-1].more is False
+        assert len(client.replies) > 5 and {reply.more for reply in client.replies[:-1]} == {True}
+        if not fields:
+            assert json.loads(client.text)["choices"] == json.loads(usual.text)["choices"]
 
 
 def test_complete_replies_without_the_model(frontend):
@@ -382,7 +397,7 @@ def test_an_exception_in_admission_is_that_requests_500(frontend, shared, monkey
     frontend.until(lambda: good.replies)
     with monkeypatch.context() as patch:
 
-        def encode(prompt: str) -> list[int]:
+        def encode(prompt: str, **_: bool) -> list[int]:
             raise KeyError(prompt)
 
         patch.setattr(shared.service.engine, "encode", encode)
@@ -447,7 +462,7 @@ def test_a_slow_admission_does_not_hold_up_the_others(frontend, shared, monkeypa
     monkeypatch.setattr(
         shared.service.engine,
         "encode",
-        lambda text: encode(text) if text != "slow" else (gate.wait(10), encode(text))[1],
+        lambda text, **_: encode(text) if text != "slow" else (gate.wait(10), encode(text))[1],
     )
     slow = frontend.send(native(2, prompt="slow"))
     quick = frontend.send(native(30))
@@ -460,7 +475,7 @@ def test_a_slow_admission_does_not_hold_up_the_others(frontend, shared, monkeypa
 
 def test_a_client_that_leaves_during_admission_costs_nothing(frontend, shared, monkeypatch):
     encode, gate = shared.service.engine.encode, threading.Event()
-    monkeypatch.setattr(shared.service.engine, "encode", lambda text: (gate.wait(10), encode(text))[1])
+    monkeypatch.setattr(shared.service.engine, "encode", lambda text, **_: (gate.wait(10), encode(text))[1])
     client = frontend.send(native(2))
     frontend.round()
     client.gone = True
@@ -521,6 +536,49 @@ def test_figures_are_those_that_torchserve_is_told_about():
     }
 
 
+def test_the_clients_own_id_is_in_headers_answers_and_the_log(caplog):
+    caplog.set_level(logging.INFO)
+    rounds = make_rounds()
+    frontend = Frontend(rounds)
+    body = {"prompt": "a", "max_tokens": 2}
+    asked = {
+        "whole": frontend.send(body, "v1/completions"),
+        "stream": frontend.send(body | {"stream": True}, "v1/completions"),
+        "native": frontend.send(native(2)),
+        "refused": frontend.send({"prompt": "a", "top_p": 7}),
+        "models": frontend.send(None, "v1/models"),
+    }
+    for name, client in asked.items():
+        client.client_id = f"mine/{name}"
+    anonymous = frontend.send(body, "v1/completions", "nobody")
+    frontend.finish()
+    for name, client in asked.items():
+        assert {value for reply in client.replies for value in dict(reply.headers).values()} == {f"mine/{name}"}
+    assert json.loads(asked["whole"].text)["id"] == "cmpl-mine/whole"
+    assert {event["id"] for event in asked["stream"].events} == {"cmpl-mine/stream"}
+    assert anonymous.replies[0].headers == () and json.loads(anonymous.text)["id"] != "cmpl-"
+    rounds.report(Reporter(lambda *figure: None))
+    lines = [json.loads(r.message.removeprefix("request ")) for r in caplog.records if r.message.startswith("request ")]
+    named = {line.get("client_request_id") for line in lines}
+    assert named == {"mine/whole", "mine/stream", "mine/native", "mine/refused", None}
+
+
+@pytest.mark.parametrize(
+    ("headers", "found"),
+    [
+        ({}, ""),
+        ({"X-Request-Id": "abc-1"}, "abc-1"),
+        ({"x-request-id": "a/b:c"}, "a/b:c"),
+        ({"x-request-id": "two words"}, ""),
+        ({"x-request-id": "line\nbreak"}, ""),
+        ({"x-request-id": "x" * 129}, ""),
+        ({"x-request-id": "\u00e9"}, ""),
+    ],
+)
+def test_an_id_fits_headers_and_logs_or_is_passed_over(headers, found):
+    assert client_id_of(headers) == found
+
+
 # ------------------------------------------------------------------------------------------- configuration
 
 
@@ -543,12 +601,26 @@ def test_the_queue_fits_torchserves_batch():
         ({"checkpoint_path": "x", "stream": "yes"}, "handler.stream: must be true or false (got 'yes')"),
         ({"checkpoint_path": "x", "request_seconds": 0}, "handler.request_seconds: must be a number in range (got 0"),
         ({"checkpoint_path": "x", "max_waiting": True}, "handler.max_waiting: must be a whole number"),
+        ({"checkpoint_path": "x", "served_model_name": []}, "handler.served_model_name: must be a name or a list"),
+        ({"checkpoint_path": "x", "served_model_name": [7]}, "handler.served_model_name: must be a name or a list"),
+        ({"checkpoint_path": "x", "served_model_name": ""}, "handler.served_model_name: must be a name or a list"),
+        ({"checkpoint_path": "x", "served_model_name": ["a", "a"]}, "handler.served_model_name: has a name twice"),
     ],
 )
 def test_a_wrong_key_is_one_line(tmp_path, handler, line):
     with pytest.raises(ConfigError) as caught:
         read_config({"handler": handler, "continuousBatching": True, "batchSize": 64}, root=tmp_path)
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_name_or_several(tmp_path):
+    def names(value):
+        yaml = {"handler": {"checkpoint_path": "x"} | value, "continuousBatching": True, "batchSize": 64}
+        return read_config(yaml, root=tmp_path)[1].model_names
+
+    assert names({}) == ()
+    assert names({"served_model_name": "gpt-4o"}) == ("gpt-4o",)
+    assert names({"served_model_name": ["gpt-4o", "org/model"]}) == ("gpt-4o", "org/model")
 
 
 def test_the_shipped_configurations_are_valid(tmp_path):

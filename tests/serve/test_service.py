@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 
 import pytest
@@ -76,6 +77,16 @@ def test_decoding_pauses_when_no_round_comes(service, monkeypatch):
     assert len(service.engine.core.scheduler.running["r0"].output) == made < 100
     service.cancel(["r0"])  # the next round finds the client gone
     wait_until(lambda: service.engine.idle)
+
+
+def test_silence_of_our_own_making_loses_no_client(service, monkeypatch):
+    """Something in the process kept all its threads from running, rounds included."""
+    monkeypatch.setattr(service_module, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(service_module, "LOST_SECONDS", 0.5)
+    service.submit("r0", PROMPT, params(50))
+    wait_until(lambda: service.known() == {"r0"} and bool(service._mail["r0"].events))
+    ctypes.PyDLL(None).sleep(1)  # a call that keeps Python's lock
+    assert [len(events) for events in collect(service, ["r0"]).values()] == [50]
 
 
 def test_an_engine_failure_is_reported(service, monkeypatch):

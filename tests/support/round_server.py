@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
-from gpt_fast.serve.rounds import Incoming, Reply, Rounds
+from gpt_fast.serve.rounds import Incoming, Reply, Rounds, client_id_of
 from gpt_fast.serve.service import Service
 from support.tiny_engine import tiny_engine
 
@@ -19,11 +20,11 @@ LIMITS = Limits(max_new_tokens=20, stream=True, max_waiting=64, max_seconds=60.0
 class RoundServer:
     """`url` answers as the served model does. Use as a context manager."""
 
-    def __init__(self, engine: Engine | None = None) -> None:
+    def __init__(self, engine: Engine | None = None, *, model_names: Sequence[str] = ("gpt-fast",)) -> None:
         engine = engine or tiny_engine(slots=4)
         service = Service(engine)
         service.start()
-        admit = Admit(engine, in_flight=service.in_flight, limits=LIMITS, model_name="gpt-fast", drain_file=None)
+        admit = Admit(engine, in_flight=service.in_flight, limits=LIMITS, model_names=model_names, drain_file=None)
         self.rounds = Rounds(service, admit)
         self.replies: dict[str, queue.Queue[Reply]] = {}
         self.arrived: queue.Queue[tuple[str, Incoming]] = queue.Queue()
@@ -45,10 +46,10 @@ class RoundServer:
         for thread in self.threads:
             thread.join(timeout=10)
 
-    def ask(self, path: str, body: bytes) -> queue.Queue[Reply]:
+    def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> queue.Queue[Reply]:
         name = f"id{next(self.ids)}"
         self.replies[name] = queue.Queue()
-        self.arrived.put((name, Incoming(path, body)))
+        self.arrived.put((name, Incoming(path, body, client_id_of(headers))))
         return self.replies[name]
 
     def _play(self) -> None:
@@ -71,11 +72,13 @@ class RoundServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                replies = server.ask(self.path.partition("gpt-fast")[2], body)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                replies = server.ask(self.path.partition("gpt-fast")[2], body, dict(self.headers.items()))
                 first = reply = replies.get(timeout=30)
                 self.send_response(first.status)
                 self.send_header("Content-Type", first.content_type)
+                for name, value in first.headers:
+                    self.send_header(name, value)
                 if first.more is None:
                     self.send_header("Content-Length", str(len(first.text.encode())))
                     self.end_headers()
@@ -89,6 +92,8 @@ class RoundServer:
                         break
                     reply = replies.get(timeout=30)
                 self.wfile.write(b"0\r\n\r\n")
+
+            do_GET = do_POST
 
             def _chunk(self, data: bytes) -> None:
                 if data:  # an empty chunk would be the end

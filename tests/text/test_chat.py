@@ -419,3 +419,27 @@ def test_prompt_ids_are_transformers(tmp_path: Path) -> None:
             messages, add_generation_prompt=True, tokenize=True, return_dict=False, sanitize_control_tokens=True
         )
         assert template.encode(ours, messages) == list(want)
+
+
+@pytest.mark.model
+def test_added_tokens_of_the_template_are_text_in_a_users_message(tmp_path: Path) -> None:
+    """Not special, but part of the template: transformers' sanitizing keeps them text. In an earlier answer, where
+    templates look for them, they are tokens as without it."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    source = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(source))
+    names = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<unseen>")
+    backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours, template = load_tokenizer(tmp_path), ChatTemplate(source_of("qwen3"))
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    reference.chat_template = source_of("qwen3")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    for text in ("a<think>b", "</think>", "<tool_call>{}</tool_call>", "x<unseen>y", "<think", "<|im_end|><think>"):
+        messages = [says("user", text)]
+        want = reference.apply_chat_template(messages, **options, sanitize_control_tokens=True)
+        assert template.encode(ours, messages) == list(want)
+    history = [says("user", "1"), says("assistant", "<think>\nhm\n</think>\n\n2"), says("user", "3")]
+    assert template.encode(ours, history) == list(reference.apply_chat_template(history, **options))

@@ -11,8 +11,9 @@ from test_tokenizer import MAKERS, NAMES
 from gpt_fast.config import SamplingParams
 from gpt_fast.text.chat import HERMES, LLAMA
 from gpt_fast.text.grammar import MAX_GRAMMAR, Guide, GuideError, Maker, Vocabulary
+from gpt_fast.text.grammar_check import Checked
 from support.examples import examples
-from support.schemas import POINT, SLOW
+from support.schemas import POINT, SLOW, json_guide
 from support.tiny_engine import EOS, ByteTokenizer, tiny_engine
 
 
@@ -29,8 +30,8 @@ def maker():
 def trusted(maker, schema):
     """A guide without the check in a process of its own: of a schema that is known to be harmless."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt_fast.text.grammar.check", lambda grammar: "")
-        return maker.json_guide(json.dumps(schema))
+        patch.setattr("gpt_fast.text.grammar.check", lambda grammar, gbnf: Checked("", grammar))
+        return json_guide(maker, json.dumps(schema))
 
 
 # --------------------------------------------------------------- schemas, and whether a value matches one
@@ -106,7 +107,7 @@ def test_every_finished_answer_matches_its_schema(engine, maker, drawn):
 
 def test_length_and_stop_are_told_apart(engine, maker):
     cut, whole = engine.generate(
-        ["say"] * 2, [SamplingParams(max_new_tokens=most, guide=maker.json_guide(POINT)) for most in (5, 200)]
+        ["say"] * 2, [SamplingParams(max_new_tokens=most, guide=json_guide(maker, POINT)) for most in (5, 200)]
     )
     assert (cut.finish_reason, whole.finish_reason) == ("length", "stop")
     assert whole.text.startswith(cut.text) and set(json.loads(whole.text)) == {"x", "unit"}
@@ -115,7 +116,7 @@ def test_length_and_stop_are_told_apart(engine, maker):
 
 
 def test_eos_waits_for_the_end_of_the_grammar(maker):
-    guide = maker.json_guide(POINT)
+    guide = json_guide(maker, POINT)
     output = []
     for byte in b'{"x":5,"unit":"mm"}':
         allowed = guide.allowed(output)
@@ -125,7 +126,7 @@ def test_eos_waits_for_the_end_of_the_grammar(maker):
 
 
 def test_ignore_eos_goes_on_after_the_end_with_nothing(engine, maker):
-    params = SamplingParams(max_new_tokens=80, ignore_eos=True, guide=maker.json_guide('{"enum": ["ab"]}'))
+    params = SamplingParams(max_new_tokens=80, ignore_eos=True, guide=json_guide(maker, '{"enum": ["ab"]}'))
     (answer,) = engine.generate(["say"], [params])
     assert (answer.text, answer.finish_reason, len(answer.tokens)) == ('"ab"', "length", 80)
 
@@ -133,22 +134,22 @@ def test_ignore_eos_goes_on_after_the_end_with_nothing(engine, maker):
 def test_a_neighbour_without_a_guide_is_unaffected(engine, maker):
     plain = [SamplingParams(max_new_tokens=60, seed=n, temperature=float(n)) for n in range(2)]
     alone = engine.generate(["neighbour one", "two"], plain)
-    guided = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))
-    again = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))
+    guided = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=json_guide(maker, POINT))
+    again = SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=json_guide(maker, POINT))
     one, first, second, two = engine.generate(["neighbour one", "x", "x", "two"], [plain[0], guided, again, plain[1]])
     assert [one, two] == alone and first == second
     assert engine.generate(
-        ["x"], [SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=maker.json_guide(POINT))]
+        ["x"], [SamplingParams(max_new_tokens=60, seed=3, temperature=1.0, guide=json_guide(maker, POINT))]
     ) == [first]
 
 
 def test_an_aborted_guided_request_leaves_no_trace(engine, maker):
-    engine.add("gone", engine.encode("x"), SamplingParams(max_new_tokens=60, guide=maker.json_guide(POINT)))
+    engine.add("gone", engine.encode("x"), SamplingParams(max_new_tokens=60, guide=json_guide(maker, POINT)))
     for _ in range(5):
         engine.step()
     engine.abort("gone")
     assert engine.idle
-    (answer,) = engine.generate(["x"], [SamplingParams(max_new_tokens=200, guide=maker.json_guide(POINT))])
+    (answer,) = engine.generate(["x"], [SamplingParams(max_new_tokens=200, guide=json_guide(maker, POINT))])
     assert answer.finish_reason == "stop" and json.loads(answer.text)
 
 
@@ -185,7 +186,7 @@ def test_a_grammar_that_breaks_down_allows_nothing(engine):
 )
 def test_a_bad_schema_is_refused_in_one_line(maker, schema, reason):
     with pytest.raises(GuideError, match=re.escape(reason)) as caught:
-        maker.json_guide(json.dumps(schema))
+        json_guide(maker, json.dumps(schema))
     assert "\n" not in str(caught.value)
 
 
@@ -193,27 +194,27 @@ def test_a_bad_schema_is_refused_in_one_line(maker, schema, reason):
 def test_a_slow_schema_is_stopped(maker):
     """In a process of its own: nothing in this one could stop the compiler."""
     with pytest.raises(GuideError, match=r"too large to compile \(allowed 1 s and 1 GiB\)"):
-        maker.json_guide(SLOW)
-    assert maker.json_guide(POINT).allowed([])[ord("{")]
+        json_guide(maker, SLOW)
+    assert json_guide(maker, POINT).allowed([])[ord("{")]
 
 
 def test_a_schema_is_compiled_once(maker, monkeypatch):
-    maker.json_guide(POINT)
-    monkeypatch.setattr("gpt_fast.text.grammar.check", lambda grammar: pytest.fail("compiled again"))
-    first, second = maker.json_guide(POINT), maker.json_guide(POINT)
+    json_guide(maker, POINT)
+    monkeypatch.setattr("gpt_fast.text.grammar.check", lambda *_, **__: pytest.fail("compiled again"))
+    first, second = json_guide(maker, POINT), json_guide(maker, POINT)
     first.allowed(list(b'{"x":5'))
-    assert second.allowed([]) == maker.json_guide(POINT).allowed([])  # they share nothing that moves
+    assert second.allowed([]) == json_guide(maker, POINT).allowed([])  # they share nothing that moves
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("gpt_fast.text.grammar.available", lambda: False)
     with pytest.raises(GuideError, match=re.escape("pip install 'llguidance>=1.3'")):
-        Maker(ByteTokenizer(), vocab_size=257, eos_ids={EOS}).json_guide(POINT)
+        json_guide(Maker(ByteTokenizer(), vocab_size=257, eos_ids={EOS}), POINT)
 
 
 def test_without_an_end_of_sequence_nothing_is_guided():
     with pytest.raises(GuideError, match="end-of-sequence"):
-        Maker(ByteTokenizer(), vocab_size=257, eos_ids=()).json_guide(POINT)
+        json_guide(Maker(ByteTokenizer(), vocab_size=257, eos_ids=()), POINT)
 
 
 # --------------------------------------------------------------------------------- tokenizers
@@ -225,7 +226,7 @@ def check_follows(tokenizer, eos_ids, *, extra=0):
     """The guide accepts our own tokens of a matching text, and refuses those of another."""
     vocab_size, eos = tokenizer.vocab_size + extra, min(eos_ids)
     maker = Maker(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
-    guide, output, text = maker.json_guide(POINT), [], b""
+    guide, output, text = json_guide(maker, POINT), [], b""
     for token in greedy(tokenizer, TEXT.encode()):
         allowed = guide.allowed(output)
         assert len(allowed) == vocab_size and allowed[token] and not allowed[eos]
@@ -234,7 +235,7 @@ def check_follows(tokenizer, eos_ids, *, extra=0):
         text += tokenizer.token_bytes(token)
     assert guide.allowed(output)[eos] and text.decode() == TEXT
     wrong = greedy(tokenizer, b"Hello")[0]
-    assert not maker.json_guide(POINT).allowed([])[wrong]
+    assert not json_guide(maker, POINT).allowed([])[wrong]
 
 
 def greedy(tokenizer, text):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, FilePath, SecretStr, TypeAdapter
 
 from gpt_fast.text.grammar import GuideError, Maker
+from gpt_fast.text.grammar_check import Checked
 from gpt_fast.text.json_schema import EXACT, SchemaError, exact_schema
+from support.schemas import json_guide
 from support.tiny_engine import EOS, ByteTokenizer
 
 LARGE = 1234567890123456789
@@ -27,8 +29,8 @@ def maker() -> Maker:
 def walk(maker: Maker, schema: Any, seed: int, *, limit: int = 300) -> str | None:
     """A finished answer of random allowed bytes, which ends as soon as it may; None where it grows too long."""
     with pytest.MonkeyPatch.context() as patch:  # of schemas that are known to be harmless
-        patch.setattr("gpt_fast.text.grammar.check", lambda grammar: "")
-        guide = maker.json_guide(json.dumps(schema))
+        patch.setattr("gpt_fast.text.grammar.check", lambda grammar, gbnf: Checked("", grammar))
+        guide = json_guide(maker, json.dumps(schema))
     choose, output = random.Random(seed), []
     while len(output) < limit:
         allowed = [token for token, may in enumerate(guide.allowed(output)) if may]
@@ -163,7 +165,7 @@ def test_a_bound_that_is_harmless_stays_itself() -> None:
 )
 def test_a_refusal_says_what_to_do(maker: Maker, schema: Any, message: str) -> None:
     with pytest.raises(GuideError, match=re.escape(message)) as caught:
-        maker.json_guide(json.dumps(schema))
+        json_guide(maker, json.dumps(schema))
     assert "\n" not in str(caught.value) and "coerce_one_of" not in str(caught.value)
 
 

@@ -568,3 +568,30 @@ def test_unknown_decoder_is_refused_by_name(tmp_path: Path, decoder: Any) -> Non
     with pytest.raises(TokenizerError, match="decoder is not supported") as error:
         load_tokenizer(directory_with(tmp_path, "tokenizer.json", json.dumps(content).encode()))
     assert decoder is None or decoder["type"] in str(error.value)
+
+
+@pytest.mark.model
+def test_no_text_has_fewer_tokens_than_its_characters_allow() -> None:
+    tokenizer = load_tokenizer(Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"))
+    most = tokenizer.characters_per_token
+    assert most is not None and most > 10
+    for text in [*hard_strings(), " " * 5000, "-" * 5000, "\n" * 999]:
+        assert len(text) <= most * len(tokenizer.encode(text, add_bos=False))
+        assert len(text) <= most * len(tokenizer.encode(text, add_bos=False, specials=True))
+
+
+def test_a_tokenizer_that_shortens_texts_has_no_bound() -> None:
+    import tokenizers
+
+    from gpt_fast.text.tokenizer import characters_per_token
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "bbb": 1}, []))
+    assert characters_per_token(backend) == 3
+    backend.normalizer = tokenizers.normalizers.NFC()
+    assert characters_per_token(backend) == 12
+    backend.normalizer = tokenizers.normalizers.Strip()
+    assert characters_per_token(backend) is None
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    assert characters_per_token(backend) == 3
+    backend.add_tokens([tokenizers.AddedToken("<x>", rstrip=True)])
+    assert characters_per_token(backend) is None
