@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +223,26 @@ def samples(group: Any, *, tasks: list[str], limit: int, **options: Any) -> Any:
     }
 
 
+def memory(group: Any, directory: Path) -> dict[str, int]:
+    """Bytes of this process: its peak before the load of directory/checkpoint and after it, and what its share has.
+
+    The first load of another model brings in what every load does: code, and threads' own memory.
+    """
+    from gpt_fast.load.engine import load_model
+
+    load_model(str(directory / "first"), device="cpu", dtype="auto", group=group)
+    before = peak()
+    model = load_model(
+        json.loads((directory / "memory.json").read_text()), device="cpu", dtype="auto", group=group
+    ).model
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return {"before": before, "after": peak(), "share": sum(tensors.values())}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def failure(group: Any, _directory: Path) -> None:
     """Rank 1 fails while the others wait for it."""
     import torch
@@ -241,7 +262,7 @@ def waiting(group: Any, directory: Path) -> None:
 
 
 PROGRAMS: Mapping[str, Callable[[Any, Path], Any]] = {
-    f.__name__: f for f in (small_models, odd_models, evaluation, failure, waiting)
+    f.__name__: f for f in (small_models, odd_models, evaluation, memory, failure, waiting)
 }
 
 
