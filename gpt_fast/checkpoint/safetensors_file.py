@@ -84,6 +84,13 @@ class SafetensorsFile:
                 raise CheckpointError(self.path, "changed while it was read")
         return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading the tensor took; where it is still used, its pages are read again."""
+        begin, end = self.entries[name][2:]
+        if self._mapping is not None and end > begin:
+            start = begin - begin % mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def close(self) -> None:
         """Drop the mapping; tensors already handed out keep theirs."""
         self._mapping = None

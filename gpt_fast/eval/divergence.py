@@ -122,7 +122,9 @@ def weight_sqnr_db(a: nn.Module, b: nn.Module, *, sharded: bool = False) -> floa
     signal_and_noise = torch.zeros(2, dtype=torch.float64)
     for name, module in theirs.items():
         reference = dense(module).double()
-        difference = reference - dense(ours[name]).double()
+        counted = len(reference) - getattr(module, "repeated", 0)  # each row of the model on one rank
+        difference = (reference - dense(ours[name]).double())[:counted]
+        reference = reference[:counted]
         signal_and_noise += torch.stack((reference.square().sum(), difference.square().sum())).cpu()
     signal, noise = (all_reduce(signal_and_noise) if sharded else signal_and_noise).tolist()
     return 10 * math.log10(signal / noise) if noise else math.inf

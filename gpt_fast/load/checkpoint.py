@@ -1,16 +1,17 @@
 """Load a converted checkpoint directory: config.json, manifest.json and gpt-fast-named safetensors.
 
-Weights are mapped from the files, checked one by one and assigned: no second copy in memory.
+Weights are mapped from the files, checked and assigned: no second copy in memory. A rank copies its share out of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_fast.checkpoint.directory import (
     FLOATS,
@@ -25,11 +26,12 @@ from gpt_fast.checkpoint.manifest import read_manifest, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.empty import empty_model
+from gpt_fast.model.parallel import Ranks, shard_block, shard_ends, share_of
 from gpt_fast.model.transformer import Transformer
 
 
 class Loaded(NamedTuple):
-    config: ModelConfig
+    config: ModelConfig  # of a rank's share: its heads and features
     model: Transformer
     directory: Path
     weights_file: Path  # as asked for; with shards, the name their index is called after
@@ -37,7 +39,12 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(
-    path: Path, *, device: torch.device | str, dtype: torch.dtype | None = None, verify: bool = True
+    path: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Build the model of a converted directory, or of one weights file in it, in eval mode and without gradients.
 
@@ -47,6 +54,7 @@ def load_checkpoint(
         dtype: what to compute in; None keeps the file's. Quantized weights stay as they are.
         verify: hash the weights against manifest.json. False checks their sizes only: for weights of tens of
             gigabytes on a disk you trust. Every other file is always hashed.
+        ranks: build this rank's share of the model (model.parallel), and read no more than that needs.
     Raises:
         CheckpointError, ConfigError: naming the file and, where there is one, the tensor.
     """
@@ -58,14 +66,13 @@ def load_checkpoint(
     verify_manifest(directory, others)
     files = [SafetensorsFile(shard) for shard in shards]
     verify_manifest(directory, names, content=verify)
-    config = load_model_config(directory)
     quantization = read_quantization(files)
-    model = empty_model(config)
+    model = empty_model(load_model_config(directory))
     where = collect(files, index=shards_index(weights))
     if quantization is not None:
         prepare_model(model, quantization, where)
-    load_tensors(model, where, device=torch.device(device), dtype=dtype)
-    return Loaded(config, model.eval(), directory, weights, quantization)
+    load_tensors(model, where, device=torch.device(device), dtype=dtype, ranks=ranks)
+    return Loaded(model.config, model.eval(), directory, weights, quantization)
 
 
 def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:
@@ -93,9 +100,42 @@ def collect(files: list[SafetensorsFile], *, index: Mapping[str, str] | None) ->
 
 
 def load_tensors(
-    model: Transformer, where: Mapping[str, SafetensorsFile], *, device: torch.device, dtype: torch.dtype | None
+    model: Transformer,
+    where: Mapping[str, SafetensorsFile],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Assign every tensor of a model on the meta device, after checking name, shape, dtype and values."""
+    """Assign every tensor of a model on the meta device, after checking name, shape, dtype and values.
+
+    With ranks, this rank's share of it: cut layer by layer, so that no more of the file than that is held at a time.
+    """
+    dtype = dtype or check_entries(model, where)
+    model.requires_grad_(False)
+    share = None if ranks is None else share_of(model, ranks)
+
+    def settle(name: str, module: nn.Module) -> None:
+        check_values(name, module, where)
+        module.to(device=device, dtype=dtype)  # a quantized module's weights keep their own
+
+    for index, block in enumerate(model.layers):
+        with mapped({f"layers.{index}": block}, where, release=ranks is not None):
+            if share is not None and ranks is not None:
+                shard_block(block, share, ranks)
+            settle(f"layers.{index}", block)
+    ends = {name: module for name, module in model.named_children() if name != "layers"}
+    with mapped(ends, where, release=ranks is not None):
+        if model.config.tie_embeddings:
+            model.tie_output()
+        if share is not None and ranks is not None:
+            shard_ends(model, share, ranks)
+        for name, module in ends.items():
+            settle(name, module)
+
+
+def check_entries(model: Transformer, where: Mapping[str, SafetensorsFile]) -> torch.dtype:
+    """The dtype of the files' plain weights; CheckpointError where a tensor is none of the model's, or another."""
     expected = model.state_dict()
     if model.config.tie_embeddings:
         expected.pop("output.weight", None)
@@ -105,22 +145,16 @@ def load_tensors(
     for name in sorted(where.keys() - expected.keys()):
         raise CheckpointError(where[name].path, "is not part of this model", tensor=name)
     free = {name for name, _ in model.named_parameters()}  # a quantized module's buffers say their own dtype
-    state, kept = {}, None
+    kept = None
     for name, like in expected.items():
         file = where[name]
         check_entry(file, name, like, any_float=name in free)
-        tensor = file.tensor(name)
-        check_finite(file.path, name, tensor)
         if name in free:
-            kept = kept or tensor.dtype
-            if tensor.dtype != kept:
-                raise CheckpointError(file.path, f"is {tensor.dtype}, others are {kept}", tensor=name)
-        state[name] = tensor.to(device=device, dtype=dtype if name in free and dtype else tensor.dtype)
-    model.requires_grad_(False)
-    model.load_state_dict(state, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.tie_output()
-    model.to(dtype or kept)  # copies nothing: tells quantized modules what to compute in
+            kept = kept or file.entries[name].dtype
+            if file.entries[name].dtype != kept:
+                raise CheckpointError(file.path, f"is {file.entries[name].dtype}, others are {kept}", tensor=name)
+    assert kept is not None  # norms are never quantized
+    return kept
 
 
 def check_entry(file: SafetensorsFile, name: str, like: Tensor, *, any_float: bool) -> None:
@@ -132,3 +166,25 @@ def check_entry(file: SafetensorsFile, name: str, like: Tensor, *, any_float: bo
     if entry.dtype not in allowed:
         problem = f"has the wrong dtype (got {entry.dtype}, allowed {', '.join(map(str, allowed))})"
         raise CheckpointError(file.path, problem, tensor=name)
+
+
+@contextmanager
+def mapped(modules: Mapping[str, nn.Module], where: Mapping[str, SafetensorsFile], *, release: bool) -> Iterator[None]:
+    """The modules with the files' tensors in them; if asked, let go of what was read of the files at the end."""
+    taken: list[str] = []
+    for prefix, module in modules.items():
+        names = {name: f"{prefix}.{name}" for name in module.state_dict() if f"{prefix}.{name}" in where}
+        state = {name: where[full].tensor(full) for name, full in names.items()}
+        module.load_state_dict(state, strict=False, assign=True)  # a tied head has none of its own
+        taken += names.values()
+    yield
+    for full in taken:
+        if release:
+            where[full].release(full)
+
+
+def check_values(prefix: str, module: nn.Module, where: Mapping[str, SafetensorsFile]) -> None:
+    """Hold what is kept of the files' tensors, whole or cut, to be finite."""
+    for name, tensor in module.state_dict().items():
+        if (full := f"{prefix}.{name}") in where:
+            check_finite(where[full].path, full, tensor)

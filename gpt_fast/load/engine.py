@@ -30,7 +30,6 @@ from gpt_fast.load.sizes import (
 )
 from gpt_fast.model import huge_pages
 from gpt_fast.model.cache import KVCache
-from gpt_fast.model.parallel import shard
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
@@ -168,14 +167,10 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
 def load_model(path: str, *, device: torch.device, dtype: str, group: Group | None = None) -> Loaded:
     """The checkpoint's model in eval mode, not packed yet; with a group, this rank's share of it.
 
-    dtype is EngineConfig's. A share is cut from the file's pages before it goes to the device, which never holds more.
+    dtype is EngineConfig's. The first rank of each machine hashes the weights for the others.
     """
-    if group is None:
-        return load_checkpoint(Path(path), device=device, dtype=torch_dtype(dtype))
-    loaded = load_checkpoint(Path(path), device="cpu")
-    shard(loaded.model, group.ranks)
-    loaded.model.to(device=device, dtype=torch_dtype(dtype))
-    return loaded._replace(config=loaded.model.config)
+    ranks, verify = (None, True) if group is None else (group.ranks, group.local.rank == 0)
+    return load_checkpoint(Path(path), device=device, dtype=torch_dtype(dtype), ranks=ranks, verify=verify)
 
 
 def check_vocabulary(tokens: int, config: ModelConfig) -> None:

@@ -3,21 +3,22 @@
 The cut is Megatron-LM's (Shoeybi et al., arXiv:1909.08053), as in gpt-fast's tp.py (BSD-3). Query, key, value, gate
 and up projections keep the outputs of this rank's heads and features; output and down projections the inputs that
 those are, so that every rank has a part of the sum, which one all-reduce after attention and one after feed-forward
-completes. Embedding and head are cut by vocabulary. Norms and a mixture's router are whole on every rank.
+completes. Embedding and head are cut by vocabulary. Norms and a mixture's router are whole on every rank. Who has
+which heads, features and tokens, `shares` says.
 
 Shapes: B rows, S tokens of a row, D model dim, V vocabulary (of all ranks), H query heads, K KV heads, E head_dim.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt_fast.config import ConfigError, ModelConfig
+from gpt_fast.model.shares import Share, share_out
 from gpt_fast.model.transformer import MoE, Transformer
 
 
@@ -26,10 +27,6 @@ class Ranks(NamedTuple):
 
     rank: int
     size: int
-
-    def share(self, items: Tensor) -> Tensor:
-        """This rank's run of the items along their first dim, which `size` divides."""
-        return items.chunk(self.size)[self.rank]
 
 
 def shard(model: Transformer, ranks: Ranks) -> None:
@@ -40,52 +37,52 @@ def shard(model: Transformer, ranks: Ranks) -> None:
     and must not be packed yet.
 
     Raises:
-        ConfigError: n_head, n_kv_head, intermediate_size or vocab_size is no multiple of the number of ranks.
+        ConfigError: there are more ranks than query heads, features or tokens.
     """
-    model.config = local_config(model.config, ranks)
-    block: Any
+    share = share_of(model, ranks)
     for block in model.layers:
-        shard_attention(block.attention, model.config, ranks)
-        experts = block.feed_forward.experts if isinstance(block.feed_forward, MoE) else [block.feed_forward]
-        for expert in experts:
-            shard_feed_forward(expert, ranks)
-        for branch in (block.attention, block.feed_forward):
-            branch.register_forward_hook(lambda _module, _args, part_BSD: all_reduce(part_BSD))
-    shard_vocabulary(model, ranks)
+        shard_block(block, share, ranks)
+    shard_ends(model, share, ranks)
+
+
+def share_of(model: Transformer, ranks: Ranks) -> Share:
+    """What this rank will hold of a model that is still whole; its weights may be missing (meta)."""
+    schemes = [getattr(module, "scheme", None) for module in model.layers.modules()]
+    group = max((scheme.groupsize for scheme in schemes if scheme is not None), default=0)
+    return share_out(model.config, *ranks, group=group)
 
 
 def is_sharded(model: Transformer) -> bool:
     return isinstance(model.tok_embeddings, VocabularyShard)
 
 
-def local_config(config: ModelConfig, ranks: Ranks) -> ModelConfig:
-    """The config of one rank's share; dim and vocabulary are the whole model's."""
-    for name in ("n_head", "n_kv_head", "intermediate_size", "vocab_size"):
-        if (value := getattr(config, name)) % ranks.size:
-            problem, allowed = f"cannot be divided among {ranks.size} ranks", f"a multiple of {ranks.size}"
-            raise ConfigError(name, problem, got=value, allowed=allowed)
-    names = ("n_head", "n_kv_head", "intermediate_size")
-    return dataclasses.replace(config, **{name: getattr(config, name) // ranks.size for name in names})
+def shard_block(block: Any, share: Share, ranks: Ranks) -> None:
+    """One layer of the model."""
+    shard_attention(block.attention, share, ranks)
+    network = block.feed_forward
+    for expert in network.experts if isinstance(network, MoE) else [network]:
+        rows = indices(share.features)
+        expert.w1, expert.w3 = select_rows(expert.w1, rows), select_rows(expert.w3, rows)
+        expert.w2 = select_columns(expert.w2, share.features, ranks)
+    for branch in (block.attention, network):
+        branch.register_forward_hook(lambda _module, _args, part_BSD: all_reduce(part_BSD))
 
 
-def shard_attention(attention: Any, local: ModelConfig, ranks: Ranks) -> None:
+def shard_attention(attention: Any, share: Share, ranks: Ranks) -> None:
     H, K, E = attention.n_head, attention.n_kv_head, attention.head_dim
     q_HE, k_KE, v_KE = torch.arange((H + 2 * K) * E).view(-1, E).split((H, K, K))
-    rows = torch.cat([ranks.share(part) for part in (q_HE, k_KE, v_KE)]).flatten()
-    attention.wqkv = select_rows(attention.wqkv, rows)
-    attention.wo = select_columns(attention.wo, ranks)
-    attention.n_head, attention.n_kv_head = local.n_head, local.n_kv_head
+    rows = [heads_E[indices(own)] for heads_E, own in ((q_HE, share.query), (k_KE, share.kv), (v_KE, share.kv))]
+    attention.wqkv = select_rows(attention.wqkv, torch.cat(rows).flatten())
+    # How many of its last rows are an earlier rank's too, for who counts weights.
+    attention.wqkv.repeated = 0 if share.query.start == share.kv.start * (H // K) else 2 * E
+    attention.wo = select_columns(attention.wo, range(share.query.start * E, share.query.stop * E), ranks)
+    attention.n_head, attention.n_kv_head = len(share.query), len(share.kv)
 
 
-def shard_feed_forward(network: Any, ranks: Ranks) -> None:
-    rows = ranks.share(torch.arange(network.w1.out_features))
-    network.w1, network.w3 = select_rows(network.w1, rows), select_rows(network.w3, rows)
-    network.w2 = select_columns(network.w2, ranks)
-
-
-def shard_vocabulary(model: Any, ranks: Ranks) -> None:
-    rows = ranks.share(torch.arange(model.config.vocab_size))
-    embedding = model.tok_embeddings
+def shard_ends(model: Any, share: Share, ranks: Ranks) -> None:
+    """All but the layers: the embedding, the head, and the config."""
+    own, embedding = share.vocabulary[ranks.rank], model.tok_embeddings
+    rows = indices(own)
     if isinstance(embedding, nn.Embedding):
         embedding.weight, embedding.num_embeddings = frozen(embedding.weight[rows]), len(rows)
     else:
@@ -94,22 +91,28 @@ def shard_vocabulary(model: Any, ranks: Ranks) -> None:
         model.tie_output()
     else:
         model.output = select_rows(model.output, rows)
-    model.output.register_forward_hook(lambda _module, _args, part_BSV: all_gather(part_BSV, ranks))
-    model.tok_embeddings = VocabularyShard(embedding, first=int(rows[0]), count=len(rows))
+    widths = [len(tokens) for tokens in share.vocabulary]
+    model.output.register_forward_hook(lambda _module, _args, part_BSV: all_gather(part_BSV, widths))
+    model.tok_embeddings = VocabularyShard(embedding, own)
+    model.config = share.config(model.config)
 
 
 class VocabularyShard(nn.Module):
-    """An embedding of tokens first..first+count-1; the vectors of all others come from their ranks."""
+    """An embedding of some tokens; the vectors of all others come from their ranks."""
 
-    def __init__(self, embedding: nn.Module, *, first: int, count: int) -> None:
+    def __init__(self, embedding: nn.Module, tokens: range) -> None:
         super().__init__()
-        self.embedding, self.first, self.count = embedding, first, count
+        self.embedding, self.first, self.count = embedding, tokens.start, len(tokens)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         own_BS = tokens_BS - self.first
         elsewhere_BS = (own_BS < 0) | (own_BS >= self.count)
         x_BSD = self.embedding(own_BS.masked_fill(elsewhere_BS, 0))
         return all_reduce(x_BSD.masked_fill(elsewhere_BS[..., None], 0))
+
+
+def indices(run: range) -> Tensor:
+    return torch.arange(run.start, run.stop)
 
 
 def select_rows(linear: Any, rows: Tensor) -> Any:
@@ -121,16 +124,13 @@ def select_rows(linear: Any, rows: Tensor) -> Any:
     return linear
 
 
-def select_columns(linear: Any, ranks: Ranks) -> Any:
-    """The linear of this rank's inputs; the bias is added once in the sum over ranks, by rank 0."""
-    width = linear.in_features // ranks.size
-    start, stop = ranks.rank * width, (ranks.rank + 1) * width
-    if isinstance(linear, nn.Linear):
-        linear.weight, linear.in_features = frozen(linear.weight[:, start:stop].clone()), width
-    else:
-        linear = linear.select_columns(start, stop)
+def select_columns(linear: Any, columns: range, ranks: Ranks) -> Any:
+    """The linear of these inputs; the bias is added once in the sum over ranks, by rank 0."""
     if ranks.rank:
         linear.bias = None
+    if not isinstance(linear, nn.Linear):
+        return linear.select_columns(columns.start, columns.stop)
+    linear.weight, linear.in_features = frozen(linear.weight[:, columns.start : columns.stop].clone()), len(columns)
     return linear
 
 
@@ -144,8 +144,9 @@ def all_reduce(part: Tensor) -> Tensor:
     return part
 
 
-def all_gather(part_BSV: Tensor, ranks: Ranks) -> Tensor:
-    """Every rank's part, side by side along the last dim."""
-    parts = [torch.empty_like(part_BSV) for _ in range(ranks.size)]
-    dist.all_gather(parts, part_BSV.contiguous())
-    return torch.cat(parts, dim=-1)
+def all_gather(part_BSV: Tensor, widths: list[int]) -> Tensor:
+    """Every rank's part, side by side along the last dim; widths: of each. Those that are narrow travel padded."""
+    padded_BSV = F.pad(part_BSV, (0, max(widths) - part_BSV.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded_BSV) for _ in widths]
+    dist.all_gather(parts, padded_BSV)
+    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt_fast.ops import int4, int8
 from gpt_fast.ops.int8 import expand_groups
-from gpt_fast.quantize.scheme import QuantizationError, Scheme
+from gpt_fast.quantize.scheme import CutScheme, QuantizationError, Scheme
 
 SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -162,7 +162,8 @@ class QuantizedLinear(Quantized):
     def select_columns(self, start: int, stop: int) -> QuantizedLinear:
         """The linear of inputs start..stop-1 only (a row-parallel shard), with the bias. Before pack().
 
-        QuantizationError where a boundary would cut through a group that no smaller group size ends at.
+        Where a boundary cuts through a group, the groups become smaller ones, each with the scale of its old one.
+        QuantizationError where it cuts through a byte of two weights.
         """
         scheme, tensors = self._regrouped(*{start, stop} - {0, self.in_features})
         size = scheme.groupsize or 1
@@ -178,13 +179,10 @@ class QuantizedLinear(Quantized):
         size = math.gcd(scheme.groupsize, *cuts)
         if not scheme.groupsize or size == scheme.groupsize:
             return scheme, tensors
-        if size not in int4.GROUPSIZES:
+        if size % (8 // scheme.bits):
             where = " and ".join(map(str, sorted(cuts)))
-            raise QuantizationError(
-                f"{scheme} of {self.in_features} inputs cannot be cut at {where} (allowed multiples of "
-                f"{int4.GROUPSIZES[0]})"
-            )
-        smaller = Scheme(scheme.bits, size)
+            raise QuantizationError(f"{scheme} of {self.in_features} inputs cannot be cut at {where} (allowed: even)")
+        smaller = CutScheme(scheme.bits, size)
         for name in tensors.keys() - {"weight"}:
             tensors[name] = expand_groups(tensors[name], self.in_features, scheme.groupsize)[:, ::size]
         return smaller, tensors

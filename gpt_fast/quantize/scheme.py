@@ -59,3 +59,10 @@ class Scheme:
             }
         scale = (torch.float16, (rows, self.groups(columns))) if self.groupsize else (torch.float32, (rows,))
         return {"weight": (torch.int8, (rows, columns)), "scale": scale}
+
+
+class CutScheme(Scheme):
+    """Of a part that was cut out of a matrix: its groups may have any size, such as no file has."""
+
+    def __post_init__(self) -> None:
+        pass

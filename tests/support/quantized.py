@@ -143,6 +143,8 @@ def hugging_face_config(config: ModelConfig) -> dict:
         "rope_theta": config.rope_base,
         "tie_word_embeddings": config.tie_embeddings,
     }
+    if config.attention_out_bias:
+        values |= {"attention_bias": True, "mlp_bias": config.mlp_bias}
     if config.n_expert:
         experts = {"num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_per_token}
         values |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None} | experts

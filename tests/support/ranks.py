@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -56,6 +57,8 @@ BIASES = {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
 EXPERTS = {"n_expert": 4, "n_expert_per_token": 2}
 SIZES = {"head_dim": 32, "intermediate_size": 192, "max_position": 128}
 UNTIED = {"tie_embeddings": False}
+THREE = {"n_head": 9, "n_kv_head": 3}  # SmolLM2-135M's heads
+ODD = {"n_head": 7, "n_kv_head": 1, "head_dim": 24, "intermediate_size": 161, "vocab_size": 97}
 # name -> (changes of the small model, quantization (mode, group size), dtype, the cache's dtype)
 CASES: Mapping[str, tuple[dict[str, Any], tuple[str, int] | None, str, str]] = {
     "gqa": ({}, None, "float32", "float32"),
@@ -77,6 +80,18 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[str, int] | None, str, str]] = {
     "int4_smaller_groups": (UNTIED, ("int4", 64), "float32", "float32"),  # 192 inputs are cut at 96
     "int4_experts": (EXPERTS, ("int4", 32), "float32", "float32"),
 }
+# Sizes that ranks do not divide, and fewer KV heads than ranks.
+ODD_CASES: Mapping[str, tuple[dict[str, Any], tuple[str, int] | None, str, str]] = {
+    "three_kv_heads": (THREE | BIASES, None, "float32", "float32"),
+    "three_kv_heads_int8": (THREE | {"qk_norm": True}, ("int8", 0), "float32", "int8"),
+    "three_kv_heads_int4": (THREE | UNTIED, ("int4", 64), "float32", "float32"),
+    "odd": (ODD, None, "float32", "float32"),
+    "odd_untied": (ODD | UNTIED | BIASES | {"n_head": 10, "n_kv_head": 5}, None, "float32", "float32"),
+    "odd_int8": (ODD | UNTIED | BIASES, ("int8", 0), "float32", "float32"),
+    "odd_int8_tied": (ODD, ("int8", 0), "bfloat16", "bfloat16"),
+    "odd_int4": (ODD | {"intermediate_size": 166}, ("int4", 32), "float32", "float32"),  # heads of 24: groups are cut
+    "odd_experts": (ODD | EXPERTS | UNTIED, None, "float32", "float32"),
+}
 
 
 def built(changes: Mapping[str, Any], quantization: tuple[str, int] | None, dtype: str) -> Any:
@@ -97,6 +112,14 @@ def built(changes: Mapping[str, Any], quantization: tuple[str, int] | None, dtyp
 
 
 def small_models(group: Any, _directory: Path) -> dict[str, Any]:
+    return whole_and_sharded(group, CASES)
+
+
+def odd_models(group: Any, _directory: Path) -> dict[str, Any]:
+    return whole_and_sharded(group, ODD_CASES)
+
+
+def whole_and_sharded(group: Any, cases: Mapping[str, Any]) -> dict[str, Any]:
     """Each case's logits and generated tokens, whole and sharded."""
     import torch
 
@@ -104,7 +127,7 @@ def small_models(group: Any, _directory: Path) -> dict[str, Any]:
     from gpt_fast.quantize.linear import pack
 
     found = {}
-    for name, (changes, quantization, dtype, cache_dtype) in CASES.items():
+    for name, (changes, quantization, dtype, cache_dtype) in cases.items():
         whole, share, exact = (built(changes, quantization, dtype) for _ in range(3))
         exact = exact.to(torch.float32)  # the same weights
         shard(share, group.ranks)
@@ -114,6 +137,7 @@ def small_models(group: Any, _directory: Path) -> dict[str, Any]:
             **logits_figures(whole, share, exact, cache_dtype),
             "tokens": [generated(model, cache_dtype) for model in (whole, share)],
             "elements": [held(model) for model in (whole, share)],
+            "config": [share.config.n_head, share.config.n_kv_head, share.config.intermediate_size],
         }
     return found
 
@@ -199,6 +223,26 @@ def samples(group: Any, *, tasks: list[str], limit: int, **options: Any) -> Any:
     }
 
 
+def memory(group: Any, directory: Path) -> dict[str, int]:
+    """Bytes of this process: its peak before the load of directory/checkpoint and after it, and what its share has.
+
+    The first load of another model brings in what every load does: code, and threads' own memory.
+    """
+    from gpt_fast.load.engine import load_model
+
+    load_model(str(directory / "first"), device="cpu", dtype="auto", group=group)
+    before = peak()
+    model = load_model(
+        json.loads((directory / "memory.json").read_text()), device="cpu", dtype="auto", group=group
+    ).model
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return {"before": before, "after": peak(), "share": sum(tensors.values())}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def failure(group: Any, _directory: Path) -> None:
     """Rank 1 fails while the others wait for it."""
     import torch
@@ -218,7 +262,7 @@ def waiting(group: Any, directory: Path) -> None:
 
 
 PROGRAMS: Mapping[str, Callable[[Any, Path], Any]] = {
-    f.__name__: f for f in (small_models, evaluation, failure, waiting)
+    f.__name__: f for f in (small_models, odd_models, evaluation, memory, failure, waiting)
 }
 
 
