@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +21,7 @@ from gpt_fast.model.forward import Batch
 from gpt_fast.model.parallel import Ranks, shard
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import CpuDecoder, build
-from gpt_fast.ops.cpu.link import RanksLost
+from gpt_fast.ops.cpu.link import Link, RanksLost, memory
 from support import cpu_twin, fused_ranks
 from support.cpu_models import (
     CPU,
@@ -230,6 +234,13 @@ def test_a_step_that_waits_for_a_rank_can_be_told_to_give_up() -> None:
     assert [lost(partial(share.start, one_token(share))) for share in shares] == ["the ranks gave up"] * 2
 
 
+def test_a_step_whose_result_nobody_asks_for_holds_no_rank_up() -> None:
+    shares = share_decoders(partial(model_of, "int8"), 2, weights="int8")
+    for asked, dropped in (shares, reversed(shares)):
+        dropped.start(one_token(dropped))
+        assert asked.forward(one_token(asked)).isfinite().all()
+
+
 def test_a_bad_token_ends_no_link() -> None:
     shares = share_decoders(partial(model_of, "int8"), 2, weights="int8")
 
@@ -269,3 +280,23 @@ def test_processes_compute_what_one_decoder_computes(tmp_path: Path) -> None:
             known = run_chunks(exact(model, kind), random_tokens(model, 60), new_cache(model), [60])
         assert_rounded_alike(logits[0], expected, known)
         assert own_tokens[0].shape == tokens.shape
+
+
+RANK_1 = "from support.cpu_ranks import meet_for_ever; meet_for_ever({file})"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_stopped_holds_nobody_up(how: signal.Signals) -> None:
+    file = memory(2)
+    link = Link(file, Ranks(0, 2), threads=1, seconds=1.0)
+    command = [sys.executable, "-c", RANK_1.format(file=file)]
+    path = os.pathsep.join((str(SUPPORT.parents[1]), str(SUPPORT.parent)))
+    with subprocess.Popen(command, pass_fds=[file], env=os.environ | {"PYTHONPATH": path}) as other:
+        os.close(file)
+        try:
+            link.meet(5000)  # the first time it is waited for as long as it takes to start
+            other.send_signal(how)
+            assert lost(partial(link.meet, 10**9)) == "rank 1 did not take part in a step for 1 s"
+        finally:
+            other.kill()

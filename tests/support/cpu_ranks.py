@@ -43,3 +43,10 @@ def share_decoders(
         return lambda: CpuDecoder(model, weights=weights, threads=threads, isa=isa, link=link)
 
     return together([build(model, link) for model, link in pairs])
+
+
+def meet_for_ever(file: int) -> None:
+    """Rank 1 of two, in a process of its own: it meets rank 0 as often as that likes."""
+    link = Link(file, Ranks(1, 2), threads=1, seconds=600)
+    while True:
+        link.meet()

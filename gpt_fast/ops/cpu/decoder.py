@@ -138,10 +138,10 @@ class CpuDecoder:
     of gpt_fast.quantize, not yet packed, keep their own codes. Activations are int8 per 32 inputs beside integer
     weights, else bfloat16; sums, residual and attention are float32.
     threads: of the forward, the caller's included. pool: another decoder's, to share its threads. isa: one of
-    build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. link: to the other ranks,
-    for a rank's share of a model. All but rank 0 work without the caller's thread, so that a rank that only begins the
-    steps that rank 0 begins need not ask for their results. One forward at a time. The model's own weights are not
-    needed afterwards, but for the embedding table, which is kept.
+    build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. link: to the other ranks, for
+    a rank's share of a model. The caller's thread is then none of `threads`: the other ranks wait for a step, whether
+    or not anyone here asks for its results. One forward at a time. The model's own weights are not needed afterwards,
+    but for the embedding table, which is kept.
     Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses; a step raises
     link.RanksLost once another rank has not kept up.
     """
@@ -166,7 +166,7 @@ class CpuDecoder:
             raise ValueError("link: is for a rank's share of a model, which needs one")
         self.config, self.link = model.config, link
         self.library = load_library(isa)
-        self.pool = pool or Pool(self.library, threads, apart=link is not None and link.rank > 0)
+        self.pool = pool or Pool(self.library, threads, apart=link is not None)
         self.kept: list[Tensor | Structure | ctypes.Array[Any]] = []  # what the C++ side points to
         self.arena = Arena()
         self.weight_bytes = 0  # what a step of one token reads

@@ -38,15 +38,17 @@ class Link:
         self, file: int, ranks: Ranks, *, threads: int, seconds: float = SECONDS, part_bytes: int = PART_BYTES,
         isa: str | None = None,
     ) -> None:  # fmt: skip
-        self.library, self.rank, self.seconds = load_library(isa), ranks.rank, seconds
+        self.library, self.seconds = load_library(isa), seconds
+        self.rank, self.size = ranks
         spin = SPIN_MICROSECONDS if ranks.size * threads <= (os.cpu_count() or 1) else 0
         self.handle = self.library.gf_link_create(file, ranks.rank, ranks.size, part_bytes, seconds, spin)
         if not self.handle:
             raise OSError("the memory that ranks share cannot be mapped")
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.library.gf_link_destroy(self.handle)
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            self.library.gf_link_destroy(handle)
 
     def give_up(self) -> None:
         """End the link: steps that run or begin on any rank fail at once. From any thread."""
@@ -59,7 +61,7 @@ class Link:
 
     def check(self) -> None:
         """Raises RanksLost where the link has ended, with the reason."""
-        end = self.library.gf_link_end(self.handle)
+        end = self.library.gf_link_end(self.handle) if self.handle else GIVEN_UP  # with its decoder, in any order
         if end > 0:
             raise RanksLost(f"rank {end - 1} did not take part in a step for {self.seconds:g} s")
         if end:

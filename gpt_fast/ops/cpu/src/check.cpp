@@ -139,7 +139,7 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
   constexpr int kRows = kSequences, kTokens = kSequenceTokens;
   const int vocab = model.weights.vocab;
   gf::Pool pool(threads, 50, link && link->rank());
-  gf::Decoder decoder(model.weights, pool, link);
+  gf::Decoder decoder(model.weights, pool, std::shared_ptr<gf::Link>(std::shared_ptr<gf::Link>(), link));
   Cache cache(kRows, type);
   std::vector<float> all(size_t(kRows) * kTokens * vocab), some;
   std::vector<int64_t> best;
@@ -186,7 +186,7 @@ Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf:
   constexpr int kRows = 2, kTokens = 40;
   const int vocab = model.weights.vocab;
   gf::Pool pool(threads, 50, link && link->rank());
-  gf::Decoder decoder(model.weights, pool, link);
+  gf::Decoder decoder(model.weights, pool, std::shared_ptr<gf::Link>(std::shared_ptr<gf::Link>(), link));
   Cache cache(kRows, gf::CacheType::kFloat);
   if (screen) decoder.set_screen(*screen);
   std::vector<float> all(screen ? 0 : size_t(kTokens) * kRows * vocab, NAN);

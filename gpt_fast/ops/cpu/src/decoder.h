@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -36,12 +37,13 @@ namespace gf {
 class Decoder final : public Job {
  public:
   // link: to the other ranks, where `model` is a rank's share.
-  Decoder(const ModelWeights& model, Pool& pool, Link* link = nullptr)
+  Decoder(const ModelWeights& model, Pool& pool, std::shared_ptr<Link> link = nullptr)
       : model_(model),
         layers_(model.layers, model.layers + model.n_layer),
         pool_(pool),
         kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8),
-        exchanges_(model, link),
+        link_(std::move(link)),
+        exchanges_(model, link_.get()),
         work_(pool.threads()),
         screen_(model.head, kind_) {}
 
@@ -355,6 +357,7 @@ class Decoder final : public Job {
   Pool& pool_;
   Kind kind_;
 
+  const std::shared_ptr<Link> link_;
   Exchanges exchanges_;
   StepQueue queue_;
   StepInput input_{};

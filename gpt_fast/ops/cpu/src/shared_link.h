@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <memory>
+
 #include "link.h"
 
 namespace gf {
@@ -14,12 +16,13 @@ class SharedLink {
  public:
   Link link;
 
-  // Null: it cannot be mapped, and errno says why.
-  static SharedLink* open(int file, int rank, int ranks, size_t part_bytes, double seconds, int spins) {
+  // Null: it cannot be mapped, and errno says why. Its decoders own it with whoever opened it.
+  static std::shared_ptr<SharedLink> open(int file, int rank, int ranks, size_t part_bytes, double seconds, int spins) {
     const size_t bytes = Link::bytes(ranks, part_bytes);
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (memory == MAP_FAILED) return nullptr;
-    return new SharedLink(memory, bytes, Link(memory, rank, ranks, part_bytes, seconds, spins));
+    return std::shared_ptr<SharedLink>(
+        new SharedLink(memory, bytes, Link(memory, rank, ranks, part_bytes, seconds, spins)));
   }
 
   SharedLink(const SharedLink&) = delete;
