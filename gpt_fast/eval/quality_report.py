@@ -74,7 +74,7 @@ def load_run(config: EngineConfig, length: int, group: Group | None) -> Run:
         raise ConfigError("seq_length", problem, got=length, allowed=f"at most {loaded.config.max_position}")
     loaded.model.setup_rope(length, device)
     try:
-        fused = fused_path(config, loaded, torch.get_num_threads())
+        fused = fused_path(config, loaded, torch.get_num_threads(), group=group)
     except Refused as why:
         return Run(config, loaded, loaded.model, f"plain ({why})")
     return Run(config, loaded, fused.prefill, fused.name)

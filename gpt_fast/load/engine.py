@@ -70,7 +70,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
     weight_bytes = weight_bytes_per_step(model)
     model.setup_rope(max_seq_len, device)
-    path = choose_path(config, loaded, threads)
+    path = choose_path(config, loaded, threads, group=group)
     prefill_chunk = min(config.prefill_chunk, max_seq_len)
     runner = path.runner(
         decode=path.decode,

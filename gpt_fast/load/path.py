@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.engine.chunk_budget import ChunkBudget, JoinedBudget
 from gpt_fast.engine.overlap_runner import OverlapRunner
+from gpt_fast.engine.ranks import Group
 from gpt_fast.engine.runner import Budget, Runner
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.sizes import cache_dtype, torch_dtype
@@ -22,7 +23,12 @@ from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.linear_compiled import for_one_token
 from gpt_fast.quantize.linear import pack
 
-SHARDED = "tensor parallel: a fused kernel runs whole layers, inside which it cannot sum over ranks"
+if TYPE_CHECKING:
+    from gpt_fast.ops.cpu.link import Link
+
+SHARDED = "a fused kernel runs whole layers, inside which it cannot sum over ranks"
+MANY_MACHINES = "the fused CPU kernels sum over the ranks of one machine"
+NO_LINK = "a rank cannot build the fused CPU kernels, or cannot share memory with rank 0"
 
 
 class Refused(Exception):
@@ -52,17 +58,24 @@ class ModelPath(NamedTuple):
     tuning: str = ""
 
 
-def choose_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None) -> ModelPath:
+def choose_path(
+    config: EngineConfig,
+    loaded: Loaded,
+    threads: int,
+    *,
+    beside: ModelPath | None = None,
+    group: Group | None = None,
+) -> ModelPath:
     """The fastest path that computes what was asked for; its name says why where it is not the fused one.
 
     compile, compile_prefill: on a GPU they are about what the fused kernels leave to PyTorch's operators, on a CPU they
     take the fused path's place. A GPU that has no fused kernels decodes compiled, asked for or not. A draft runs
-    `beside` its target, on the same threads.
+    `beside` its target, on the same threads. group: of the ranks that share the model; all must choose together.
     """
     model = loaded.model
     device, asked = model.norm.weight.device, config.compile or config.compile_prefill
     if is_sharded(model):
-        return sharded_path(config, model, threads)
+        return sharded_path(config, loaded, threads, group)
     if asked and device.type == "cpu":
         return compiled_path(config, model, threads)
     try:
@@ -83,12 +96,16 @@ def path_without_kernels(config: EngineConfig, model: Transformer, threads: int,
     return compiled._replace(name=f"{compiled.name} ({why})")
 
 
-def sharded_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:
+def sharded_path(config: EngineConfig, loaded: Loaded, threads: int, group: Group | None) -> ModelPath:
+    """A rank's share of a model. Every rank must make the same plans, and a learned budget follows its own clock."""
     if config.compile or config.compile_prefill:
         raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
-    pack(model)
-    # Every rank must make the same plans, and a learned budget follows the rank's own clock.
-    return ModelPath(f"plain ({SHARDED})", model, model, threads, warm_up=False, budget=None)
+    try:
+        return fused_path(config, loaded, threads, group=group)._replace(budget=None)
+    except Refused as why:
+        pack(loaded.model)
+        name = f"plain (tensor parallel: {why})"
+        return ModelPath(name, loaded.model, loaded.model, threads, warm_up=False, budget=None)
 
 
 def compiles_unasked(model: Transformer) -> bool:
@@ -96,7 +113,14 @@ def compiles_unasked(model: Transformer) -> bool:
     return model.norm.weight.device.type == "cuda" and find_spec("triton") is not None and not model.config.n_expert
 
 
-def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: ModelPath | None = None) -> ModelPath:
+def fused_path(
+    config: EngineConfig,
+    loaded: Loaded,
+    threads: int,
+    *,
+    beside: ModelPath | None = None,
+    group: Group | None = None,
+) -> ModelPath:
     """The model on its device's fused kernels.
 
     Raises:
@@ -105,7 +129,7 @@ def fused_path(config: EngineConfig, loaded: Loaded, threads: int, *, beside: Mo
     if reason := unfit(config, loaded):
         raise Refused(reason)
     if loaded.model.norm.weight.device.type == "cpu":
-        return cpu_path(loaded, threads, beside=beside)
+        return cpu_path(loaded, threads, beside=beside, group=group)
     return gpu_path(config, loaded.model, threads)
 
 
@@ -116,7 +140,7 @@ def unfit(config: EngineConfig, loaded: Loaded) -> str:
     """
     dtype = loaded.model.norm.weight.dtype
     reasons = {
-        SHARDED: is_sharded(loaded.model),
+        SHARDED: is_sharded(loaded.model) and loaded.model.norm.weight.device.type != "cpu",
         "kernels: plain": config.kernels == "plain",
         "float32 and float16 have no fused path": loaded.quantization is None and dtype != torch.bfloat16,
         "a float16 KV cache has no fused path": cache_dtype(config, loaded) == torch.float16,
@@ -124,7 +148,7 @@ def unfit(config: EngineConfig, loaded: Loaded) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> ModelPath:
+def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None, group: Group | None) -> ModelPath:
     """Decode and prompts on the fused CPU kernels; Refused where they do not fit or cannot be built."""
     from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
 
@@ -132,12 +156,13 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> Model
         raise Refused(reason)
     weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
     pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
+    link = link_of(group, threads) if is_sharded(loaded.model) else None
     try:
-        fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool)
+        fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool, link=link)
     except BuildError as error:
         raise Refused(str(error)) from None
     return ModelPath(
-        "fused CPU decoder",
+        "fused CPU decoder" if link is None else f"fused CPU decoder on {link.size} ranks",
         fused,
         fused,
         torch_threads=1,
@@ -146,6 +171,17 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None) -> Model
         greedy_saves=fused.greedy_saves,
         tuning=str(fused.tuned),
     )
+
+
+def link_of(group: Group | None, threads: int) -> Link:
+    """Between the ranks of a model, or Refused, on every rank."""
+    from gpt_fast.ops.cpu.link import join
+
+    if group is None or group.local.size != group.ranks.size:
+        raise Refused(MANY_MACHINES)
+    if (link := join(group.ranks, threads)) is None:
+        raise Refused(NO_LINK)
+    return link
 
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:

@@ -233,7 +233,7 @@ def test_the_command_scores_with_ranks_and_one_of_them_speaks(checkpoint, capsys
     ours, theirs = (json.loads(text.splitlines()[-1]) for text in (done.stdout, capsys.readouterr().out))
     assert len(done.stdout.splitlines()) == 3
     assert done.stderr.count("scoring:   0%") == 2  # a bar a task, of one rank
-    assert ours["path"].startswith("plain (tensor parallel: a fused kernel runs whole layers")
+    assert ours["path"] == "plain (tensor parallel: float32 and float16 have no fused path)"
     assert not theirs["path"].startswith("plain (tensor")
     for task in ("basics", "basics_perplexity"):
         assert ours["results"][task] == pytest.approx(theirs["results"][task], rel=1e-4)
@@ -246,7 +246,7 @@ def test_quality_with_ranks_is_that_of_one_process(checkpoint, capsys):
     assert done.returncode == 0, done.stderr
     main(flags)
     ours, theirs = (json.loads(text.splitlines()[-1]) for text in (done.stdout, capsys.readouterr().out))
-    assert ours["path"] == ours["against_path"] != theirs["path"]
+    assert ours["path"] == ours["against_path"] == theirs["path"] == "plain (kernels: plain)"
     for key in ("perplexity", "perplexity_ratio", "mean_kl", "top1_agreement"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-2 if key == "mean_kl" else 1e-5)
     assert ours["greedy_divergence"] == theirs["greedy_divergence"]

@@ -524,4 +524,4 @@ def test_sanitizers_find_nothing() -> None:
         [sys.executable, "-m", "gpt_fast.ops.cpu", "--sanitize"], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count(": fine") == 2 * (12 + 8)  # formats by caches, pools
+    assert done.stdout.count(": fine") == 2 * (12 + 8 + 4)  # formats by caches, pools, formats on ranks

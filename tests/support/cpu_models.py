@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -17,6 +17,14 @@ from gpt_fast.model.transformer import Transformer
 from support import cpu_twin
 
 CPU = torch.device("cpu")
+
+
+class HasConfig(Protocol):
+    """A model, or a decoder of one: a rank's share has its own heads only."""
+
+    config: ModelConfig
+
+
 MAX_SEQ_LEN = 200
 
 
@@ -41,7 +49,7 @@ def small_model(seed: int = 0, **changes: Any) -> Transformer:
     return model
 
 
-def new_cache(model: Transformer, *, slots: int = 4, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> KVCache:
+def new_cache(model: HasConfig, *, slots: int = 4, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> KVCache:
     cache = KVCache(model.config, slots=slots, max_seq_len=MAX_SEQ_LEN, dtype=dtype, device=CPU)
     for buffer in cache.buffers():
         if buffer.is_floating_point():
@@ -49,7 +57,7 @@ def new_cache(model: Transformer, *, slots: int = 4, dtype: torch.dtype = torch.
     return cache
 
 
-def random_tokens(model: Transformer, *shape: int, seed: int = 1) -> Tensor:
+def random_tokens(model: HasConfig, *shape: int, seed: int = 1) -> Tensor:
     return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 

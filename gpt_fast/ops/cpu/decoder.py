@@ -5,11 +5,15 @@ Shapes: B rows, S tokens of a row, V vocabulary, N outputs, K inputs; caches [la
 
 Every output is the same sequence of float operations whatever the batch, the number of tokens of a call and the
 number of threads: a row's logits are the same bits alone, in any batch, in decode, verification and prefill.
+
+The decoder of one rank's share of a model (gpt_fast.model.parallel) has a Link to the other ranks of this machine.
+Every rank must then begin the same steps in the same order; each gets all logits and best tokens, the same bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from ctypes import Structure, byref
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,10 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from gpt_fast.model.forward import Batch
+from gpt_fast.model.parallel import is_sharded
 from gpt_fast.ops.cpu import build, pack
+from gpt_fast.ops.cpu.link import Link, RanksLost
 from gpt_fast.ops.cpu.pack import Arena, Packed
 from gpt_fast.ops.cpu.screen import build_screen, code_bytes, is_worth_it
-from gpt_fast.ops.cpu.structs import STEP_ERRORS, LayerWeights, Linear, ModelWeights, StepInput, load_library
+from gpt_fast.ops.cpu.structs import (
+    LINK_ENDED,
+    STEP_ERRORS,
+    LayerWeights,
+    Linear,
+    ModelWeights,
+    StepInput,
+    load_library,
+)
 from gpt_fast.ops.cpu.tuning import Choice, Tuned, tune
 from gpt_fast.ops.cpu.weights import Packer
 
@@ -48,12 +62,17 @@ def unsupported(model: Transformer) -> str | None:
 
 
 class Pool:
-    """Threads that decoders share (a target and its draft); closed with its last user. `step` is what runs on it."""
+    """Threads that decoders share (a target and its draft); closed with its last user. `step` is what runs on it.
 
-    def __init__(self, library: ctypes.CDLL, threads: int, spin_microseconds: int = SPIN_MICROSECONDS) -> None:
+    apart: the caller's thread is not one of them: steps end without anyone asking for their results.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, threads: int, *, spin_microseconds: int = SPIN_MICROSECONDS, apart: bool = False
+    ) -> None:
         self.library, self.threads = library, threads
         self.step: PendingCpuStep | None = None
-        self.handle = library.gf_pool_create(threads, spin_microseconds)
+        self.handle = library.gf_pool_create(threads, spin_microseconds, apart)
 
     def settle(self) -> None:
         """Wait for the step that runs, if any: there is room for one."""
@@ -61,7 +80,8 @@ class Pool:
             self.step.result()
 
     def __del__(self) -> None:
-        self.settle()
+        with suppress(RanksLost):
+            self.settle()
         self.library.gf_pool_destroy(self.handle)
 
 
@@ -74,6 +94,8 @@ class PendingCpuStep:
         self.decoder, self.description = decoder, description  # which holds all that is read and written
         self.after = after  # held while it runs
         self.logits, self._best = logits, best
+        if after is not None and after.after is not None:
+            after.after.result()  # one step runs and one waits: there is no room for a third
         if after is None:
             decoder.pool.settle()
             error = decoder.library.gf_decoder_start(decoder.handle, byref(description))
@@ -82,8 +104,7 @@ class PendingCpuStep:
             error = decoder.library.gf_decoder_follow(decoder.handle, byref(description))
         else:
             raise ValueError("after: is not the step that runs")
-        if error:
-            raise ValueError(STEP_ERRORS[error])
+        decoder.check(error)
         decoder.steps += 1
         self.number, self.ended = decoder.steps, False
         decoder.pool.step = self
@@ -100,8 +121,7 @@ class PendingCpuStep:
             self.ended, self.after = True, None
             if self.decoder.pool.step is self:
                 self.decoder.pool.step = None
-            if error:
-                raise ValueError(STEP_ERRORS[error])
+            self.decoder.check(error)
         return self.logits
 
     def best(self) -> Tensor:
@@ -118,9 +138,12 @@ class CpuDecoder:
     of gpt_fast.quantize, not yet packed, keep their own codes. Activations are int8 per 32 inputs beside integer
     weights, else bfloat16; sums, residual and attention are float32.
     threads: of the forward, the caller's included. pool: another decoder's, to share its threads. isa: one of
-    build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. One forward at a time. The
-    model's own weights are not needed afterwards, but for the embedding table, which is kept.
-    Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses.
+    build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. link: to the other ranks, for
+    a rank's share of a model. The caller's thread is then none of `threads`: the other ranks wait for a step, whether
+    or not anyone here asks for its results. One forward at a time. The model's own weights are not needed afterwards,
+    but for the embedding table, which is kept.
+    Raises build.BuildError where it cannot be built, ValueError for a model that `unsupported` refuses; a step raises
+    link.RanksLost once another rank has not kept up.
     """
 
     def __init__(
@@ -133,14 +156,17 @@ class CpuDecoder:
         pool: Pool | None = None,
         isa: str | None = None,
         choice: Choice | None = None,
+        link: Link | None = None,
     ) -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"weights: unknown format (got {weights!r}, allowed {', '.join(WEIGHTS)})")
         if reason := unsupported(model):
             raise ValueError(reason)
-        self.config = model.config
+        if is_sharded(model) != (link is not None):
+            raise ValueError("link: is for a rank's share of a model, which needs one")
+        self.config, self.link = model.config, link
         self.library = load_library(isa)
-        self.pool = pool or Pool(self.library, threads)
+        self.pool = pool or Pool(self.library, threads, apart=link is not None)
         self.kept: list[Tensor | Structure | ctypes.Array[Any]] = []  # what the C++ side points to
         self.arena = Arena()
         self.weight_bytes = 0  # what a step of one token reads
@@ -148,20 +174,24 @@ class CpuDecoder:
         self.steps = 0  # begun
         self.formats: set[int] = set()
         self.described = self.describe_model(model, Packer(weights, group))
-        self.handle = self.library.gf_decoder_create(byref(self.described), self.pool.handle)
-        self.pool.settle()
-        self.tuned = (
-            Tuned(choice, "given")
-            if choice
-            else tune(self.library, self.pool.handle, self.pool.threads, self.described)
+        self.handle = self.library.gf_decoder_create(
+            byref(self.described), self.pool.handle, None if link is None else link.handle
         )
-        self.library.gf_decoder_set_tuning(self.handle, byref(self.tuned.choice.struct()))
-        if is_worth_it(self.described.head, self.weight_bytes):
-            self.screen_head(self.described.head)
+        self.pool.settle()
+        if link is None or link.rank == 0:
+            self.set_tuning(choice)
+        worth_it = is_worth_it(self.described.head, self.weight_bytes)
+        if worth_it or link is not None:  # all ranks, for one alone cannot run a forward
+            energy_D = self.head_energy()
+        if link is not None and link.rank > 0:  # finds what rank 0 has measured and kept
+            self.set_tuning(choice)
+        if worth_it:
+            self.screen_head(self.described.head, energy_D)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            self.pool.settle()
+            with suppress(RanksLost):
+                self.pool.settle()
             self.library.gf_decoder_destroy(self.handle)
 
     def start(self, batch: Batch, *, after: PendingCpuStep | None = None, best_only: bool = False) -> PendingCpuStep:
@@ -184,9 +214,24 @@ class CpuDecoder:
 
     __call__ = forward
 
-    def screen_head(self, head: Linear) -> None:
+    def check(self, error: int) -> None:
+        """Raise what the C++ side returned, if it is an error."""
+        if error == LINK_ENDED and self.link is not None:
+            self.link.check()
+        if error:
+            raise ValueError(STEP_ERRORS[error])
+
+    def set_tuning(self, choice: Choice | None) -> None:
+        """As given, or as is best on this machine."""
+        if choice is None:
+            self.tuned = tune(self.library, self.pool.handle, self.pool.threads, self.described)
+        else:
+            self.tuned = Tuned(choice, "given")
+        self.library.gf_decoder_set_tuning(self.handle, byref(self.tuned.choice.struct()))
+
+    def screen_head(self, head: Linear, energy_D: Tensor) -> None:
         """Build the head's screen; the inputs that are largest in a forward of any tokens are its outliers."""
-        built, kept = build_screen(self.library, head, self.head_energy(), arena=self.arena, threads=self.pool.threads)
+        built, kept = build_screen(self.library, head, energy_D, arena=self.arena, threads=self.pool.threads)
         self.kept += kept
         self.greedy_saves = code_bytes(head) - sum(t.nbytes for t in kept)
         self.library.gf_decoder_set_screen(self.handle, byref(built))
@@ -213,7 +258,8 @@ class CpuDecoder:
         for i, layer in enumerate(model.layers):
             self.describe_layer(layers[i], layer, packer)
         self.kept.append(layers)
-        table, table_scale, table_group = embedding_table(model.tok_embeddings)
+        embedding: Any = model.tok_embeddings
+        table, table_scale, table_group = embedding_table(embedding.embedding if self.link else embedding)
         return ModelWeights(
             n_layer=c.n_layer,
             dim=c.dim,
@@ -223,6 +269,7 @@ class CpuDecoder:
             ffn_dim=c.intermediate_size,
             vocab=c.vocab_size,
             rotary_dim=c.rotary_dim,
+            vocab_first=embedding.first if self.link else 0,
             norm_eps=c.norm_eps,
             embedding_type=EMBEDDING_TYPES[table.dtype],
             embedding_group=table_group,

@@ -23,7 +23,9 @@ STEP_ERRORS = {
     2: "positions_BS: a position is negative or not below length",
     3: "slots_B: a slot is outside the cache",
     4: "select_B: an index is outside the row",
+    5: "tokens_BS: more tokens than ranks exchange in one step",
 }
+LINK_ENDED = 6
 
 
 class Linear(Structure):
@@ -65,6 +67,7 @@ class ModelWeights(Structure):
                 "rotary_dim",
                 "embedding_type",
                 "embedding_group",
+                "vocab_first",
             )
         ),
         ("norm_eps", c_float),
@@ -143,10 +146,20 @@ def index_tensor(t: Tensor) -> Tensor:
 def load_library(isa: str | None = None) -> ctypes.CDLL:
     """The compiled library with its functions' types set. Raises build.BuildError."""
     library = build.load_library(isa)
-    library.gf_pool_create.argtypes = (ctypes.c_int, ctypes.c_int)
+    library.gf_pool_create.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_bool)
     library.gf_pool_create.restype = c_void_p
     library.gf_pool_destroy.argtypes = (c_void_p,)
-    library.gf_decoder_create.argtypes = (POINTER(ModelWeights), c_void_p)
+    library.gf_link_bytes.argtypes = (ctypes.c_int, ctypes.c_size_t)
+    library.gf_link_bytes.restype = ctypes.c_size_t
+    library.gf_link_create.argtypes = (
+        ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_double, ctypes.c_int
+    )  # fmt: skip
+    library.gf_link_create.restype = c_void_p
+    library.gf_link_end.argtypes = library.gf_link_destroy.argtypes = library.gf_link_give_up.argtypes = (c_void_p,)
+    library.gf_link_end.restype = c_int32
+    library.gf_link_meet.argtypes = (c_void_p, ctypes.c_int)
+    library.gf_link_meet.restype = ctypes.c_bool
+    library.gf_decoder_create.argtypes = (POINTER(ModelWeights), c_void_p, c_void_p)
     library.gf_decoder_create.restype = c_void_p
     library.gf_decoder_destroy.argtypes = (c_void_p,)
     library.gf_decoder_start.argtypes = (c_void_p, POINTER(StepInput))

@@ -90,7 +90,7 @@ class Probe:
         self.library = library
         each = max(1, PIECE_BYTES // layer_bytes(weights))
         self.pieces = [piece(weights, at, each) for at in range(0, weights.n_layer - each + 1, each)][:MOST_PIECES]
-        self.decoders = [library.gf_decoder_create(byref(part), pool) for part in self.pieces]
+        self.decoders = [library.gf_decoder_create(byref(part), pool, None) for part in self.pieces]
         self.steps = [0] * len(self.pieces)
         shape = (each, ROWS, weights.n_kv_head, 64, weights.head_dim)
         self.inputs = {rows: step_input(rows, shape) for rows in (1, ROWS)}

@@ -1,9 +1,14 @@
 // A standalone run of the decoder over random weights of every format, for the sanitizers (python -m gpt_fast.ops.cpu).
 // Buffers have exactly the documented sizes, so that a read past one is caught. Exits with 1 when a row's logits
-// depend on threads, batch or chunking, or its best token on the head's screen, or when a pool loses or repeats work.
+// depend on threads, batch or chunking, or its best token on the head's screen, when a pool loses or repeats work, or
+// when ranks, which are threads here, hold different logits.
 #include <cstdio>
+#include <memory>
 #include <random>
+#include <thread>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "decoder.h"
 #include "screen_build.h"
@@ -16,7 +21,8 @@ struct RandomModel {
   static constexpr int kPositions = 101, kVocab = 77, kDim = 72, kHeads = 6, kKvHeads = 2, kHeadDim = 48, kFfn = 56;
   static constexpr int kRotary = 44;
 
-  explicit RandomModel(int format) : format_(format) {
+  // Of several ranks, one's share: weights of its own, and its run of their vocabulary.
+  explicit RandomModel(int format, int rank = 0, int ranks = 1) : format_(format), random_(unsigned(7 + rank)) {
     for (auto& layer : layers_) {
       layer.qkv = linear((kHeads + 2 * kKvHeads) * kHeadDim, kDim, true);
       layer.out = linear(kDim, kHeads * kHeadDim, true);
@@ -28,7 +34,8 @@ struct RandomModel {
       layer.k_norm = floats(kHeadDim, 1);
     }
     layers_[1].window = 21;
-    weights.n_layer = 2, weights.dim = kDim, weights.ffn_dim = kFfn, weights.vocab = kVocab;
+    weights.n_layer = 2, weights.dim = kDim, weights.ffn_dim = kFfn;
+    weights.vocab = ranks * kVocab, weights.vocab_first = rank * kVocab;
     weights.n_head = kHeads, weights.n_kv_head = kKvHeads, weights.head_dim = kHeadDim, weights.rotary_dim = kRotary;
     weights.embedding_type = 0, weights.embedding_group = 1, weights.norm_eps = 1e-5f;
     weights.embedding = floats(kVocab * kDim, 1);
@@ -104,7 +111,7 @@ struct RandomModel {
   };
 
   int format_;
-  std::mt19937 random_{7};
+  std::mt19937 random_;
   std::vector<std::unique_ptr<float[]>> floats_;
   std::vector<std::unique_ptr<uint8_t[], Free>> bytes_;
   gf::LayerWeights layers_[2] = {};
@@ -124,13 +131,17 @@ struct Cache {
   }
 };
 
+constexpr int kSequences = 4, kSequenceTokens = 60;
+
 // Four sequences of 60 tokens, fed `chunk` tokens at a time, together or one after another: all logits.
-std::vector<float> run(const RandomModel& model, int threads, int chunk, bool together, gf::CacheType type) {
-  constexpr int kRows = 4, kTokens = 60;
-  gf::Pool pool(threads, 50);
-  gf::Decoder decoder(model.weights, pool);
+std::vector<float> run(const RandomModel& model, int threads, int chunk, bool together, gf::CacheType type,
+                       gf::Link* link = nullptr) {
+  constexpr int kRows = kSequences, kTokens = kSequenceTokens;
+  const int vocab = model.weights.vocab;
+  gf::Pool pool(threads, 50, link && link->rank());
+  gf::Decoder decoder(model.weights, pool, std::shared_ptr<gf::Link>(std::shared_ptr<gf::Link>(), link));
   Cache cache(kRows, type);
-  std::vector<float> all(size_t(kRows) * kTokens * RandomModel::kVocab), some;
+  std::vector<float> all(size_t(kRows) * kTokens * vocab), some;
   std::vector<int64_t> best;
   uint64_t steps = 0;
   const int rows = together ? kRows : 1;
@@ -141,12 +152,12 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
       for (int row = first; row < first + rows; row++) {
         slots.push_back(kRows - 1 - row);
         for (int i = at; i < at + now; i++) {
-          tokens.push_back((row * 31 + i * i) % RandomModel::kVocab);
+          tokens.push_back((row * 31 + i * i) % vocab);
           positions.push_back(i);
         }
       }
       best.assign(size_t(rows) * now, -9);
-      some.assign(size_t(rows) * now * RandomModel::kVocab, NAN);
+      some.assign(size_t(rows) * now * vocab, NAN);
       gf::StepInput step{};
       step.rows = rows, step.row_tokens = now, step.length = kTokens;
       step.tokens = tokens.data(), step.position = positions.data(), step.slot = slots.data();
@@ -157,8 +168,8 @@ std::vector<float> run(const RandomModel& model, int threads, int chunk, bool to
       if (decoder.start(step) != gf::kFine) std::exit(2);
       decoder.finish(++steps);
       for (int row = 0; row < rows; row++)
-        std::memcpy(&all[(size_t(first + row) * kTokens + at) * RandomModel::kVocab],
-                    &some[size_t(row) * now * RandomModel::kVocab], sizeof(float) * now * RandomModel::kVocab);
+        std::memcpy(&all[(size_t(first + row) * kTokens + at) * vocab], &some[size_t(row) * now * vocab],
+                    sizeof(float) * now * vocab);
     }
   return all;
 }
@@ -170,13 +181,15 @@ struct Greedy {
 
 // Two sequences of 40 tokens, each the best after the one before; with `ahead`, a step begins before the last has
 // ended. With a screen, no logits.
-Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf::Screen* screen) {
+Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf::Screen* screen,
+                    gf::Link* link = nullptr) {
   constexpr int kRows = 2, kTokens = 40;
-  gf::Pool pool(threads, 50);
-  gf::Decoder decoder(model.weights, pool);
+  const int vocab = model.weights.vocab;
+  gf::Pool pool(threads, 50, link && link->rank());
+  gf::Decoder decoder(model.weights, pool, std::shared_ptr<gf::Link>(std::shared_ptr<gf::Link>(), link));
   Cache cache(kRows, gf::CacheType::kFloat);
   if (screen) decoder.set_screen(*screen);
-  std::vector<float> all(screen ? 0 : size_t(kTokens) * kRows * RandomModel::kVocab, NAN);
+  std::vector<float> all(screen ? 0 : size_t(kTokens) * kRows * vocab, NAN);
   std::vector<int64_t> best(size_t(kTokens + 1) * kRows, -1), positions(size_t(kTokens) * kRows);
   best[0] = 5, best[1] = 9;
   for (int at = 0; at < kTokens; at++) {
@@ -187,7 +200,7 @@ Greedy run_greedily(const RandomModel& model, int threads, bool ahead, const gf:
     step.tokens = at == 0 || !ahead ? &best[size_t(at) * kRows] : nullptr;
     positions[size_t(at) * kRows] = positions[size_t(at) * kRows + 1] = at;
     step.position = &positions[size_t(at) * kRows];
-    step.logits = screen ? nullptr : &all[size_t(at) * kRows * RandomModel::kVocab];
+    step.logits = screen ? nullptr : &all[size_t(at) * kRows * vocab];
     step.best = &best[size_t(at + 1) * kRows];
     if ((step.tokens ? decoder.start(step) : decoder.follow(step)) != gf::kFine) std::exit(2);
     decoder.finish(uint64_t(ahead ? at : at + 1));
@@ -255,6 +268,55 @@ bool check(int format, gf::CacheType type) {
   return fine;
 }
 
+// Three ranks, each a thread, whose parts and logits leave just the room that they need.
+template <class F>
+auto on_ranks(const std::vector<std::unique_ptr<RandomModel>>& models, F&& run_one) {
+  const int ranks = int(models.size());
+  const size_t part_bytes = 64 + sizeof(float) * kSequences * kSequenceTokens * RandomModel::kDim;
+  gf::Buffer<uint8_t> memory(gf::Link::bytes(ranks, part_bytes));
+  std::vector<gf::Link> links;
+  for (int rank = 0; rank < ranks; rank++) links.emplace_back(memory.data(), rank, ranks, part_bytes, 60, 200);
+  std::vector<decltype(run_one(*models[0], links[0]))> results(models.size());
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; rank++)
+    threads.emplace_back([&, rank] { results[size_t(rank)] = run_one(*models[size_t(rank)], links[size_t(rank)]); });
+  for (std::thread& thread : threads) thread.join();
+  return results;
+}
+
+bool check_ranks(int format) {
+  constexpr int kRanks = 3;
+  constexpr auto type = gf::CacheType::kFloat;
+  std::vector<std::unique_ptr<RandomModel>> models;
+  std::vector<gf::Screen> screens;
+  for (int rank = 0; rank < kRanks; rank++) {
+    models.push_back(std::make_unique<RandomModel>(format, rank, kRanks));
+    screens.push_back(format == gf::kInt4 ? gf::Screen{} : models.back()->screen());
+  }
+  const auto expected = on_ranks(
+      models, [&](const RandomModel& model, gf::Link& link) { return run(model, 1, 1, false, type, &link); })[0];
+  bool fine = true;
+  for (float v : expected) fine = fine && std::isfinite(v);
+  for (const auto& [chunk, together] : {std::pair(60, true), std::pair(17, false)}) {
+    const auto logits = on_ranks(models, [&](const RandomModel& model, gf::Link& link) {
+      return run(model, 1 + link.rank() % 2, chunk, together, type, &link);
+    });
+    for (const std::vector<float>& of_rank : logits) fine = fine && of_rank == expected;
+  }
+  const auto greedy = on_ranks(models, [&](const RandomModel& model, gf::Link& link) {
+    return run_greedily(model, 2, link.rank() != 1, nullptr, &link);
+  });
+  const auto screened = on_ranks(models, [&](const RandomModel& model, gf::Link& link) {
+    return run_greedily(model, 1, true, &screens[size_t(link.rank())], &link);
+  });
+  for (int rank = 0; rank < kRanks; rank++) {
+    fine = fine && greedy[size_t(rank)].logits == greedy[0].logits && greedy[size_t(rank)].best == greedy[0].best;
+    fine = fine && screened[size_t(rank)].best == greedy[0].best;
+  }
+  std::printf("format %d, ranks: %s\n", format, fine ? "fine" : "DIFFERS");
+  return fine;
+}
+
 }  // namespace
 
 int main() {
@@ -262,5 +324,6 @@ int main() {
   for (int threads : {1, 2, 3, 5}) fine = check_pool(threads, 20) && check_pool(threads, 2000) && fine;
   for (int format : {gf::kInt8Row, gf::kInt8Group, gf::kInt4, gf::kBf16})
     for (gf::CacheType type : gf::kCacheTypes) fine = check(format, type) && fine;
+  for (int format : {gf::kInt8Row, gf::kInt8Group, gf::kInt4, gf::kBf16}) fine = check_ranks(format) && fine;
   return fine ? 0 : 1;
 }

@@ -1,23 +1,51 @@
 // The C interface that decoder.py calls through ctypes.
 #include "decoder.h"
 
+#include <memory>
 #include <tuple>
+#include <utility>
 
 #include "layout.h"
 #include "screen_build.h"
+#include "shared_link.h"
 
 using gf::Activations;
 using gf::Decoder;
 using gf::Linear;
 using gf::Pool;
 using gf::Screen;
+using gf::SharedLink;
+using LinkHandle = std::shared_ptr<SharedLink>;
 
 extern "C" {
 
-Pool* gf_pool_create(int threads, int spin_microseconds) { return new Pool(threads, gf::pauses_in(spin_microseconds)); }
+Pool* gf_pool_create(int threads, int spin_microseconds, bool apart) {
+  return new Pool(threads, gf::pauses_in(spin_microseconds), apart);
+}
 void gf_pool_destroy(Pool* pool) { delete pool; }
 
-Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool) { return new Decoder(*model, *pool); }
+size_t gf_link_bytes(int ranks, size_t part_bytes) { return gf::Link::bytes(ranks, part_bytes); }
+// Over the memory that a file holds; null: it cannot be mapped.
+LinkHandle* gf_link_create(int file, int rank, int ranks, size_t part_bytes, double seconds, int spin_microseconds) {
+  LinkHandle link = SharedLink::open(file, rank, ranks, part_bytes, seconds, gf::pauses_in(spin_microseconds));
+  return link ? new LinkHandle(std::move(link)) : nullptr;
+}
+void gf_link_destroy(LinkHandle* link) { delete link; }
+int32_t gf_link_end(const LinkHandle* link) { return (*link)->link.end(); }
+void gf_link_give_up(LinkHandle* link) { (*link)->link.end_with(gf::Link::kGivenUp); }
+// Meets the others `count` times, as sums of nothing would; false: the link has ended.
+bool gf_link_meet(LinkHandle* handle, int count) {
+  gf::Link& link = (*handle)->link;
+  const uint32_t before = link.reserve(count);
+  for (int i = 1; i <= count; i++)
+    if (!link.meet(before + uint32_t(i))) return false;
+  return true;
+}
+
+// link: null, or to the other ranks of the model.
+Decoder* gf_decoder_create(const gf::ModelWeights* model, Pool* pool, LinkHandle* link) {
+  return new Decoder(*model, *pool, link ? std::shared_ptr<gf::Link>(*link, &(*link)->link) : nullptr);
+}
 void gf_decoder_destroy(Decoder* decoder) { delete decoder; }
 int gf_decoder_start(Decoder* decoder, const gf::StepInput* input) { return decoder->start(*input); }
 int gf_decoder_follow(Decoder* decoder, const gf::StepInput* input) { return decoder->follow(*input); }

@@ -5,12 +5,15 @@
 //
 // Where only best tokens are wanted, a screen may tell first which of the head's rows can hold them (head_screen.h).
 //
-// x stays float32. Padding tokens are dropped before the first layer (step.h).
+// x stays float32. Padding tokens are dropped before the first layer (step.h). Where the model is shared out to ranks,
+// what is added to x is first left to the others as a part of a sum, which a phase of its own takes (exchanges.h).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,6 +22,7 @@
 #include "attend.h"
 #include "cache_view.h"
 #include "embedding.h"
+#include "exchanges.h"
 #include "head_screen.h"
 #include "linear.h"
 #include "model.h"
@@ -32,11 +36,14 @@ namespace gf {
 
 class Decoder final : public Job {
  public:
-  Decoder(const ModelWeights& model, Pool& pool)
+  // link: to the other ranks, where `model` is a rank's share.
+  Decoder(const ModelWeights& model, Pool& pool, std::shared_ptr<Link> link = nullptr)
       : model_(model),
         layers_(model.layers, model.layers + model.n_layer),
         pool_(pool),
         kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8),
+        link_(std::move(link)),
+        exchanges_(model, link_.get()),
         work_(pool.threads()),
         screen_(model.head, kind_) {}
 
@@ -57,11 +64,17 @@ class Decoder final : public Job {
     return start(input);
   }
 
-  // Helps until the first `count` steps have ended: their logits and best tokens are there.
+  // Helps, or waits where the pool is apart, until the first `count` steps have ended: their logits and best tokens are
+  // there.
   StepError finish(uint64_t count) {
-    pool_.help_until([&] { return queue_.ended() >= count; });
+    if (pool_.apart()) {
+      queue_.wait_for(count);
+    } else {
+      pool_.help_until([&] { return queue_.ended() >= count; });
+    }
     if (count == queue_.begun()) pool_.wait_until_idle();
-    return queue_.take_error();
+    const StepError error = queue_.take_error();
+    return error == kFine && exchanges_.ended() ? kLinkEnded : error;
   }
 
   // The squares of the head's inputs, summed over the last step's tokens: [dim]. The pool is idle.
@@ -88,14 +101,18 @@ class Decoder final : public Job {
     });
   }
 
-  int phases() const override { return model_.n_layer * kLayerPhases + kLastPhases; }
+  int phases() const override { return first_block_phase() + plan_.head_blocks * kBlockPhases; }
 
   int chunks(int phase) const override { return plan_.chunks[kind_of(phase)]; }
 
   void run(int phase, int chunk, int thread) override {
     const int layer = phase / kLayerPhases;
     Scratch& s = work_.scratch[thread];
+    if (exchanges_.ended()) return;  // nothing that is computed now means anything
     switch (kind_of(phase)) {
+      case kSumInput: return add_sum(2 * layer, chunk);
+      case kSumAttention: return add_sum(2 * layer + 1, chunk);
+      case kSumOutput: return add_sum(2 * model_.n_layer, chunk);
       case kQkv: return qkv(layer, chunk, s);
       case kAttend: return attention(layer).attend(chunk, s.attention);
       case kOut: return out(layer, chunk, s);
@@ -103,7 +120,8 @@ class Decoder final : public Job {
       case kDown: return down(layer, chunk, s);
       case kNormalizeSelected: return normalize_selected(chunk, s);
       case kScreen: return screen(chunk, s);
-      case kHead: return screen_.active() ? score_candidates(chunk, s) : head(chunk, s);
+      case kHead: return screen_.active() ? score_candidates(chunk, s) : head(block_of(phase), chunk, s);
+      case kGather: return gather(block_of(phase), chunk);
       default: return make_shared_inputs(phase, chunk, s);
     }
   }
@@ -113,29 +131,37 @@ class Decoder final : public Job {
 
   StepError prepare(const StepInput& input) {
     input_ = input;
+    if (exchanges_.ended()) return kLinkEnded;
     const StepError error = read_tokens(input_, next_tokens_, model_.vocab, plan_.tokens);
     if (error != kFine || !has_work()) return error;
-    plan_.make(model_, layers_[0], tuning_, pool_.threads());
+    if (!exchanges_.has_room(plan_.rows(), model_.dim)) return kTooManyTokens;
+    plan_.make(model_, layers_[0], tuning_, pool_.threads(), exchanges_.logit_rows(input_.logits));
+    exchanges_.begin(plan_, model_.dim, input_.logits);
     plan_.chunks[kScreen] = screen_.plan(input_, plan_) ? plan_.head.chunks() : 0;
     cache_ = CacheView::of(input_, model_.n_kv_head, model_.head_dim);
     best_.assign(plan_.selected.size() * plan_.head.tile_chunks(), {});
     work_.resize(model_, kind_, plan_);
-    embed(model_, plan_.tokens, work_.x.data());
+    float* part = exchanges_.part(0);
+    embed(model_, plan_.tokens, part ? part : work_.x.data());
+    if (part) std::fill(work_.x.begin(), work_.x.begin() + values(), 0.0f);
     return kFine;
   }
 
   bool has_work() const { return !plan_.tokens.empty(); }
   int selected() const { return int(plan_.selected.size()); }
+  int values() const { return plan_.rows() * model_.dim; }  // of x
 
   void choose_best() {
     screen_.end();
+    row_best_.assign(plan_.selected.size(), {});
+    for (int m = 0; m < selected(); m++)
+      for (int chunk = 0; chunk < plan_.head.tile_chunks(); chunk++)
+        merge(row_best_[m], best_[size_t(chunk) * plan_.selected.size() + m]);
+    exchanges_.merge_best(row_best_);
     next_tokens_.assign(size_t(input_.tokens_in_all()), 0);
     for (int m = 0; m < selected(); m++) {
-      Best total;
-      for (int chunk = 0; chunk < plan_.head.tile_chunks(); chunk++)
-        merge(total, best_[size_t(chunk) * plan_.selected.size() + m]);
       const int out = plan_.tokens[plan_.selected[m]].out;
-      input_.best[out] = total.nan == 0 ? total.index : -1;
+      input_.best[out] = row_best_[m].nan == 0 ? row_best_[m].index : -1;
       next_tokens_[out] = std::max<int64_t>(input_.best[out], 0);  // a row without a best token is not asked for again
     }
   }
@@ -146,9 +172,12 @@ class Decoder final : public Job {
   // Few: by every thread for itself when it first needs them, for that takes less time than waiting for each other.
 
   Phase kind_of(int phase) const {
-    const int end = model_.n_layer * kLayerPhases;
-    return Phase(phase < end ? phase % kLayerPhases : kLayerPhases + phase - end);
+    const int end = model_.n_layer * kLayerPhases, blocks = first_block_phase();
+    if (phase < end) return Phase(phase % kLayerPhases);
+    return Phase(phase < blocks ? kLayerPhases + phase - end : kHead + (phase - blocks) % kBlockPhases);
   }
+  int first_block_phase() const { return model_.n_layer * kLayerPhases + kLastPhases; }
+  int block_of(int phase) const { return (phase - first_block_phase()) / kBlockPhases; }
 
   const Activations& input(int layer, Phase made_in, const Activations& shared, Scratch& s) {
     if (!plan_.few_rows()) return shared;
@@ -222,11 +251,12 @@ class Decoder final : public Job {
 
   void out(int layer, int chunk, Scratch& s) {
     const LayerWeights& w = layers_[layer];
-    add_product(w.out, plan_.out, input(layer, kMerge, work_.attended_q, s), chunk, s, w.gate_up, plan_.gate_up);
+    float* part = exchanges_.part(2 * layer + 1);
+    add_product(w.out, plan_.out, input(layer, kMerge, work_.attended_q, s), part, chunk, s, w.gate_up, plan_.gate_up);
   }
 
-  // x += product: the output and down projections.
-  void add_product(const Linear& w, const Split& split, const Activations& from, int chunk, Scratch& s,
+  // x += product, or with a part of a sum, [rows][dim], part = product: the output and down projections.
+  void add_product(const Linear& w, const Split& split, const Activations& from, float* part, int chunk, Scratch& s,
                    const Linear& then, const Split& then_split) {
     const uint8_t* next = upcoming(w, split, then, then_split, chunk, s.thread);
     for_blocks(w, split.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
@@ -234,11 +264,18 @@ class Decoder final : public Job {
       const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, w.rows - first);
       for (int m = 0; m < p.rows; m++) {
         const float* out = s.out.data() + size_t(m) * 2 * kLanes;
-        float* x = work_.x.data() + size_t(p.row + m) * model_.dim + first;
+        const size_t at = size_t(p.row + m) * model_.dim + first;
+        if (part) {
+          std::memcpy(part + at, out, sizeof(float) * n);
+          continue;
+        }
+        float* x = work_.x.data() + at;
         for (int i = 0; i < n; i++) x[i] += out[i];
       }
     });
   }
+
+  void add_sum(int exchange, int chunk) { exchanges_.add_sum(exchange, chunk, work_.x.data(), values()); }
 
   // ---- Feed-forward
 
@@ -261,28 +298,38 @@ class Decoder final : public Job {
   void down(int layer, int chunk, Scratch& s) {
     const bool last = layer + 1 == model_.n_layer;
     const Linear& head = screen_.active() ? screen_.weights() : model_.head;
-    add_product(layers_[layer].down, plan_.down, work_.hidden_q, chunk, s, last ? head : layers_[layer + 1].qkv,
-                last ? plan_.head : plan_.qkv);
+    add_product(layers_[layer].down, plan_.down, work_.hidden_q, exchanges_.part(2 * layer + 2), chunk, s,
+                last ? head : layers_[layer + 1].qkv, last ? plan_.head : plan_.qkv);
   }
 
   // ---- The head
 
-  void head(int chunk, Scratch& s) {
+  void head(int block, int chunk, Scratch& s) {
     const uint8_t* next = upcoming(model_.head, plan_.head, layers_[0].qkv, plan_.qkv, chunk, s.thread);
     Best* best = &best_[size_t(chunk % plan_.head.tile_chunks()) * plan_.selected.size()];
-    for_blocks(model_.head, plan_.head.part(chunk), 2, next, [&](const Split::Part& p, const uint8_t* following) {
+    Split::Part part = plan_.head.part(chunk);
+    std::tie(part.row, part.rows) = plan_.rows_of(block, part);
+    for_blocks(model_.head, part, 2, next, [&](const Split::Part& p, const uint8_t* following) {
       multiply(model_.head, p.tile, p.tiles, work_.normal_q, p.row, p.rows, s.out.data(), 2 * kLanes, following,
                tuning_);
-      const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.vocab - first);
+      const int first = p.tile * kLanes, n = std::min(p.tiles * kLanes, model_.head.rows - first);
       for (int m = p.row; m < p.row + p.rows; m++) {
         const float* out = s.out.data() + size_t(m - p.row) * 2 * kLanes;
-        if (input_.logits) {
-          float* logits = input_.logits_of(plan_.tokens[plan_.selected[m]].out, model_.vocab);
-          std::memcpy(logits + first, out, sizeof(float) * n);
-        }
+        if (input_.logits) std::memcpy(own_logits(block, m) + first, out, sizeof(float) * n);
         update(best[m], out, first, n);
       }
     });
+  }
+
+  float* logits_of(int m) const { return input_.logits_of(plan_.tokens[plan_.selected[m]].out, model_.vocab); }
+  float* own_logits(int block, int m) const {
+    return exchanges_.alone() ? logits_of(m) : exchanges_.own_logits(block, m - block * plan_.head_rows);
+  }
+
+  // One row's logits of one rank.
+  void gather(int block, int chunk) {
+    const int row = chunk / exchanges_.ranks(), m = block * plan_.head_rows + row;
+    if (m < selected()) exchanges_.gather(block, row, chunk % exchanges_.ranks(), logits_of(m));
   }
 
   void screen(int chunk, Scratch& s) {
@@ -310,6 +357,8 @@ class Decoder final : public Job {
   Pool& pool_;
   Kind kind_;
 
+  const std::shared_ptr<Link> link_;
+  Exchanges exchanges_;
   StepQueue queue_;
   StepInput input_{};
   CacheView cache_{};
@@ -317,6 +366,7 @@ class Decoder final : public Job {
   Workspace work_;
   HeadScreen screen_;
   std::vector<Best> best_;            // [chunk of the head's rows][selected]
+  std::vector<Best> row_best_;        // [selected], of all ranks
   std::vector<int64_t> next_tokens_;  // the best of the last step, in the order of its logits
 };
 

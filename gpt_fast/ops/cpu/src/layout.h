@@ -61,6 +61,7 @@ inline constexpr Field kFields[] = {
     GF_FIELD(ModelWeights, rotary_dim),
     GF_FIELD(ModelWeights, embedding_type),
     GF_FIELD(ModelWeights, embedding_group),
+    GF_FIELD(ModelWeights, vocab_first),
     GF_FIELD(ModelWeights, norm_eps),
     GF_FIELD(ModelWeights, embedding),
     GF_FIELD(ModelWeights, embedding_scale),

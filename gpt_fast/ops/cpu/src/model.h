@@ -20,9 +20,10 @@ struct ModelWeights {
   int32_t n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, vocab, rotary_dim;
   int32_t embedding_type;   // 0 float32, 1 bfloat16, 2 float16, 3 int8
   int32_t embedding_group;  // int8: neighbours that share a scale
+  int32_t vocab_first;      // of a rank's share: its embedding and head are of head.rows tokens from this one on
   float norm_eps;
-  const void* embedding;         // [vocab][dim]
-  const float* embedding_scale;  // int8: [vocab][ceil(dim / group)]
+  const void* embedding;         // [head.rows][dim]
+  const float* embedding_scale;  // int8: [head.rows][ceil(dim / group)]
   const float* rope;             // [positions][2][rotary_dim / 2]: cos, sin
   const float* norm;
   Linear head;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -18,22 +19,28 @@ inline constexpr int kSpanTokens = 16;  // tokens of a slot attended together, a
 inline constexpr int kItemsEach = 4;    // items of the attention to a thread, where there is that much to share out
 inline constexpr int kFewRows = 4;      // rows to a chunk of the small phases
 
-// The kinds of phases: those of every layer, then those at the end.
+// The kinds of phases: those of every layer, those at the end, and those of every block of logits. Sums and kGather are
+// of ranks (exchanges.h).
 enum Phase : int {
+  kSumInput,
   kNormalizeAttention,
   kQkv,
   kAttend,
   kMerge,
   kOut,
+  kSumAttention,
   kNormalizeFfn,
   kGateUp,
   kDown,
+  kSumOutput,
   kNormalizeSelected,
   kScreen,
   kHead,
+  kGather,
   kPhaseKinds
 };
-inline constexpr int kLayerPhases = kNormalizeSelected, kLastPhases = kPhaseKinds - kLayerPhases;
+inline constexpr int kLayerPhases = kSumOutput, kLastPhases = kHead - kSumOutput, kBlockPhases = kPhaseKinds - kHead;
+inline constexpr int kSumValues = 2048;  // values to a chunk of a sum of ranks
 
 // How a matrix product is cut into chunks of work.
 struct Split {
@@ -138,25 +145,34 @@ struct AttentionPlan {
 // All that is decided of a step before it runs.
 struct Plan {
   std::vector<Token> tokens;  // as read_tokens left them
-  std::vector<int> selected;  // those whose logits are wanted
+  std::vector<int> selected;  // those whose logits or best tokens are wanted
   AttentionPlan attention;
   Split qkv{}, out{}, gate_up{}, down{}, head{};
+  int head_rows = 0, head_blocks = 0;  // the selected rows' logits are computed in blocks of so many, one by one
   int chunks[kPhaseKinds] = {};
   uint64_t serial = 0;  // tells one step's plan from another's
 
   int rows() const { return int(tokens.size()); }
   bool few_rows() const { return tokens.size() <= kFewRows; }
+  // The selected rows of a part of the head's product in a block: first, and how many.
+  std::pair<int, int> rows_of(int block, const Split::Part& part) const {
+    const int first = block * head_rows + part.row;
+    return {first, std::min(part.rows, int(selected.size()) - first)};
+  }
   // The rows of a chunk of a small phase over `rows` rows.
   static int first_row(int chunk) { return chunk * kFewRows; }
   static int end_row(int chunk, int rows) { return std::min(rows, (chunk + 1) * kFewRows); }
 
-  // `layer` stands for all, which are of one shape. The screen's chunks are the head's to say (head_screen.h).
-  void make(const ModelWeights& model, const LayerWeights& layer, const Tuning& tuning, int threads) {
+  // `layer` stands for all, which are of one shape. logit_rows: to a block, at most. Others say how many chunks the
+  // screen (head_screen.h) and the sums of ranks (exchanges.h) have.
+  void make(const ModelWeights& model, const LayerWeights& layer, const Tuning& tuning, int threads, int logit_rows) {
     serial++;
     selected.clear();
     for (int i = 0; i < rows(); i++)
       if (tokens[i].out >= 0) selected.push_back(i);
     attention.make(tokens, model.n_kv_head, threads);
+    head_rows = std::min(int(selected.size()), logit_rows);
+    head_blocks = head_rows ? (int(selected.size()) + head_rows - 1) / head_rows : 0;
     split(model, layer, threads * tuning.chunks_each);
     count_chunks();
   }
@@ -168,7 +184,7 @@ struct Plan {
     out = Split::make(layer.out.tiles(), 2, rows(), layer.out.cols, wanted);
     gate_up = Split::make(layer.gate_up.tiles(), 4, rows(), model.dim, wanted);
     down = Split::make(layer.down.tiles(), 2, rows(), layer.down.cols, wanted);
-    head = Split::make(model.head.tiles(), 2, int(selected.size()), model.dim, wanted);
+    head = Split::make(model.head.tiles(), 2, head_rows, model.dim, wanted);
   }
 
   void count_chunks() {

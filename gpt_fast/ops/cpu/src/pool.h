@@ -46,9 +46,10 @@ class Pool {
  public:
   static constexpr int kMaxChunks = 60000;
 
-  // `spins`: how many pauses a thread waits before it sleeps.
-  Pool(int threads, int spins) : shares_(size_t(threads)), spins_(spins) {
-    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+  // `spins`: how many pauses a thread waits before it sleeps. apart: the user's thread is none of the pool's, which
+  // works on its own; otherwise it is the first.
+  Pool(int threads, int spins, bool apart = false) : shares_(size_t(threads)), spins_(spins), apart_(apart) {
+    for (int i = apart ? 0 : 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
   }
 
   ~Pool() {
@@ -58,6 +59,7 @@ class Pool {
   }
 
   int threads() const { return int(shares_.size()); }
+  bool apart() const { return apart_; }
 
   struct Range {
     int first, end;
@@ -78,7 +80,7 @@ class Pool {
     open_next_phase();
   }
 
-  // Works with the others until done(), or until the job has ended.
+  // Works with the others until done(), or until the job has ended. Not where the user's thread is apart.
   template <class F>
   void help_until(F&& done) {
     while (!done()) {
@@ -189,7 +191,8 @@ class Pool {
   alignas(64) Job* job_ = nullptr;
   int phase_ = 0, chunks_ = 0;
   uint32_t serial_ = 0;
-  int spins_;
+  const int spins_;
+  const bool apart_;
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> workers_;
 };

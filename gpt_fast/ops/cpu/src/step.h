@@ -32,7 +32,15 @@ struct StepInput {
   float* logits_of(int out, int vocab) const { return logits + size_t(out) * vocab; }
 };
 
-enum StepError { kFine = 0, kBadToken = 1, kBadPosition = 2, kBadSlot = 3, kBadSelect = 4 };
+enum StepError {
+  kFine = 0,
+  kBadToken = 1,
+  kBadPosition = 2,
+  kBadSlot = 3,
+  kBadSelect = 4,
+  kTooManyTokens = 5,
+  kLinkEnded = 6  // the link to the other ranks
+};
 
 // A token to compute. `out`: its place among the logits; -1: its logits are not wanted.
 struct Token {
@@ -72,6 +80,11 @@ class StepQueue {
   uint64_t begun() const { return begun_; }
   uint64_t ended() const { return ended_.load(std::memory_order_acquire); }
 
+  // Sleeps until `count` steps have ended.
+  void wait_for(uint64_t count) const {
+    for (uint64_t now; (now = ended()) < count;) ended_.wait(now, std::memory_order_acquire);
+  }
+
   // A step begins while none runs. One without work has ended at once; end() is called for the others.
   void begin(bool has_work) {
     const std::unique_lock<std::mutex> lock(mutex_);
@@ -108,6 +121,7 @@ class StepQueue {
       running_ = next.has_work;
     }
     ended_.fetch_add(waited && !running_ ? 2 : 1, std::memory_order_release);
+    ended_.notify_all();
     return running_;
   }
 
