@@ -20,6 +20,7 @@ from gpt_fast.draft.prompts import Prompt
 from gpt_fast.draft.random_model import write_random_model
 from gpt_fast.draft.synthetic import force_acceptance
 from gpt_fast.load.checkpoint import load_checkpoint
+from gpt_fast.serve.archive_files import write_sums
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.costs import PLAIN, BatchShape, Choice
 from gpt_fast.speculative.draft_model import DraftProposer
@@ -250,6 +251,7 @@ def test_generate_refuses_a_draft_of_another_vocabulary(target, other_vocabulary
 
 def test_a_server_refuses_a_draft_of_another_vocabulary(target, other_vocabulary, caplog):
     """The handler's start: a ValueError, and one line for the log that TorchServe and `make serve` show."""
+    write_sums(target, {"config.json": target / "config.json"})
     handler = {"checkpoint_path": str(target), "draft_checkpoint_path": str(other_vocabulary), "max_seq_len": 64}
     context = SimpleNamespace(
         system_properties={"model_dir": str(target)},

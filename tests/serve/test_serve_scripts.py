@@ -39,7 +39,7 @@ CONFIG = {
     "startupTimeout": 60,
     "maxRetryTimeoutInSec": 10,
     "continuousBatching": True,
-    "handler": {"checkpoint_path": "none"},
+    "handler": {"checkpoint_path": "none", "max_num_seqs": 2},
 }
 
 
