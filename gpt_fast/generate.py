@@ -204,7 +204,7 @@ def acceptance(totals: Totals) -> str:
     """gpt-fast's two lines, shares of the blocks of which 0, 1, ... proposals were accepted and how many were on
     average; then how often each proposal was accepted when those before it were."""
     if not totals.steps:
-        return "Acceptance: nothing was proposed, for nothing was expected to pay (--speculate draft always proposes)"
+        return "Acceptance: nothing was proposed: answers are too short, or (ngram, auto) nothing was expected to pay"
     shares = [round(count / totals.steps, 4) for count in totals.blocks]
     places = ", ".join(f"{i}: {a / max(n, 1):.2f} of {n}" for i, (n, a) in enumerate(totals.positions, 1))
     return (

@@ -22,8 +22,9 @@ def bpe_class(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str
     known = CLASS_OF.get(str(model_config.get("model_type")))
     name = str(config.get("tokenizer_class") or known).removesuffix("Fast")
     if name not in CLASSES:
-        raise ValueError(f"tokenizer_class is not supported without a tokenizer.json (got {name}, allowed "
-                         f"{', '.join(CLASSES)})")  # fmt: skip
+        raise ValueError(
+            f"tokenizer_class is not supported without a tokenizer.json (got {name}, allowed {', '.join(CLASSES)})"
+        )
     return name
 
 
@@ -47,5 +48,6 @@ def bpe_backend(directory: Path, name: str, *, prefix_space: bool) -> Any:
 
 def default_tokens(name: str) -> dict[str, str]:
     """The named tokens that a class has of itself."""
-    return dict.fromkeys(("eos_token", "unk_token") if name == "Qwen2Tokenizer" else
-                         ("bos_token", "eos_token", "unk_token"), END)  # fmt: skip
+    return dict.fromkeys(
+        ("eos_token", "unk_token") if name == "Qwen2Tokenizer" else ("bos_token", "eos_token", "unk_token"), END
+    )

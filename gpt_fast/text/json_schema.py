@@ -51,8 +51,10 @@ def exact_schema(schema: Any, where: str = "") -> Any:
         out["pattern"] = without_look_ahead(out["pattern"], f"{where}.pattern".lstrip("."))
     multiple = out.get("multipleOf")
     if isinstance(multiple, float) and not multiple.is_integer():
-        raise SchemaError(f"{where}.multipleOf: ".lstrip(".") + f"{number(multiple)} cannot be kept exactly "
-                          "(allowed whole numbers; or give a string a pattern)")  # fmt: skip
+        raise SchemaError(
+            f"{where}.multipleOf: ".lstrip(".") + f"{number(multiple)} cannot be kept exactly "
+            "(allowed whole numbers; or give a string a pattern)"
+        )
     return with_exact_bounds(out, where)
 
 
@@ -73,8 +75,9 @@ def check_exact(value: Any, where: str) -> None:
         for name, item in value.items():
             check_exact(item, f"{where}.{name}")
     elif isinstance(value, int | float) and not is_exact(value):
-        raise SchemaError(f"{where}: {number(value)} cannot be kept exactly (allowed -{EXACT}..{EXACT}; as a string "
-                          "it can)")  # fmt: skip
+        raise SchemaError(
+            f"{where}: {number(value)} cannot be kept exactly (allowed -{EXACT}..{EXACT}; as a string it can)"
+        )
 
 
 def is_exact(value: int | float) -> bool:
@@ -113,8 +116,9 @@ def lowest(bound: int | float, key: str, whole: bool, where: str) -> int | float
     if bound < -limit:
         return -limit
     if bound > limit:
-        raise SchemaError(f"{where}.{key}: ".lstrip(".") + f"{number(bound)} is too large to be kept exactly "
-                          f"(allowed up to {limit})")  # fmt: skip
+        raise SchemaError(
+            f"{where}.{key}: ".lstrip(".") + f"{number(bound)} is too large to be kept exactly (allowed up to {limit})"
+        )
     if abs(bound) < SMALLEST:
         return SMALLEST if bound > 0 or (bound == 0 and exclusive) else 0
     found, exact = float(bound), Decimal(bound)
@@ -170,6 +174,7 @@ def without_look_ahead(pattern: str, where: str) -> str:
         if found := re.fullmatch(DECIMAL_HEAD + rest, pattern):
             return f"^[+-]?({make(*map(int, found.groups()))})$"
     if around := re.search(r"(?<!\\)\(\?<?[=!]", pattern):
-        raise SchemaError(f"{where}: look-ahead and look-behind ({around[0]}...) are not supported, write the pattern "
-                          "without")  # fmt: skip
+        raise SchemaError(
+            f"{where}: look-ahead and look-behind ({around[0]}...) are not supported, write the pattern without"
+        )
     return pattern

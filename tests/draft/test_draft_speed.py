@@ -2,7 +2,6 @@
 
 import json
 import re
-import string
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +26,9 @@ from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
 from handler import GptFastHandler
+from support.letters import letters_tokenizer
 from support.tiny_engine import tiny_engine
-from support.tiny_models import save, tokenizer_json
+from support.tiny_models import save
 
 PROMPTS = [Prompt(c, list(f"{c} number {i} number {i} number".encode())) for c in ("code", "chat") for i in range(2)]
 
@@ -137,20 +137,11 @@ def test_only_a_share_and_only_drafts_can_be_forced(core):
 # --------------------------------------------------------------------------- random models, commands
 
 
-def ascii_tokenizer() -> bytes:
-    """160 tokens, of which text gets the letters."""
-    values = json.loads(tokenizer_json())
-    tokens = ["<a>", "<s>", "</s>", *string.ascii_letters]
-    tokens += [f"unused {i}" for i in range(160 - len(tokens))]
-    values["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
-    return json.dumps(values).encode()
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speed")
     save("llama-gqa", folder / "hf")
-    (folder / "hf" / "tokenizer.json").write_bytes(ascii_tokenizer())
+    (folder / "hf" / "tokenizer.json").write_bytes(letters_tokenizer())
     convert(open_job(folder / "hf"), folder / "target", progress=False)
     return folder / "target"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -13,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from gpt_fast.config import EngineConfig
+from gpt_fast.convert.hf import open_job
+from gpt_fast.convert.run import convert
 from gpt_fast.serve.model_config import ServeConfig
+from support.letters import letters_tokenizer
 from support.paths import ROOT
+from support.tiny_models import save
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -42,10 +47,36 @@ def test_the_library_example_streams_an_answer():
 
 @pytest.mark.model
 def test_generate_runs():
-    for command in commands("python -m gpt_fast.generate"):
+    for command in (c for c in commands("python -m gpt_fast.generate") if "TARGET" not in c):
         short = ["--num_samples", "1", "--max_new_tokens", "4", "--max_seq_len", "256"]
         shown = run([sys.executable, *shlex.split(command)[1:], *short], typed="Hi!\n/exit\n")
         assert "Average tokens/sec" in shown or "Type a message" in shown
+
+
+@pytest.mark.slow
+def test_the_lines_for_a_draft_run_one_after_the_other(tmp_path):
+    """Of a tiny target and a tiny draft, that transformers saved, with what makes them quick."""
+    places = {"DRAFT": tmp_path / "draft_hf", "TARGET": tmp_path / "target", "checkpoints/draft": tmp_path / "draft"}
+    for name, family in (("target_hf", "llama-gqa"), ("draft_hf", "llama-mqa")):
+        save(family, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_bytes(letters_tokenizer())
+    convert(open_job(tmp_path / "target_hf"), tmp_path / "target", progress=False)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"category": "code", "prompt": "abcabcabca"}))
+    brief = ["--max_new_tokens", "8", "--max_seq_len", "64"]
+    more = {
+        "scripts/convert_ckpt.py": [],
+        "gpt_fast.generate": [*brief, "--num_samples", "1", "--prompt", "abcabc"],
+        "gpt_fast.draft": [*brief, "--prompts", str(prompts), "--batch_sizes", "1", "--repeat", "1"],
+    }
+    lines = [shlex.split(c)[1:] for c in commands("python ") if "TARGET" in c]
+    shown = []
+    for words in lines:
+        known = next(flags for name, flags in more.items() if name in words)
+        shown.append(run([sys.executable, *(str(places.get(word, word)) for word in words), *known]))
+    converted, generated, reported = shown
+    assert "a draft for" in converted and "best k" in reported
+    assert "times as fast" in generated and "Acceptance by position: 1: " in generated
 
 
 def test_make_knows_every_target():
