@@ -13,15 +13,14 @@ from urllib.parse import quote
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.body import parse_json
-from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, Fields
+from gpt_fast.serve.chat_style import ChatStyle
+from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, TEMPLATE, Fields
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tokenize import detokenize, tokenize, tokenizer_info
-from gpt_fast.serve.tool_calls import call_parser
-from gpt_fast.text.chat import ToolFormat
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 from gpt_fast.text.tokenizer import PromptTooLong
 
@@ -49,7 +48,7 @@ class Admit:
         self.model_names, self.drain_file = tuple(model_names), drain_file
         self.created = int(time.time())
         self.page = page_text()
-        self.tool_format = tool_format(engine)
+        self.style = ChatStyle(engine.chat_template, engine.tokenizer)
         self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
     def __call__(self, incoming: Incoming) -> Job | Reply:
@@ -123,15 +122,15 @@ class Admit:
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
 
     def chat_tokens(self, request: ApiRequest) -> list[int]:
-        if request.tools and not request.must_call and self.tool_format is None:
-            names = 'allowed with tool_choice "required" or a function, which constrain the answer, or "none"'
-            raise RequestError(f"tools: this model's chat template has no tool calls ({names})", param="tools")
+        self.style.form(request)  # tools that cannot be are refused before anything is encoded
         try:
-            return self.engine.encode_chat(request.messages, request.tools or None, **request.template_options)
+            messages = self.style.messages(request)
+            return self.engine.encode_chat(messages, request.tools or None, **request.template_options)
         except PromptTooLong as error:
             raise self.too_long("messages", error) from None
         except ValueError as error:  # the template's own refusal: one line, from the operator's checkpoint
-            raise RequestError(f"messages: {error}", param="messages") from None
+            named = next((name for name in TEMPLATE if str(error).startswith(f"{name}:")), "messages")
+            raise RequestError(f"{named}: {str(error).removeprefix(f'{named}: ')}", param=named) from None
 
     def text_tokens(self, prompt: str | tuple[int, ...], request: ApiRequest) -> list[int]:
         if isinstance(prompt, str):
@@ -152,12 +151,15 @@ class Admit:
         message = f"{field}: {error.characters} characters (allowed {tokens})"
         return RequestError(message, param=field, code="context_length_exceeded")
 
-    def guide(self, request: ApiRequest) -> Guide | None:
-        """A guide of its own for each sequence. What it costs to compile one is bounded; see guide_check."""
+    def guide(self, request: ApiRequest, *, thinking: bool) -> Guide | None:
+        """A guide of its own for each sequence. What it costs to compile one is bounded; see grammar_check."""
         try:
-            if request.must_call and self.tool_format:
-                return self.guides.calls_guide(request.tools, self.tool_format)
-            return None if request.constraint is None else self.guides.guide(request.constraint)
+            form = self.style.form(request)
+            if form is not None and (request.must_call or request.constraint is not None):
+                answer = None if request.must_call else request.constraint
+                parallel = request.parallel and not request.named
+                return self.guides.calls_guide(request.tools, form, parallel=parallel, answer=answer, thinking=thinking)
+            return None if request.constraint is None else self.guides.guide(request.constraint, thinking=thinking)
         except GuideError as error:
             where = "tools" if request.must_call else request.constrained_by
             raise RequestError(f"{where}: {error}", param=where) from None
@@ -174,12 +176,14 @@ class Admit:
         for name, ids in {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}.items():
             outside = [token for token in ids if token >= self.engine.model_config.vocab_size]
             if outside:
-                raise RequestError(f"{name}: {outside[0]} is outside the vocabulary", param=name)
+                most = self.engine.model_config.vocab_size - 1
+                raise RequestError(f"{name}: {outside[0]} is outside the vocabulary (allowed 0..{most})", param=name)
         if choice and params.seed is not None:
             params = dataclasses.replace(params, seed=params.seed + choice)
         limit = min(params.max_new_tokens, room)
+        guide = self.guide(request, thinking=self.style.is_thinking(request, tokens))
         params = dataclasses.replace(
-            params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit), guide=self.guide(request)
+            params, max_new_tokens=limit, min_tokens=min(params.min_tokens, limit), guide=guide
         )
         return Prompt(tokens, params)
 
@@ -216,9 +220,10 @@ class Admit:
         }
         if request.prompt_only:
             options["prompt_only"] = True
-        if request.tools and self.tool_format is not None:
-            names = [tool["function"]["name"] for tool in request.tools]
-            options["new_parser"] = partial(call_parser, self.tool_format, names)
+        if request.messages:
+            thinking = self.style.is_thinking(request, prompts[0].tokens)
+            options["new_parser"] = self.style.parser(request, thinking=thinking)
+            options |= {"include_reasoning": request.include_reasoning, "parallel": request.parallel}
         return request.endpoint.answer(**options)
 
     def told(self, request: ApiRequest, prompts: list[Prompt]) -> PromptLogprobs | None:
@@ -238,9 +243,3 @@ class Admit:
 def refusal(error: RequestError) -> Refusal:
     retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
     return Refusal(error.status, REASONS[error.status], error.body, headers=retry)
-
-
-def tool_format(engine: Engine) -> ToolFormat | None:
-    """How the model writes tool calls; None where its template takes no tools, or its marks are no text."""
-    form = engine.chat_template.tool_format if engine.chat_template else None
-    return None if form is None or {form.before, form.after} & {*engine.tokenizer.control_tokens} else form

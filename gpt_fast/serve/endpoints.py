@@ -78,6 +78,7 @@ TEXT = {"prompt", "add_special_tokens", "parse_special"}
 OPENAI = COMMON | {"model", "max_tokens", "max_completion_tokens", "n", "stream_options", "logprobs", "prompt_logprobs"}
 TOOLS = {"tools", "tool_choice", "parallel_tool_calls"}
 TEMPLATE = {"chat_template_kwargs", "reasoning_effort", "documents", "add_generation_prompt", "continue_final_message"}
+ANSWER = {"include_reasoning"}
 
 NATIVE = Endpoint(
     known=COMMON | TEXT | {"max_new_tokens"},
@@ -105,7 +106,7 @@ COMPLETION = Endpoint(
     fewest_tokens=0,
 )
 CHAT = Endpoint(
-    known=OPENAI | TOOLS | TEMPLATE | {"messages", "top_logprobs"},
+    known=OPENAI | TOOLS | TEMPLATE | ANSWER | {"messages", "top_logprobs"},
     prompt="messages",
     many=False,
     parse_special=False,

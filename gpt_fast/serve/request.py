@@ -14,6 +14,7 @@ from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
 from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
 from gpt_fast.serve.chat_request import (
     Object,
+    named_function,
     parse_messages,
     parse_template_options,
     parse_tools,
@@ -39,7 +40,8 @@ class ApiRequest:
     limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
     add_special_tokens, parse_special: whether a text prompt begins as the model's tokenizer begins texts (BOS), and
     whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
-    tools, must_call: what a chat's model may call, and whether it has to; parallel: whether more than once.
+    tools, must_call: what a chat's model may call, and whether it has to; named: the one it has to, once; parallel:
+    whether others may call more than once.
     constraint: what the answer must match, as the field constrained_by says. continuous_usage: usage in every chunk.
     prompt_only: nothing is to be generated. prompt_logprobs: alternatives in vLLM\'s list of the prompt\'s tokens, None
     for none; the params\' are also those of an echo.
@@ -55,7 +57,9 @@ class ApiRequest:
     template_options: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Object, ...] = ()
     must_call: bool = False
+    named: bool = False
     parallel: bool = True
+    include_reasoning: bool = True
     constraint: Constraint | None = None
     constrained_by: str = ""
     n: int = 1
@@ -69,7 +73,15 @@ class ApiRequest:
     owner: str = ""
 
 
-BOOLEANS = {"stream", "echo", "ignore_eos", "add_special_tokens", "parse_special", "parallel_tool_calls"}
+BOOLEANS = {
+    "stream",
+    "echo",
+    "ignore_eos",
+    "add_special_tokens",
+    "parse_special",
+    "parallel_tool_calls",
+    "include_reasoning",
+}
 
 
 def parse_request(
@@ -156,7 +168,9 @@ def chat_fields(fields: Fields) -> Fields:
         "template_options": parse_template_options(fields),
         "tools": tools,
         "must_call": must_call,
+        "named": must_call and named_function(fields["tool_choice"]) != "",
         "parallel": fields.get("parallel_tool_calls", True),
+        "include_reasoning": fields.get("include_reasoning", True),
     }
 
 

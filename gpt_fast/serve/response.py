@@ -13,11 +13,12 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gpt_fast.request import Logprobs
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, token_name
-from gpt_fast.serve.tool_calls import CallParser, Piece, ToolCall
+from gpt_fast.serve.reasoning import Reasoning, ReasoningParser
+from gpt_fast.serve.tool_calls import CallParser, Piece, TextOnly, ToolCall
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
@@ -80,8 +81,9 @@ class Choice:
     logprobs: list[Row] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs, ...] = ()
     begun: bool = False
-    parser: CallParser | None = None
+    parser: CallParser | ReasoningParser = field(default_factory=TextOnly)
     calls: int = 0
+    sent: int | None = None  # of the arguments of the call that a stream is in, how many characters have left
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -254,29 +256,75 @@ class PromptEnd:
 
 
 class ChatAnswer(OpenAIAnswer):
-    """new_parser: makes what finds an answer's tool calls; None where the request has no tools."""
+    """new_parser: makes what tells an answer's reasoning, content and tool calls apart; None: all of it is content.
+
+    include_reasoning: whether the reasoning is told. It has two names, DeepSeek's and vLLM's: clients read either.
+    """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *, new_parser: Callable[[], CallParser] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        new_parser: Callable[[], CallParser | ReasoningParser] = TextOnly,
+        include_reasoning: bool = True,
+        parallel: bool = True,
+        **options: Any,
+    ) -> None:
+        """parallel: False tells of an answer's first call only, as vLLM does."""
         super().__init__(**options)
+        self.include_reasoning, self.parallel = include_reasoning, parallel
         for choice in self.choices:
-            choice.parser = new_parser() if new_parser else None
+            choice.parser = new_parser()
 
     def deltas(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> list[dict[str, Any]]:
-        """OpenAI's order: the role first, then content and whole tool calls, then the finish reason."""
+        """OpenAI's order: the role first, then content and calls, each its name first, then the finish reason."""
         chunks = []
         if not choice.begun:
             choice.begun = True
             chunks.append(self.delta(index, {"role": "assistant", "content": ""}))
-        content, calls = split(parse(choice, text))
-        if content or logprobs:
-            chunks.append(self.delta(index, {"content": content}, logprobs=self.logprobs(logprobs)))
-        for call in calls:
-            chunks.append(self.delta(index, {"tool_calls": [{"index": choice.calls, **call_body(call)}]}))
-            choice.calls += 1
+        said = self.read(choice, text)
+        begun = choice.parser.begun if choice.finish_reason is None else None
+        if choice.sent is not None and not said.calls and (begun is None or said.content):
+            end_call(choice)  # it broke off: what has left cannot be taken back
+        delta = named(said.reasoning)
+        if said.content or (logprobs and not delta):
+            delta["content"] = said.content
+        if delta:
+            chunks.append(self.delta(index, delta, logprobs=self.logprobs(logprobs)))
+        for call in said.calls:
+            chunks += [self.delta(index, {"tool_calls": [each]}) for each in self.call_deltas(choice, call)]
+            end_call(choice)
+        if begun is not None and self.may_call(choice):
+            call = ToolCall(*begun)
+            chunks += [self.delta(index, {"tool_calls": [each]}) for each in self.call_deltas(choice, call)]
         if choice.finish_reason is not None:
             chunks.append(self.delta(index, {}, finish_reason=finish_reason(choice)))
+        return chunks
+
+    def read(self, choice: Choice, text: str) -> Said:
+        """What new text brings, at the end of the answer all of it."""
+        pieces = list(choice.parser.push(text))
+        if choice.finish_reason is not None:
+            pieces += choice.parser.finish(cut=choice.finish_reason == "length")
+        said = Said.of(pieces)
+        if not self.parallel:
+            said = said._replace(calls=said.calls[: int(self.may_call(choice))])
+        return said if self.include_reasoning else said._replace(reasoning="")
+
+    def may_call(self, choice: Choice) -> bool:
+        return self.parallel or choice.calls == 0
+
+    @staticmethod
+    def call_deltas(choice: Choice, call: ToolCall) -> list[dict[str, Any]]:
+        """What a stream has not told yet of its current call."""
+        chunks: list[dict[str, Any]] = []
+        if choice.sent is None:
+            choice.sent = 0
+            chunks.append({"index": choice.calls, **call_body(ToolCall(call.name, ""))})
+        if rest := call.arguments[choice.sent :]:
+            choice.sent += len(rest)
+            chunks.append({"index": choice.calls, "function": {"arguments": rest}})
         return chunks
 
     def beside_choices(self) -> dict[str, Any]:
@@ -286,11 +334,14 @@ class ChatAnswer(OpenAIAnswer):
         return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **extra}])
 
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
-        content, calls = split(parse(choice, choice.text))
-        choice.calls = len(calls)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message |= {"content": content or None, "tool_calls": [call_body(call) for call in calls]}
+        said = self.read(choice, choice.text)
+        choice.calls = len(said.calls)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        message |= named(said.reasoning)
+        if said.calls:
+            message["tool_calls"] = [call_body(call) for call in said.calls]
+        if said.calls or said.reasoning:
+            message["content"] = said.content or None
         return {
             "index": index,
             "message": message,
@@ -310,17 +361,29 @@ class ChatAnswer(OpenAIAnswer):
         return {"token": self.token_text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
 
 
-def parse(choice: Choice, text: str) -> list[Piece]:
-    """What new text brings, at the end of the answer all of it."""
-    if choice.parser is None:
-        return [text]
-    return choice.parser.push(text) + (choice.parser.finish() if choice.finish_reason is not None else [])
+class Said(NamedTuple):
+    """An answer's parts, each joined in its order; OpenAI's messages know no other."""
+
+    reasoning: str
+    content: str
+    calls: list[ToolCall]
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece | Reasoning]) -> Said:
+        pieces = list(pieces)
+        return cls(
+            "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)),
+            "".join(piece for piece in pieces if isinstance(piece, str)),
+            [piece for piece in pieces if isinstance(piece, ToolCall)],
+        )
 
 
-def split(pieces: list[Piece]) -> tuple[str, list[ToolCall]]:
-    """The content and the calls, each in their order; OpenAI's messages have no other."""
-    content = "".join(piece for piece in pieces if isinstance(piece, str))
-    return content, [piece for piece in pieces if isinstance(piece, ToolCall)]
+def named(reasoning: str) -> dict[str, Any]:
+    return {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
+
+
+def end_call(choice: Choice) -> None:
+    choice.calls, choice.sent = choice.calls + 1, None
 
 
 def call_body(call: ToolCall) -> dict[str, Any]:

@@ -79,6 +79,10 @@ class ChatTemplate:
         self._max_chars = max_chars
         self._names = names
 
+    def mentions(self, *texts: str) -> bool:
+        """Whether every one of the texts stands in the template's source."""
+        return all(text in self._sources for text in texts)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

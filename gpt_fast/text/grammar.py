@@ -76,48 +76,81 @@ class Maker:
         self.vocab_size = vocab_size
         eos_ids = sorted(eos_ids)
         self._tokenizer = build_tokenizer(tokenizer, vocab_size, eos_ids) if eos_ids and available() else None
-        self._compiled: OrderedDict[tuple[str, bool], Any] = OrderedDict()
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lark: dict[str, str] = {}  # of GBNF
         self._lock = threading.Lock()
 
-    def guide(self, constraint: Constraint) -> Guide:
-        """A guide to the answers that match. GuideError for a constraint that is none, too large or not supported."""
-        if constraint.kind == "grammar":
-            if is_gbnf(constraint.text):
-                return self._guide(constraint.text, gbnf=True)
-            return self._guide(matcher_class().grammar_from_lark(constraint.text))
+    def guide(self, constraint: Constraint, *, thinking: bool = False) -> Guide:
+        """A guide to the answers that match. GuideError for a constraint that is none, too large or not supported.
+
+        thinking: the answer begins inside of a model's reasoning, and matches from behind its </think> on.
+        """
+        return self._guide(self._grammar(constraint), thinking=thinking)
+
+    def _grammar(self, constraint: Constraint) -> str:
+        if constraint.kind == "grammar" and is_gbnf(constraint.text):
+            return self._converted(constraint.text)
         try:
-            return self._guide(FORMS[constraint.kind](constraint))
+            return FORMS[constraint.kind](constraint)
         except ValueError as error:
             raise GuideError(" ".join(str(error).split())) from None
 
-    def calls_guide(self, tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> Guide:
-        """A guide to one call of one of the tools, which are OpenAI's objects. GuideError as above."""
+    def _converted(self, gbnf: str) -> str:
+        """As the compiler takes it; in a process that can be stopped."""
+        with self._lock:
+            known = self._lark.get(gbnf)
+        if known is None:
+            matcher_class()
+            problem, known = check(gbnf, gbnf=True)
+            if problem:
+                raise GuideError(advised(problem))
+            with self._lock:
+                self._lark = dict([*self._lark.items(), (gbnf, known)][-KEPT:])
+        return known
+
+    def calls_guide(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        form: ToolFormat,
+        *,
+        parallel: bool = False,
+        answer: Constraint | None = None,
+        thinking: bool = False,
+    ) -> Guide:
+        """A guide to a call of one of the tools, which are OpenAI's objects. GuideError as above.
+
+        parallel: several calls may come, where the form can tell them apart. answer: or one that matches this.
+        """
         try:
-            grammar = calls_grammar(tools, form)
+            grammar = calls_grammar(tools, form, parallel=parallel, answer=answer is not None)
         except SchemaError as error:
             raise GuideError(str(error)) from None
-        return self._guide(matcher_class().grammar_from_lark(grammar))
+        if answer is not None:
+            grammar = joined(grammar, "answer", self._grammar(answer))
+        return self._guide(grammar, thinking=thinking)
 
-    def _guide(self, grammar: str, *, gbnf: bool = False) -> Guide:
+    def _guide(self, grammar: str, *, thinking: bool = False) -> Guide:
+        matcher_class()  # says so where there is none
+        grammar = joined(THINKING, "said", grammar) if thinking else grammar
         with self._lock:
-            matcher = self._compiled.get((grammar, gbnf))
+            matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compile(grammar, gbnf)
+            matcher = self._compile(grammar)
         with self._lock:
-            self._compiled[grammar, gbnf] = matcher
-            self._compiled.move_to_end((grammar, gbnf))
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return Guide(matcher.deep_copy(), self.vocab_size)
 
-    def _compile(self, grammar: str, gbnf: bool) -> Any:
+    def _compile(self, grammar: str) -> Any:
         """First in a process that can be stopped, then here."""
         if self._tokenizer is None:
             raise GuideError("this checkpoint has no end-of-sequence token")
         size = len(grammar.encode())
         if size > MAX_GRAMMAR:
             raise GuideError(f"{size} bytes in all (allowed {MAX_GRAMMAR})")
-        problem, grammar = check(grammar, gbnf=gbnf)
+        problem, _ = check(grammar)
         if problem:
             raise GuideError(advised(problem))
         matcher = matcher_class()(self._tokenizer, grammar, log_level=0)
@@ -143,7 +176,26 @@ def choice_form(constraint: Constraint) -> str:
     return str(matcher_class().grammar_from_lark(f"start: {' | '.join(texts)}"))
 
 
-FORMS: Mapping[str, Callable[[Constraint], str]] = {"json": json_form, "regex": regex_form, "choice": choice_form}
+def lark_form(constraint: Constraint) -> str:
+    return str(matcher_class().grammar_from_lark(constraint.text))
+
+
+FORMS: Mapping[str, Callable[[Constraint], str]] = {
+    "json": json_form,
+    "regex": regex_form,
+    "choice": choice_form,
+    "grammar": lark_form,
+}
+# Reasoning that has begun, and what must follow it.
+THINKING = r"""start: thinking gap @said
+thinking[lazy]: /(.|\n)*<\/think>/
+gap: /[ \n]{0,4}/"""
+
+
+def joined(lark: str, name: str, grammar: str) -> str:
+    """A grammar whose @name is another one."""
+    first, *rest = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    return json.dumps({"grammars": [{"lark_grammar": lark}, {**first, "name": name}, *rest]})
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -166,21 +218,38 @@ def advised(problem: str) -> str:
     return problem + next((advice for start, advice in ADVICE.items() if start in problem), "")
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
-    """llguidance's Lark for one call of one of the tools.
+MAX_CALLS = 16  # of an answer that may make several
+
+
+def calls_grammar(
+    tools: Sequence[Mapping[str, Any]], form: ToolFormat, *, parallel: bool = False, answer: bool = False
+) -> str:
+    """llguidance's Lark for a call of one of the tools, or several; or for @answer.
 
     Every tool's parameters are a schema document of their own, so their "$ref"s mean what they meant.
     """
     before, after = (f"{form.before}\n", f"\n{form.after}") if form.before else ("", "")
-    rules = [f"start: {' | '.join(f'call{index}' for index in range(len(tools)))}"]
+    more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and form.before else ""
+    rules = [f"start: call{more}{' | @answer' if answer else ''}"]
+    rules.append(f"call: {' | '.join(f'call{index}' for index in range(len(tools)))}")
     for index, tool in enumerate(tools):
         function = tool["function"]
         parameters = exact_schema(function.get("parameters") or {}, function["name"])
         schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
         head = f'{before}{{"name": {json.dumps(function["name"])}, "{form.arguments_key}": '
         rules.append(f"call{index}: {json.dumps(head)} arguments{index} {json.dumps('}' + after)}")
-        rules.append(f"arguments{index}: %json {json.dumps(schema)}")
+        written = f"%json {json.dumps(schema)}" if takes_any(parameters) else '"{}"'
+        rules.append(f"arguments{index}: {written}")
     return "\n".join(rules)
+
+
+SAYS_NOTHING = ("type", "properties", "required", "title", "description", "$schema", "strict", "$defs", "definitions")
+
+
+def takes_any(parameters: Mapping[str, Any]) -> bool:
+    """Whether a tool's schema speaks of arguments at all: of one without, clients mean no arguments, not any."""
+    told = parameters.get("properties") or parameters.get("required")
+    return bool(told) or any(name not in SAYS_NOTHING for name in parameters)
 
 
 def available() -> bool:

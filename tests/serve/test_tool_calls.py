@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from gpt_fast.llm import Engine
 from gpt_fast.serve.tool_calls import ToolCall, call_parser
 from gpt_fast.text.chat import HERMES, LLAMA, ChatTemplate, read_tool_format
+from gpt_fast.text.grammar import Constraint, Maker
 from support.hard_strings import TRL, wheel_member
 from support.round_server import RoundServer
-from support.tiny_engine import tiny_engine
+from support.tiny_engine import ByteTokenizer, tiny_engine
 
 NAMES = ["get_weather", "clock"]
 
@@ -54,7 +55,7 @@ def test_other_formats_are_not_mistaken_for_these():
 def parse(form, chunks):
     """(content, calls) of a text that comes in these chunks."""
     parser = call_parser(form, NAMES)
-    pieces = [piece for chunk in chunks for piece in parser.push(chunk)] + parser.finish()
+    pieces = [piece for chunk in chunks for piece in parser.push(chunk)] + parser.finish(cut=False)
     return "".join(p for p in pieces if isinstance(p, str)), [p for p in pieces if isinstance(p, ToolCall)]
 
 
@@ -176,13 +177,38 @@ def test_what_is_no_call_is_content(form, body):
     assert parse(form, [text]) == (text, [])
 
 
+@pytest.mark.parametrize("form", [HERMES, LLAMA])
+@given(call=calls, size=st.integers(1, 9))
+def test_a_call_is_told_as_it_comes(form, call, size):
+    """Its name before its arguments, and of them always more, as the whole call then has them."""
+    text, parser, told = call_text(form, *call), call_parser(form, NAMES), []
+    pieces = []
+    for at in range(0, len(text), size):
+        pieces += parser.push(text[at : at + size])
+        told += [parser.begun] if parser.begun else []
+    (found,) = pieces + parser.finish(cut=False)
+    assert (found.name, json.loads(found.arguments)) == call
+    assert told == sorted(told)
+    assert all(name == found.name and found.arguments.startswith(so_far) for name, so_far in told)
+    assert told or size > 1
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA])
+def test_a_call_that_was_cut_is_as_far_as_it_goes(form):
+    parser = call_parser(form, NAMES)
+    begun = call_text(form, "clock", {"a": [1, "}"]}).partition("]")[0]
+    assert parser.push("\n" + begun) == []
+    assert parser.finish(cut=True) == [ToolCall("clock", '{"a": [1, "}"')]
+    assert parse(form, [begun]) == (begun, [])
+
+
 def test_the_text_before_a_call_streams_at_once():
     parser = call_parser(HERMES, NAMES)
     assert parser.push("Let me look") == ["Let me look"]
     assert parser.push(" it up.\n<tool") == [" it up."]
     assert parser.push('_call>{"name": "clock", "arguments": {}}') == []
     assert parser.push("</tool_call>\n") == [ToolCall("clock", "{}")]
-    assert parser.finish() == []
+    assert parser.finish(cut=False) == []
     plain = call_parser(LLAMA, NAMES)
     assert plain.push(" ") == [] and plain.push("It") == [" It"] and plain.push(" is {") == [" is {"]
 
@@ -231,21 +257,34 @@ def test_a_required_call_whole_and_streamed(ask):
     events = list(ask(tool_choice=named, stream=True))
     assert events[0].choices[0].delta.role == "assistant"
     assert events[-1].choices[0].finish_reason == "tool_calls"
-    (streamed,) = [each for event in events for each in event.choices[0].delta.tool_calls or []]
-    assert (streamed.index, streamed.type, streamed.function) == (0, "function", streamed.function)
-    assert streamed.function.arguments == call.function.arguments and streamed.id != call.id
+    first, *rest = [each for event in events for each in event.choices[0].delta.tool_calls or []]
+    assert (first.index, first.type, first.function.name) == (0, "function", "get_weather")
+    assert first.function.arguments == "" and first.id != call.id
+    assert rest and all((each.index, each.id, each.function.name) == (0, None, None) for each in rest)
+    assert "".join(each.function.arguments for each in rest) == call.function.arguments
     assert not "".join(event.choices[0].delta.content or "" for event in events)
 
 
 def test_required_calls_any_of_the_tools_for_every_choice(ask):
-    choices = ask(tool_choice="required", n=3, temperature=3.0).choices
+    choices = ask(tool_choice="required", n=3, temperature=3.0, parallel_tool_calls=False).choices
     assert [choice.finish_reason for choice in choices] == ["tool_calls"] * 3
+    assert [len(choice.message.tool_calls) for choice in choices] == [1, 1, 1]
     assert {choice.message.tool_calls[0].function.name for choice in choices} <= {"get_weather", "clock"}
 
 
-def test_a_call_cut_short_is_text_with_reason_length(ask):
+def test_a_call_cut_short_is_as_far_as_it_goes_with_reason_length(ask):
+    """As OpenAI has it; before its arguments begin it is text."""
     (choice,) = ask(tool_choice="required", max_tokens=12).choices
     assert choice.finish_reason == "length" and choice.message.tool_calls is None and choice.message.content
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    (choice,) = ask(tool_choice=named, max_tokens=60).choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "length" and call.function.arguments.startswith("{")
+    with pytest.raises(ValueError):
+        json.loads(call.function.arguments)
+    streamed = ask(tool_choice=named, max_tokens=60, stream=True)
+    parts = [each.function.arguments for event in streamed for each in event.choices[0].delta.tool_calls or []]
+    assert "".join(parts) == call.function.arguments
 
 
 def test_an_answer_without_a_call_is_as_ever(ask):
@@ -273,7 +312,6 @@ def test_what_tools_cannot_be(ask):
     for fields, param in (
         ({"tool_choice": "required", "tools": [tool("a", type="object", required=5)]}, "tools"),
         ({"tools": [tool("a", type="string")]}, "tools[0].function.parameters.type"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "required", "extra_body": {"min_tokens": 3}}, "min_tokens"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     ):
@@ -290,6 +328,7 @@ def test_the_default_model_calls_with_another_templates_format(default_checkpoin
     engine = Engine.load(str(default_checkpoint), max_num_seqs=2, max_seq_len=1024, threads=1)
     engine.chat_template = ChatTemplate(wheel_member(TRL, "trl/chat_templates/qwen2_5.jinja").decode())
     ask = {"model": "gpt-fast", "tools": [WEATHER, CLOCK], "temperature": 0, "max_tokens": 80}
+    ask["parallel_tool_calls"] = False  # a weak model goes on calling
     ask |= {"messages": [{"role": "user", "content": "How is the weather in Oslo, for 2 days?"}]}
     with RoundServer(engine) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
@@ -299,14 +338,52 @@ def test_the_default_model_calls_with_another_templates_format(default_checkpoin
     assert choice.finish_reason == events[-1].choices[0].finish_reason == "tool_calls"
     assert call.function.name == "get_weather" and set(json.loads(call.function.arguments)) == {"city", "days"}
     streamed = [each for event in events for each in event.choices[0].delta.tool_calls or []]
-    assert [each.function.arguments for each in streamed] == [call.function.arguments]
+    assert "".join(each.function.arguments for each in streamed) == call.function.arguments and len(streamed) > 3
 
 
-def test_a_template_without_tools_refuses_them():
+def test_a_template_without_tools_can_be_made_to_call():
+    """As with vLLM a call that is required is a matter of the grammar; only a free answer needs a template for it."""
     import openai
 
-    with RoundServer() as server:
+    user, bare = {"role": "user", "content": "x"}, tool("nothing", type="object", properties={})
+    ask = {"model": "gpt-fast", "tools": [CLOCK, WEATHER, bare], "max_tokens": 200, "seed": 2}
+    with RoundServer(tiny_engine(slots=4, max_seq_len=512)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
         with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(model="gpt-fast", messages=[{"role": "user", "content": "x"}], tools=[CLOCK])
-        assert caught.value.param == "tools"
+            client.chat.completions.create(messages=[user], **ask)
+        assert caught.value.param == "tools" and "required" in caught.value.message
+        none = client.chat.completions.create(messages=[user], tool_choice="none", **ask | {"max_tokens": 3})
+        assert none.choices[0].message.tool_calls is None
+        for name in ("get_weather", "nothing"):
+            named = {"type": "function", "function": {"name": name}}
+            (choice,) = client.chat.completions.create(messages=[user], tool_choice=named, **ask).choices
+            (call,) = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls" and call.function.name == name
+            assert name != "nothing" or call.function.arguments == "{}"  # no arguments, not any
+        said = choice.message.model_dump(exclude_none=True)
+        result = {"role": "tool", "tool_call_id": call.id, "content": "ok"}
+        plain = [user, {"role": "assistant", "content": '{"name": "nothing", "parameters": {}}'}, result]
+        sizes = [
+            client.chat.completions.create(model="gpt-fast", messages=each, max_tokens=1).usage.prompt_tokens
+            for each in ([user, said, result], plain)
+        ]
+        assert sizes[0] == sizes[1]  # the template would drop the call: it is told as text
+
+
+def test_several_calls_where_they_may_be_and_a_schema_beside_them():
+    source = wheel_member(TRL, "trl/chat_templates/qwen2_5.jinja").decode()
+    template = ChatTemplate(source)
+    assert template.tool_format == HERMES
+    maker = Maker(ByteTokenizer(), vocab_size=257, eos_ids={256})
+
+    def takes(text, **options):
+        guide = maker.calls_guide([CLOCK], HERMES, **options)
+        output = [*text.encode(), 256]
+        return all(guide.allowed(output[:at])[token] for at, token in enumerate(output))
+
+    one, answer = call_text(HERMES, "clock", {}), Constraint("json", '{"enum": [5]}')
+    assert takes(one) and takes(one, parallel=True) and takes(f"{one}\n{one}", parallel=True)
+    assert not takes(f"{one}\n{one}") and not takes("") and not takes("5")
+    assert takes("5", answer=answer) and takes(one, answer=answer) and not takes("6", answer=answer)
+    assert takes(f"hm</think>\n\n{one}", thinking=True) and not takes(one, thinking=True)
+    assert takes("a < b\n</think>5", thinking=True, answer=answer)

@@ -30,7 +30,7 @@ def maker():
 def trusted(maker, schema):
     """A guide without the check in a process of its own: of a schema that is known to be harmless."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt_fast.text.grammar.check", lambda grammar, gbnf: Checked("", grammar))
+        patch.setattr("gpt_fast.text.grammar.check", lambda grammar: Checked("", grammar))
         return json_guide(maker, json.dumps(schema))
 
 

@@ -29,7 +29,7 @@ def maker() -> Maker:
 def walk(maker: Maker, schema: Any, seed: int, *, limit: int = 300) -> str | None:
     """A finished answer of random allowed bytes, which ends as soon as it may; None where it grows too long."""
     with pytest.MonkeyPatch.context() as patch:  # of schemas that are known to be harmless
-        patch.setattr("gpt_fast.text.grammar.check", lambda grammar, gbnf: Checked("", grammar))
+        patch.setattr("gpt_fast.text.grammar.check", lambda grammar: Checked("", grammar))
         guide = json_guide(maker, json.dumps(schema))
     choose, output = random.Random(seed), []
     while len(output) < limit:
