@@ -29,7 +29,7 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_on_several_machines_do_not_share_memory(int8: Path) -> None:
     group = type("Group", (), {"ranks": Ranks(0, 4), "local": Ranks(0, 2)})()
     config = EngineConfig(checkpoint_path=str(int8), device="cpu")
-    loaded = load_model(str(int8), device=CPU, dtype="auto", group=type("Group", (), {"ranks": Ranks(0, 2)})())
+    loaded = load_model(str(int8), device=CPU, dtype="auto", group=group)
     path = choose_path(config, loaded, 1, group=group)
     assert path.name == "plain (tensor parallel: the fused CPU kernels sum over the ranks of one machine)"
 

@@ -163,7 +163,7 @@ class Server:
         for old, new in zip((8080, 8081, 8082, 7070, 7071), self.ports, strict=True):
             text = text.replace(f":{old}\n", f":{new}\n").replace(f"port={old}\n", f"port={new}\n")
         (self.home / "config.properties").write_text(text + properties)
-        config = CONFIG | {"handler": {"checkpoint_path": "none", **handler}}
+        config = CONFIG | {"handler": CONFIG["handler"] | handler}
         (self.home / "model_config.yaml").write_text(yaml.safe_dump(config))
         (self.home / "request.json").write_text('{"n": 3, "pause": 0.05}')
 

@@ -65,8 +65,8 @@ def test_counters_grow_by_what_is_new_and_gauges_follow(reporter, emitted):
 
 
 def test_the_log_line_says_whether_and_how_well():
-    fields = log_fields("r", [record(drafted=6, accepted=3), record("r/1", drafted=2, accepted=2)])
+    fields = log_fields({"request": "r"}, [record(drafted=6, accepted=3), record("r/1", drafted=2, accepted=2)])
     assert (fields["speculation"], fields["drafted_tokens"], fields["accepted_tokens"]) == ("on", 8, 5)
     assert fields["acceptance_rate"] == 0.625
-    plain = log_fields("r", [record()])
+    plain = log_fields({"request": "r"}, [record()])
     assert plain["speculation"] == "off" and "drafted_tokens" not in plain
