@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SHARDED = "a fused kernel runs whole layers, inside which it cannot sum over ranks"
 MANY_MACHINES = "the fused CPU kernels sum over the ranks of one machine"
-NO_LINK = "a rank cannot build the fused CPU kernels, or cannot share memory with rank 0"
 
 
 class Refused(Exception):
@@ -152,11 +151,12 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None, group: G
     """Decode and prompts on the fused CPU kernels; Refused where they do not fit or cannot be built."""
     from gpt_fast.ops.cpu import BuildError, CpuDecoder, unsupported
 
-    if reason := unsupported(loaded.model):
+    reason, sharded = unsupported(loaded.model), is_sharded(loaded.model)
+    if reason and not sharded:
         raise Refused(reason)
     weights = "bfloat16" if loaded.quantization is None else loaded.quantization["mode"].removesuffix("-gptq")
     pool = beside.decode.pool if beside is not None and isinstance(beside.decode, CpuDecoder) else None
-    link = link_of(group, threads) if is_sharded(loaded.model) else None
+    link = link_of(group, threads, reason) if sharded else None
     try:
         fused = CpuDecoder(loaded.model, weights=weights, threads=threads, pool=pool, link=link)
     except BuildError as error:
@@ -173,15 +173,16 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None, group: G
     )
 
 
-def link_of(group: Group | None, threads: int) -> Link:
-    """Between the ranks of a model, or Refused, on every rank."""
-    from gpt_fast.ops.cpu.link import join
+def link_of(group: Group | None, threads: int, refusal: str | None) -> Link:
+    """Between the ranks of a model; Refused on all of them where one refuses."""
+    from gpt_fast.ops.cpu.link import LinkRefused, join
 
     if group is None or group.local.size != group.ranks.size:
         raise Refused(MANY_MACHINES)
-    if (link := join(group.ranks, threads)) is None:
-        raise Refused(NO_LINK)
-    return link
+    try:
+        return join(group.ranks, threads, refusal=refusal)
+    except LinkRefused as error:
+        raise Refused(str(error)) from None
 
 
 def gpu_path(config: EngineConfig, model: Transformer, threads: int) -> ModelPath:

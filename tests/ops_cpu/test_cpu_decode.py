@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from ctypes import byref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,9 @@ def test_unsupported_names_the_reason() -> None:
     assert unsupported(small_model()) is None
     assert "n_expert=4" in str(unsupported(small_model(n_expert=4, n_expert_per_token=2)))
     assert "head_dim=24" in str(unsupported(small_model(head_dim=24)))
+    model = quantized_model(small_model(), mode="int4", groupsize=32)
+    model.layers[1].feed_forward.w2.scheme = SimpleNamespace(bits=4, groupsize=16)  # as a rank's share may have it
+    assert unsupported(model) == "groups of 16 inputs: the CPU decoder needs multiples of 32"
     with pytest.raises(ValueError, match="weights: unknown format"):
         CpuDecoder(small_model(), weights="int3", threads=1)
 

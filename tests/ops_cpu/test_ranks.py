@@ -269,6 +269,7 @@ def test_processes_compute_what_one_decoder_computes(tmp_path: Path) -> None:
     done = run_ranks(3, str(SUPPORT / "fused_ranks.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    assert [found["refused"] for found in of_ranks] == ["rank 1: no room"] * 3
     for kind in KINDS:
         model = fused_ranks.model_of(kind)
         expected, tokens = fused_ranks.logits_and_tokens(CpuDecoder(model, weights=kind, threads=1))

@@ -17,9 +17,13 @@ def main() -> None:
 
     directory, group = Path(sys.argv[1]), join()
     with group.one_voice():
+        found: dict[str, Any] = {}
+        try:
+            link.join(group.ranks, threads=1, refusal="no room" if group.ranks.rank == 1 else None)
+        except link.LinkRefused as error:
+            found["refused"] = str(error)
         joined = link.join(group.ranks, threads=1)
-        assert joined is not None
-        found = {kind: logits_and_tokens(share_of(kind, group.ranks, joined)) for kind in KINDS}
+        found |= {kind: logits_and_tokens(share_of(kind, group.ranks, joined)) for kind in KINDS}
         torch.save(found, directory / f"{group.ranks.rank}.pt")
 
 

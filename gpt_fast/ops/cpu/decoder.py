@@ -58,6 +58,11 @@ def unsupported(model: Transformer) -> str | None:
         return f"head_dim={config.head_dim}: the CPU decoder needs a multiple of {pack.TILE}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "the model is not on the CPU"
+    groups = {
+        scheme.groupsize for scheme in (getattr(m, "scheme", None) for m in model.modules()) if scheme is not None
+    }
+    if odd := [group for group in groups if group % pack.GROUP]:
+        return f"groups of {odd[0]} inputs: the CPU decoder needs multiples of {pack.GROUP}"
     return None
 
 

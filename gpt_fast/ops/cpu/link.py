@@ -6,7 +6,6 @@ The memory has no name: it is gone with the last process that holds it, however 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,12 @@ PART_BYTES = 1 << 31  # room for a rank's part of one sum; only what is used tak
 MAX_RANKS = 63  # src/link.h's kMaxRanks
 SECONDS = 20.0  # that ranks wait for one of them within a step, after its first
 SPIN_MICROSECONDS = 50  # a waiting thread spins, where every thread of all ranks has a core
+CANNOT = (BuildError, OSError, AttributeError)  # the last: a system without such memory
 GIVEN_UP, STEPS_DIFFER = -1, -2  # src/link.h's End
+
+
+class LinkRefused(Exception):
+    """A rank can take no part in a link."""
 
 
 class RanksLost(RuntimeError):
@@ -70,35 +74,40 @@ class Link:
 
 def memory(size: int, part_bytes: int = PART_BYTES) -> int:
     """A file, held by memory alone, that `size` ranks can share. Raises OSError, build.BuildError."""
+    if size > MAX_RANKS:
+        raise OSError(f"{size} ranks: at most {MAX_RANKS} of a machine share memory")
     file = os.memfd_create("gpt_fast ranks", os.MFD_CLOEXEC)
     os.ftruncate(file, load_library().gf_link_bytes(size, part_bytes))
     return file
 
 
-def join(ranks: Ranks, threads: int) -> Link | None:
+def join(ranks: Ranks, threads: int, *, refusal: str | None = None) -> Link:
     """The link of torch.distributed's default group, whose ranks must all be on this machine and must all call this.
 
-    None, on every rank, where one of them has no library, or cannot see the memory of rank 0, which builds the library
-    for all.
+    refusal: why this rank can take none. Rank 0 builds the library for all.
+
+    Raises:
+        LinkRefused: on every rank, with what one of them said: its refusal, or why it has no library or no memory.
     """
-    link, file = None, -1
-    with suppress(BuildError, OSError, AttributeError):  # not every system has such files
-        file = memory(ranks.size) if ranks.rank == 0 and ranks.size <= MAX_RANKS else -1
+    file, link = -1, None
+    try:
+        if ranks.rank == 0 and refusal is None:
+            file = memory(ranks.size)
+    except CANNOT as error:
+        refusal = str(error)
     place = torch.tensor([os.getpid(), file])
     dist.broadcast(place, src=0)
-    pid, first_file = place.tolist()
-    with suppress(BuildError, OSError):
-        if first_file >= 0 and ranks.rank:
-            file = os.open(f"/proc/{pid}/fd/{first_file}", os.O_RDWR | os.O_CLOEXEC)
-        link = Link(file, ranks, threads=threads) if file >= 0 else None
-    all_have_it = agreed(link is not None)
+    pid, file_there = place.tolist()
+    try:
+        if file_there >= 0 and refusal is None:
+            file = file if ranks.rank == 0 else os.open(f"/proc/{pid}/fd/{file_there}", os.O_RDWR | os.O_CLOEXEC)
+            link = Link(file, ranks, threads=threads)
+    except CANNOT as error:
+        refusal = str(error)
+    said: list[str | None] = [None] * ranks.size
+    dist.all_gather_object(said, refusal)  # after which nobody needs the file any more
     if file >= 0:
         os.close(file)
-    return link if all_have_it else None
-
-
-def agreed(yes: bool) -> bool:
-    """Whether all ranks say yes."""
-    answer = torch.tensor([int(yes)])
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-    return bool(answer.item())
+    if link is None or any(said):
+        raise LinkRefused(next(f"rank {rank}: {why}" for rank, why in enumerate(said) if why))
+    return link
