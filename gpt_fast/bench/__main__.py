@@ -3,6 +3,7 @@
     python -m gpt_fast.bench --engine --checkpoint_path DIR
     python -m gpt_fast.bench --engine --http http://127.0.0.1:8080/predictions/gpt-fast --checkpoint_path DIR
     python -m gpt_fast.bench --gpu --help
+    python -m gpt_fast.bench --stub-collectives --help
     python -m gpt_fast.bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
         --prompt_len 32 512 --batch_size 1 4 --peer ik_llama.cpp=FOLDER --out benchmarks/NAME.json
     python -m gpt_fast.bench --engine --checkpoint_path DIR --batch_size 1 16 --peer build=OTHER_CHECKOUT
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gpt_fast.bench.gpu.command import main as gpu_main
 
         return gpu_main([argument for argument in given if argument != "--gpu"])
+    if "--stub-collectives" in given:
+        from gpt_fast.bench.scaling import main as scaling_main
+
+        return scaling_main([argument for argument in given if argument != "--stub-collectives"])
     args = parse_args(argv)
     with one_line_errors(also=(RuntimeError,)):  # as which a target's error comes out of its process
         if not (args.engine or args.http or args.peer):

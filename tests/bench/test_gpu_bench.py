@@ -81,6 +81,16 @@ def test_bytes_are_the_formats(capsys):
     assert read["bf16"] > 3.5 * read["int8"] and read["int8"] > 1.4 * read["int4"]  # bf16 is float32 in a dry run
 
 
+def test_one_ranks_share_has_rows_of_its_own(capsys):
+    result, lines = dry_run(capsys, "--only", "decode", "cold", "--formats", "bf16", "--tp", "1", "2", "4")
+    found = [row for row in result["rows"] if row["kind"] == "decode"]
+    assert [row.get("tp") for row in found] == [None] * 4 + [2] * 4 + [4] * 4
+    whole, half, quarter = (found[i]["gb_per_step"] for i in (0, 4, 8))
+    assert whole / 2 <= half < 0.55 * whole and quarter < 0.6 * half
+    assert [row["kind"] for row in result["rows"] if "tp" not in row].count("cold") == 1 == len(result["rows"]) - 12
+    assert any("bf16, 1 of 2 ranks" in line for line in lines)
+
+
 def test_int8_caches_have_rows_of_their_own(capsys):
     result, lines = dry_run(
         capsys, "--only", "decode", "verify", "prefill", "--formats", "int8", "fp8", "--kv_cache", "auto", "int8"

@@ -17,7 +17,7 @@ import torch
 from gpt_fast.bench.gpu import peers, roofline, rows
 from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
-from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model
+from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model, rank_config
 from gpt_fast.cli.errors import at_least, one_line_errors
 from gpt_fast.config import ModelConfig
 from gpt_fast.files import write_json
@@ -47,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of rows; all unless given")
     add("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     add("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
+    add("--tp", nargs="+", type=at_least(1), default=[1], metavar="N", help="rank 0's share of N; sums are left out")
     add("--kv_cache", nargs="+", choices=("auto", "int8"), default=["auto"], help="auto: as the activations")
     add("--batch_size", nargs="+", type=at_least(1), default=[1, 4, 16], metavar="N")
     add("--context", nargs="+", type=at_least(1), default=[128, 1024, 8192, 32768], metavar="N", help="cached already")
@@ -104,17 +105,20 @@ class Bench:
                 self.add(key, partial(rows.sampler, self.device, vocabulary, count, self.effort))
         for name in args.models:
             for form in args.formats:
-                self.model_rows(name, form, (SHAPES | TINY)[name])
+                for ranks in args.tp:
+                    self.model_rows(name, form, ranks)
         return self.result
 
-    def model_rows(self, name: str, form: str, config: ModelConfig) -> None:
-        key = {"model": name, "format": form}
-        if "cold" in self.args.only:
+    def model_rows(self, name: str, form: str, ranks: int) -> None:
+        key: roofline.Row = {"model": name, "format": form}
+        config = (SHAPES | TINY)[name]
+        share = {"tp": ranks} if ranks > 1 else {}  # of which there is neither a peer nor a start
+        if "cold" in self.args.only and not share:
             self.add({"kind": "cold", **key}, partial(cold_start, name, form, self.device.type))
         if {"decode", "allocated", "verify", "prefill"} & {*self.args.only}:
-            self.subject_rows(key, config)
+            self.subject_rows(key | share, rank_config(config, form, 0, ranks))
         self.free()
-        if "peers" in self.args.only:
+        if "peers" in self.args.only and not share:
             self.peer_rows(key, config)
 
     def subject_rows(self, key: roofline.Row, config: ModelConfig) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from gpt_fast.config import ModelConfig
+from gpt_fast.model.shares import share_out
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.linear import Quantized
 from gpt_fast.quantize.structure import apply_schemes, plan
@@ -34,8 +37,15 @@ SHAPES = {
     "llama-3.1-8b": shape(128256, 32, 32, 8, 4096, 14336, tied=False),
     "llama-3.2-1b": shape(128256, 16, 32, 8, 2048, 8192, tied=True),
     "smollm2-135m": shape(49152, 30, 9, 3, 576, 1536, tied=True),
+    "llama-2-70b": shape(32000, 80, 64, 8, 8192, 28672, tied=False),
 }
 TINY = {"tiny": shape(512, 2, 4, 2, 256, 512, tied=False)}  # of a dry run
+
+
+def rank_config(config: ModelConfig, form: str, rank: int, size: int) -> ModelConfig:
+    """The share of one of `size` ranks as a model of its own, which runs without the others: every sum is left out."""
+    share = share_out(config, rank, size, group=GROUP if form == "int4" else 0)
+    return dataclasses.replace(share.config(config), vocab_size=len(share.vocabulary[rank]))
 
 
 @torch.no_grad()

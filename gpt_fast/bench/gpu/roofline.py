@@ -10,7 +10,7 @@ from gpt_fast.measure.picture import picture
 
 Row = dict[str, Any]
 
-KEYS = ("kind", "model", "format", "kv_cache", "rows", "context", "width", "prompt")
+KEYS = ("kind", "model", "format", "tp", "kv_cache", "rows", "context", "width", "prompt")
 COLUMNS = {  # name: (key, format)
     "us/step": ("us_per_step", "{:.1f}"),
     "tok/s": ("tokens_per_s", "{:.1f}"),
@@ -27,7 +27,7 @@ def finish(rows: list[Row], ceiling: float | None) -> None:
     for row in rows:
         if ceiling and "gb_s" in row:
             row["percent_of_ceiling"] = 100 * row["gb_s"] / ceiling
-        ours = row["kind"] == "decode" and "tokens_per_s" in row and "kv_cache" not in row  # peers' caches are not int8
+        ours = row["kind"] == "decode" and "tokens_per_s" in row and not {"kv_cache", "tp"} & {*row}  # as no peer's is
         if ours and (best := best_peer(rows, row)):
             row["over_peer"] = row["tokens_per_s"] / best
 
@@ -74,6 +74,7 @@ def table(result: dict[str, Any]) -> str:
 def decode_cells(row: Row) -> tuple[str, ...]:
     figures = ("-" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values())
     form = row["format"] + (f", {row['kv_cache']} KV" if "kv_cache" in row else "")
+    form += f", 1 of {row['tp']} ranks" if "tp" in row else ""
     return (row["model"], form, str(row["rows"]), str(row["context"]), *figures)
 
 
