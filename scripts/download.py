@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.hf import DOWNLOADED
-from gpt_fast.convert.run import SIDE_FILES
+from gpt_fast.convert.side_files import is_side_file
 from gpt_fast.files import write_json
 
 WEIGHTS = (
@@ -25,12 +25,12 @@ WEIGHTS = (
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
-    """The top-level files to fetch: config, tokenizer, and the first kind of weights there is."""
+    """The files to fetch: config, tokenizer, and the first kind of weights there is."""
     names = list(names)
     for pattern in WEIGHTS:
         weights = [name for name in names if re.fullmatch(pattern, name)]
         if any(name.endswith((".safetensors", ".bin", ".pth")) for name in weights):
-            return sorted({*weights, *(name for name in names if name in ("config.json", *SIDE_FILES))})
+            return sorted({*weights, *(name for name in names if name == "config.json" or is_side_file(name))})
     raise ValueError(f"no weights at the top of the repository (got {', '.join(sorted(names)) or 'no files'})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_fast.checkpoint.manifest import is_plain_name
+from gpt_fast.checkpoint.manifest import is_plain_name, read_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
 from gpt_fast.files import read_json_object
 
 FORMAT = {"format": "gpt-fast", "format_version": "1"}
 WEIGHTS = "model.safetensors"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,17 +25,33 @@ def find_weights(path: Path) -> Path:
     """The safetensors name that `path` means."""
     if path.is_dir():
         path = path / WEIGHTS
-    if path.suffix in (".pth", ".pt", ".bin"):
-        raise CheckpointError(
-            path,
-            f"is a pickled checkpoint, and {WEIGHTS} is meant: convert it with "
-            f"`python scripts/convert_hf_checkpoint.py --source {path} --checkpoint_dir DIR`",
-        )
-    if path.suffix == ".gguf":
-        raise CheckpointError(path, "convert it with `python scripts/convert_gguf.py --gguf FILE --out_dir DIR`")
-    if not path.is_file() and not index_of(path).is_file():
-        raise CheckpointError(path, "no such file (a converted checkpoint directory, or a .safetensors file in one)")
-    return path
+    if path.suffix == ".safetensors" and (path.is_file() or index_of(path).is_file()):
+        return path
+    pickled = path.suffix in (".pth", ".pt", ".bin")
+    problem = "is a pickled checkpoint" if pickled else "is no weights file of a converted checkpoint"
+    beside = converted_files(path.parent)
+    if not path.is_file():
+        problem = "no such file"
+    if beside:
+        problem += f", give a file that {path.parent} has: {', '.join(beside)}"
+    elif path.suffix == ".gguf":
+        problem = "convert it with `python scripts/convert_gguf.py --gguf FILE --out_dir DIR`"
+    elif pickled and path.is_file():
+        convert = f"`python scripts/convert_hf_checkpoint.py --source {path} --checkpoint_dir DIR`"
+        problem += f", and {WEIGHTS} is meant: convert it with {convert}"
+    else:
+        problem += " (a converted checkpoint directory, or a .safetensors file in one)"
+    raise CheckpointError(path, problem)
+
+
+def converted_files(directory: Path) -> list[str]:
+    """The weights files of a converted checkpoint, shards by the name that they go by; none where it is not one."""
+    try:
+        listed = read_manifest(directory)
+    except CheckpointError:
+        return []
+    names = {name.removesuffix(".index.json") for name in listed if not SHARD.search(name)}
+    return sorted(name for name in names if name.endswith(".safetensors"))
 
 
 def index_of(weights: Path) -> Path:

@@ -41,7 +41,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 
 def read_record(path: Path, name: str, record: object) -> FileRecord:
-    if not is_plain_name(name) or not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
+    if not is_inner_name(name) or not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
         raise CheckpointError(path, f"bad entry for {name!r}")
     size, digest = record["size"], record["sha256"]
     if not isinstance(size, int) or not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
@@ -52,6 +52,11 @@ def read_record(path: Path, name: str, record: object) -> FileRecord:
 def is_plain_name(name: object) -> bool:
     """A file of the same directory: no separators, no way up."""
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+
+
+def is_inner_name(name: object) -> bool:
+    """A file of the same directory or of a folder in it."""
+    return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
 
 
 def verify_manifest(directory: Path, names: list[str] | None = None, *, content: bool = True) -> None:
@@ -114,8 +119,16 @@ def install(stage: Path, directory: Path, files: Mapping[str, FileRecord], sourc
     old = [] if not (directory / MANIFEST).is_file() else [*read_manifest(directory)]
     (directory / MANIFEST).unlink(missing_ok=True)
     for name in files:
+        (directory / name).parent.mkdir(exist_ok=True)
         os.replace(stage / name, directory / name)
     for name in old:
         if name not in files:
-            (directory / name).unlink(missing_ok=True)
+            remove(directory / name, directory)
     write_manifest(directory, files, source)
+
+
+def remove(path: Path, directory: Path) -> None:
+    """A file of an earlier conversion, and its folder inside `directory` with the last one in it."""
+    path.unlink(missing_ok=True)
+    if path.parent != directory and path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()

@@ -122,9 +122,14 @@ def is_sizes(value: object) -> bool:
 def read_header(path: Path, head: bytes, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Any], int]:
     """The JSON header and where the data starts."""
     length = int.from_bytes(head, "little")
-    if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-        kind = "is a pickled PyTorch file," if head[:2] in (b"PK", b"\x80\x02") else "is truncated or"
-        raise CheckpointError(path, f"{kind} not a safetensors file (header of {length} bytes in {size})")
+    if len(head) == 8 and 2 <= length <= min(MAX_HEADER, size - 8):
+        pass
+    elif head[:2] in (b"PK", b"\x80\x02"):
+        raise CheckpointError(path, "is a pickled PyTorch file, not a safetensors file")
+    elif len(head) == 8 and size - 8 < length <= MAX_HEADER:
+        raise CheckpointError(path, f"is truncated: a header of {length} bytes in a file of {size}")
+    else:
+        raise CheckpointError(path, "is no safetensors file: it does not begin with the length of a header")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -260,6 +265,8 @@ def put_tensor(put: Callable[[memoryview], None], tensor: Tensor) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

@@ -9,9 +9,10 @@ from typing import Any
 from gpt_fast.checkpoint.hf_config import model_config_from_hf
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.meta import MetaSource, config_from_params, find_consolidated
-from gpt_fast.convert.names import HF_IGNORED, META_IGNORED, hf_candidates, meta_candidates
-from gpt_fast.convert.run import Job, read_side_files
-from gpt_fast.convert.source import Source, TorchSource, load_torch_file, open_hf
+from gpt_fast.convert.names import HF_IGNORED, META_IGNORED, hf_candidates, meta_candidates, plain_names
+from gpt_fast.convert.run import Job
+from gpt_fast.convert.side_files import read_side_files
+from gpt_fast.convert.source import RenamedSource, Source, load_torch_file, open_file, open_hf
 from gpt_fast.files import read_json_object
 
 DOWNLOADED = "download.json"  # what scripts/download.py notes: repository and commit
@@ -30,7 +31,7 @@ def open_job(source: Path) -> Job:
     tensors = open_tensors(source)
     config = read_config(directory, tensors)
     model_config = model_config_from_hf(config)
-    hf_names = "model.embed_tokens.weight" in tensors.infos
+    hf_names = any(name.startswith("model.") for name in tensors.infos)
     return Job(
         source=tensors,
         config=config,
@@ -43,14 +44,20 @@ def open_job(source: Path) -> Job:
 
 def open_tensors(source: Path) -> Source:
     if source.is_file():
-        return TorchSource(source, None)
+        return renamed(open_file(source))
     consolidated = find_consolidated(source)
     has_hf = any(source.glob("model*.safetensors*")) or any(source.glob("pytorch_model*"))
     if consolidated and not has_hf:
         return MetaSource(consolidated)
     if not source.is_dir():
         raise CheckpointError(source, "no such file or directory")
-    return open_hf(source)
+    return renamed(open_hf(source))
+
+
+def renamed(source: Source) -> Source:
+    """The source by plain names, where its own are others."""
+    names = plain_names(source.infos)
+    return source if all(name == plain for name, plain in names.items()) else RenamedSource(source, names)
 
 
 def read_config(directory: Path, source: Source) -> dict[str, Any]:
@@ -66,4 +73,5 @@ def read_origin(directory: Path) -> Mapping[str, Any]:
 
 def is_gpt_fast_int8(source: Path) -> bool:
     """Whether a .pth holds gpt-fast's int8 linears: each weight with its `scales`."""
-    return source.is_file() and any(name.endswith(".scales") for name in load_torch_file(source))
+    pickled = source.is_file() and source.suffix in (".pth", ".pt")
+    return pickled and any(name.endswith(".scales") for name in load_torch_file(source))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ Candidates = Mapping[str, tuple[Recipe, ...]]  # target -> ways to make it; the 
 HF_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 META_IGNORED = re.compile(r"rope\.freqs")
 GGUF_IGNORED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight")
+# What DistributedDataParallel, FSDP and torch.compile put into the names of what they wrap.
+WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 def half_to_interleaved(tensor: Tensor, heads: int, rotary_dim: int) -> Tensor:
@@ -104,6 +106,24 @@ META = Names(
     *("attention.q_norm", "attention.k_norm"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", ""),
 )
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name as the schemes here have it: without wrappers, without what stands before all of them, and with the
+    `model.` that a model saved without its head lacks."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    ends = [short for short in plain.values() if re.fullmatch(r"(.*\.)?(embed_tokens|tok_embeddings)\.weight", short)]
+    if len(ends) != 1:
+        return plain
+    outer = re.sub(r"((?<![^.])model\.)?(embed_tokens|tok_embeddings)\.weight$", "", ends[0])
+    if not all(short.startswith(outer) for short in plain.values()):
+        return plain
+    headless = ends[0] == outer + "embed_tokens.weight"
+    return {name: with_model(short.removeprefix(outer), headless) for name, short in plain.items()}
+
+
+def with_model(name: str, headless: bool) -> str:
+    return f"model.{name}" if headless and not name.startswith("lm_head.") else name
 
 
 def hf_candidates(config: ModelConfig) -> Candidates:

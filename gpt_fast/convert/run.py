@@ -19,22 +19,11 @@ from gpt_fast.checkpoint.manifest import install, staging
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
 from gpt_fast.config import ModelConfig
 from gpt_fast.convert.names import Candidates, Piece, Recipe, half_to_interleaved
+from gpt_fast.convert.side_files import check_tokenizer
 from gpt_fast.convert.source import Source, check_float
-from gpt_fast.files import read_json_object
 from gpt_fast.model.empty import empty_model
-from gpt_fast.text.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 SHARD_BYTES = 5_000_000_000
 
 
@@ -96,26 +85,16 @@ def write_checkpoint(
 ) -> None:
     """Stage config, side files and weights, then install them: all of it or nothing."""
     total = sum(spec.nbytes for spec in specs)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress)
-    with staging(out_dir) as stage, bar:
-        records = {"config.json": write_bytes(stage / "config.json", json_bytes(job.config))}
-        for name, data in job.side_files.items():
-            records[name] = write_bytes(stage / name, data)
-        check_tokenizer(stage, job)
-        records |= write_weights(
-            stage, stem, specs, produce, metadata=metadata, shard_bytes=shard_bytes, written=bar.update
-        )
+    with staging(out_dir) as stage:
+        files = {"config.json": json_bytes(job.config), **job.side_files}
+        records = {name: write_bytes(stage / name, data) for name, data in files.items()}
+        vocab_size, origin = job.model_config.vocab_size, job.source.path.parent
+        check_tokenizer(stage, job.side_files, vocab_size=vocab_size, origin=origin)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
+            records |= write_weights(
+                stage, stem, specs, produce, metadata=metadata, shard_bytes=shard_bytes, written=bar.update
+            )
         install(stage, out_dir, records, job.origin)
-
-
-def check_tokenizer(stage: Path, job: Job) -> None:
-    """Refuse a tokenizer that cannot be read or has ids past the embedding. A checkpoint may come without one."""
-    names = [name for name in ("tokenizer.json", "tokenizer.model") if name in job.side_files]
-    if not names:
-        return
-    tokens, rows = load_tokenizer(stage).vocab_size, job.model_config.vocab_size
-    if tokens > rows:
-        raise CheckpointError(job.source.path.parent / names[0], f"has {tokens} tokens, vocab_size is {rows}")
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
@@ -158,7 +137,9 @@ def misfit(source: Source, target: str, recipe: Recipe) -> CheckpointError:
             problem = f"has the wrong shape (got {list(info.shape)}, config.json says {list(piece.shape)})"
             return CheckpointError(info.file, problem, tensor=piece.name)
     missing = next(piece.name for piece in recipe if piece.name not in source.infos)
-    return CheckpointError(source.path, f"is missing ({target} needs it)", tensor=missing)
+    there = sorted(source.infos)
+    listed = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "") if there else "no tensors"
+    return CheckpointError(source.path, f"is missing ({target} needs it, the file has {listed})", tensor=missing)
 
 
 def plan_specs(job: Job, config: ModelConfig, recipes: Mapping[str, Recipe], dtype: str) -> list[TensorSpec]:
@@ -207,12 +188,3 @@ def read_piece(source: Source, piece: Piece, config: ModelConfig) -> Tensor:
     tensor = source.read(piece.name, piece.rows)
     check_finite(source.infos[piece.name].file, piece.name, tensor)
     return half_to_interleaved(tensor, piece.rope_heads, config.rotary_dim) if piece.rope_heads else tensor
-
-
-def read_side_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer and generation files that a checkpoint may carry: these names and no others, JSON checked."""
-    present = [directory / name for name in SIDE_FILES if (directory / name).is_file()]
-    for path in present:
-        if path.suffix == ".json":
-            read_json_object(path)
-    return {path.name: path.read_bytes() for path in present}

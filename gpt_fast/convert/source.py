@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,27 +116,91 @@ def check_index(path: Path, shards: Mapping[str, Path], entries: Mapping[tuple[P
             raise CheckpointError(file, f"is not listed in {path.name}", tensor=name)
 
 
+class RenamedSource(Source):
+    """Another source's tensors by the names that `names` gives for theirs."""
+
+    def __init__(self, inner: Source, names: Mapping[str, str]) -> None:
+        self.inner, self.path = inner, inner.path
+        self.theirs: dict[str, str] = {}
+        for theirs in inner.infos:
+            other = self.theirs.setdefault(names[theirs], theirs)
+            if other != theirs:
+                raise CheckpointError(inner.infos[theirs].file, f"is the same tensor as {other}", tensor=theirs)
+        self.infos = {name: inner.infos[theirs] for name, theirs in self.theirs.items()}
+
+    def read(self, name: str, rows: ROWS | None = None) -> Tensor:
+        return self.inner.read(self.theirs[name], rows)
+
+
+def open_file(path: Path) -> Source:
+    """One weights file, or the index of several."""
+    if path.name.endswith(".index.json"):
+        return open_index(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsSource(path, {name: path for name in SafetensorsFile(path).entries})
+    if path.suffix in (".bin", ".pth", ".pt"):
+        return TorchSource(path, None)
+    raise CheckpointError(path, "is no weights file (allowed .safetensors, .bin, .pth, .pt, .index.json of them)")
+
+
 def open_hf(directory: Path) -> Source:
-    """A Hugging Face snapshot: safetensors where there are any, else .bin; sharded or single."""
-    for name, kind in (("model.safetensors", SafetensorsSource), ("pytorch_model.bin", TorchSource)):
-        index, single = directory / f"{name}.index.json", directory / name
-        if index.is_file():
-            shards = {tensor: directory / file for tensor, file in read_weight_map(index).items()}
-            check_suffix(index, shards, single.suffix)
-            return kind(index, shards)
-        if single.is_file():
-            return kind(single, {name: single for name in single_names(single)})
-    raise CheckpointError(directory, "has no model.safetensors, pytorch_model.bin, or index of one")
+    """A Hugging Face snapshot: safetensors where there are any, else .bin; single, or sharded with or without index."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        single, index = directory / (stem + suffix), directory / f"{stem}{suffix}.index.json"
+        for file in (index, single):
+            if file.is_file():
+                return open_file(file)
+        shards = find_shards(directory, stem, suffix)
+        if shards:
+            kind = SafetensorsSource if suffix == ".safetensors" else TorchSource
+            return kind(index, shard_names(shards))
+    looked = "has no model.safetensors, pytorch_model.bin, index or shards of one"
+    raise CheckpointError(directory, f"{looked} (got {listing(directory)})")
+
+
+def open_index(index: Path) -> Source:
+    shards = {tensor: index.parent / file for tensor, file in read_weight_map(index).items()}
+    suffix = ".safetensors" if ".safetensors." in index.name else ".bin"
+    check_suffix(index, shards, suffix)
+    return (SafetensorsSource if suffix == ".safetensors" else TorchSource)(index, shards)
+
+
+def find_shards(directory: Path, stem: str, suffix: str) -> list[Path]:
+    """stem-0000N-of-0000M files in order; none where there are none. CheckpointError when one of the M is absent."""
+    files = {path.name: path for path in directory.glob(f"{stem}-*-of-*{suffix}")}
+    counts = {name.removesuffix(suffix).rpartition("-of-")[2] for name in files}
+    if not files:
+        return []
+    if len(counts) > 1 or not (count := min(counts)).isdigit():
+        raise CheckpointError(directory, f"has shards of several sets and no index (got {', '.join(sorted(files))})")
+    names = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    for name in names:
+        if name not in files:
+            raise CheckpointError(directory / name, f"no such file, but {min(files)} is there")
+    return [files[name] for name in names]
+
+
+def shard_names(files: Sequence[Path]) -> dict[str, Path]:
+    """Which of the files holds each tensor."""
+    where: dict[str, Path] = {}
+    for file in files:
+        for name in SafetensorsFile(file).entries if file.suffix == ".safetensors" else load_torch_file(file):
+            if name in where:
+                raise CheckpointError(file, f"is in {where[name].name} too", tensor=name)
+            where[name] = file
+    return where
+
+
+def listing(directory: Path) -> str:
+    """The first few files' names, for messages."""
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "an empty directory"
 
 
 def check_suffix(index: Path, shards: Mapping[str, Path], suffix: str) -> None:
     for tensor, file in shards.items():
         if file.suffix != suffix or not file.is_file():
             raise CheckpointError(index, f"names {file.name}, which is no {suffix} file here", tensor=tensor)
-
-
-def single_names(path: Path) -> list[str]:
-    return list(SafetensorsFile(path).entries if path.suffix == ".safetensors" else load_torch_file(path))
 
 
 def check_float(name: str, info: TensorInfo) -> None:

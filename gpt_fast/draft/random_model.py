@@ -13,7 +13,7 @@ from gpt_fast.checkpoint.directory import FORMAT
 from gpt_fast.checkpoint.hf_config import load_model_config
 from gpt_fast.checkpoint.manifest import install, staging
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, TensorSpec, write_bytes, write_weights
-from gpt_fast.convert.run import read_side_files
+from gpt_fast.convert.side_files import read_side_files
 from gpt_fast.files import read_json_object
 from gpt_fast.model.empty import empty_model
 

@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     with one_line_errors():
         check_used(arguments, args)
-        with tqdm(unit="B", unit_scale=True, desc=args.gguf.name if args.gguf else args.mode) as bar:
-            path = run(args, bar_progress(bar))
+        with Bar(args.gguf.name if args.gguf else args.mode) as bar:
+            path = run(args, bar)
     print(path)
 
 
@@ -148,12 +148,24 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def bar_progress(bar: tqdm[Any]) -> Progress:
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+class Bar:
+    """A progress bar that is drawn when the first bytes are written: a refusal comes without one."""
 
-    return progress
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=self.title)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from gpt_fast.text.bpe_backend import bpe_backend, bpe_class, default_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
 from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
 
-__all__ = ["Detokenizer", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_json_from_gguf"]
+__all__ = [
+    "Detokenizer",
+    "Tokenizer",
+    "TokenizerError",
+    "load_tokenizer",
+    "tokenizer_file",
+    "tokenizer_json_from_gguf",
+]
 
 Span = tuple[int, int]
 
@@ -172,18 +179,27 @@ class SideFacts:
     legacy: bool = False  # transformers' word: with SentencePiece, a space begins the text after every added token
 
 
+def tokenizer_file(directory: Path) -> Path | None:
+    """The file that a directory's tokenizer is read from; None: it has none. vocab.json needs merges.txt beside it."""
+    for names in (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")):
+        if all((directory / name).is_file() for name in names):
+            return directory / names[0]
+    return None
+
+
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """The checkpoint's tokenizer: tokenizer.json, else tokenizer.model, told apart by its content, else vocab.json with
     merges.txt."""
     directory = Path(checkpoint_dir)
-    facts = read_side_facts(directory)
-    if (path := directory / "tokenizer.json").is_file():
-        return load_hugging_face(path, facts)
-    if not (path := directory / "tokenizer.model").is_file():
-        if all((directory / name).is_file() for name in ("vocab.json", "merges.txt")):
-            return load_bpe_files(directory, facts)
+    path = tokenizer_file(directory)
+    if path is None:
         looked = "tokenizer.json, tokenizer.model, vocab.json with merges.txt"
         raise TokenizerError(f"{directory}: no tokenizer (looked for {looked})")
+    facts = read_side_facts(directory)
+    if path.name == "tokenizer.json":
+        return load_hugging_face(path, facts)
+    if path.name == "vocab.json":
+        return load_bpe_files(directory, facts)
     content = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return load_llama3(path, content, facts)

@@ -25,6 +25,7 @@ from gpt_fast.convert.run import convert
 from gpt_fast.load.checkpoint import load_checkpoint
 from support.paths import ROOT
 from support.tiny_models import SIZES, logits, make, save, tokenizer_json
+from support.tokenizer_files import SIZE, sentencepiece_file
 
 TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -340,9 +341,36 @@ def test_draft_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "draft", special=("<a>", "<s>", "<other>"))
     with pytest.raises(CheckpointError, match=r"token 2 is '<other>', but in .* it is '</s>'"):
         draft_job(tmp_path / "draft", target)
+    write_tokenizer(tmp_path / "draft")
+    assert draft_job(tmp_path / "draft", target).model_config.n_kv_head == 1
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     (tmp_path / "draft" / "config.json").write_text(json.dumps({**config, "vocab_size": 161}))
     with pytest.raises(CheckpointError, match=r"vocab_size is 161, but .* has 160"):
+        draft_job(tmp_path / "draft", target)
+
+
+def test_drafts_are_held_to_added_tokens_and_to_other_kinds_of_tokenizer(tmp_path: Path) -> None:
+    """A SentencePiece model and added tokens on both sides; the same vocabulary as tokenizer.json is the same."""
+    from transformers import AutoTokenizer
+
+    names = ("<|im_start|>", "<|im_end|>", "<tool>")
+    for directory in (tmp_path / "target_hf", tmp_path / "draft"):
+        make("llama-gqa", vocab_size=SIZE + 3).save_pretrained(directory)
+        (directory / "tokenizer.model").write_bytes(sentencepiece_file())
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+        (directory / "added_tokens.json").write_text(json.dumps({name: SIZE + n for n, name in enumerate(names)}))
+    target = run_convert(tmp_path / "target_hf", tmp_path / "target")
+    assert draft_job(tmp_path / "draft", target).side_files["added_tokens.json"]
+    AutoTokenizer.from_pretrained(tmp_path / "draft").save_pretrained(tmp_path / "json")
+    shutil.copy(tmp_path / "json" / "tokenizer.json", tmp_path / "draft" / "tokenizer.json")
+    assert draft_job(tmp_path / "draft", target).side_files["added_tokens.json"]
+    (tmp_path / "draft" / "tokenizer.json").unlink()
+    swapped = {"<|im_end|>": SIZE, "<|im_start|>": SIZE + 1, "<tool>": SIZE + 2}
+    (tmp_path / "draft" / "added_tokens.json").write_text(json.dumps(swapped))
+    with pytest.raises(CheckpointError, match=r"token 420 is '<\|im_end\|>', but in .* it is '<\|im_start\|>'"):
+        draft_job(tmp_path / "draft", target)
+    (tmp_path / "draft" / "added_tokens.json").unlink()
+    with pytest.raises(CheckpointError, match=r"token 420 is none, but in .* it is '<\|im_start\|>'"):
         draft_job(tmp_path / "draft", target)
 
 

@@ -177,10 +177,24 @@ def test_wrong_vocabulary_in_the_config(one: Path) -> None:
 
 
 def test_pickles_are_refused_unread(one: Path) -> None:
-    (one / "model.pth").write_bytes(b"\x80\x02anything")
-    refuse(one / "model.pth", "model.pth", "model.safetensors is meant", "convert_hf_checkpoint.py")
-    (one / "model.pth").rename(one / WEIGHTS)
+    (one / "pickled").mkdir()
+    (one / "pickled" / "model.pth").write_bytes(b"\x80\x02anything")
+    refuse(one / "pickled" / "model.pth", "model.pth", "model.safetensors is meant", "convert_hf_checkpoint.py")
+    (one / "pickled" / "model.pth").rename(one / WEIGHTS)
     refuse(one, WEIGHTS, "pickled")
+
+
+def test_what_is_no_converted_file_is_told_which_are(one: Path) -> None:
+    """gpt-fast's habit is --checkpoint_path DIR/model.pth."""
+    shutil.copy(one / WEIGHTS, one / "model_int8.safetensors")
+    list_files(one)
+    refuse(one / "model.pth", "model.pth: no such file", f"{one} has: model.safetensors, model_int8.safetensors")
+    (one / "model.pth").write_bytes(b"\x80\x02anything")
+    refuse(one / "model.pth", "is a pickled checkpoint", "model.safetensors, model_int8.safetensors")
+    refuse(one / "config.json", "config.json: is no weights file", "model.safetensors, model_int8.safetensors")
+    shutil.copy(one / "config.json", one / "x.safetensors")
+    list_files(one)
+    refuse(one / "x.safetensors", "is no safetensors file: it does not begin with the length of a header")
 
 
 def test_missing_files(one: Path) -> None:

@@ -489,3 +489,11 @@ def test_calibration_is_recorded_and_changes_the_file(tmp_path):
         assert quantization_of(path)["calibration"]["text_sha256"] == str(seed)
         digests.append(digest(path))
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_wrong_path_is_one_line_and_no_bar(byte_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for path, reason in (("model.pth", "no such file, give a file that"), ("config.json", "is no weights file")):
+        with pytest.raises(SystemExit):
+            main(["--checkpoint_path", str(byte_checkpoint / path)])
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: {byte_checkpoint / path}: {reason}") and error.count("\n") == 1, error

@@ -90,13 +90,18 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, *, seed: int = 0) -> torch.nn.Module:
-    """A float32 model with weights large enough that argmax is decided and biases and norms matter."""
+def make(name: str, *, seed: int = 0, **more: Any) -> torch.nn.Module:
+    """A float32 model of a family; more: settings besides the family's own."""
     kind, settings = FAMILIES[name]
     model_class = getattr(transformers, kind)
-    config = model_class.config_class(**{**SIZES, **settings}, attn_implementation="eager")
+    config = model_class.config_class(**{**SIZES, **settings, **more}, attn_implementation="eager")
+    return decided(model_class(config), seed=seed)
+
+
+def decided(model: torch.nn.Module, *, seed: int = 0) -> torch.nn.Module:
+    """The model with weights large enough that argmax is decided and biases and norms matter."""
     torch.manual_seed(seed)
-    model = model_class(config).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     for tensor_name, tensor in model.named_parameters():
         if tensor.dim() > 1:
             tensor.normal_(std=0.08 if "embed" not in tensor_name else 0.8)

@@ -1,20 +1,18 @@
 """A SentencePiece model with tokens that JSON files add to it: transformers' ids, in prompts and in templates."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer import CORPUS
 
 from gpt_fast.text.added_tokens import read_added_tokens
 from gpt_fast.text.chat import ChatTemplate
 from gpt_fast.text.sentencepiece_backend import read_piece_table
 from gpt_fast.text.tokenizer import SentencePieceTokenizer, TokenizerError, load_tokenizer
 from support.hard_strings import hard_strings
+from support.tokenizer_files import SIZE, sentencepiece_file, token
 
-SIZE = 420
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
@@ -24,11 +22,6 @@ TEXTS = [
     "x</s>y <s> z", "<|im_start|>  <|im_end|>é<tool>\n", "<|im_end|><|im_end|>", "no<unk>pe 你好 \U0001f600",
 ]  # fmt: skip
 LEGACY = {"<|im_start|>": SIZE, "<|im_end|>": SIZE + 1, "<tool>": SIZE + 2}
-
-
-def token(content: str, **flags: bool) -> dict[str, Any]:
-    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
-    return {"content": content, **plain, **flags}
 
 
 DECODER = {
@@ -64,20 +57,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         }
     },
 }
-
-
-def sentencepiece_file(**options: Any) -> bytes:
-    import sentencepiece
-
-    model = io.BytesIO()
-    defaults = {
-        "vocab_size": SIZE, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-        "minloglevel": 2, "character_coverage": 0.99, "remove_extra_whitespaces": False,
-    }  # fmt: skip
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, **{**defaults, **options}
-    )
-    return model.getvalue()
 
 
 def write(directory: Path, content: bytes, **json_files: Any) -> Path:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer import CORPUS
 
-from gpt_fast.text.tokenizer import BYTE_OF, TokenizerError, load_tokenizer
+from gpt_fast.text.tokenizer import TokenizerError, load_tokenizer
 from support.hard_strings import hard_strings
+from support.tokenizer_files import BPE_SIZE as SIZE
+from support.tokenizer_files import save_bpe, token
 
-SIZE = 400
 TEXTS = [
     "<|im_start|>user\nIt's 10:30<|im_end|>\n",
     "a <tool> b<tool>c",
@@ -19,11 +19,6 @@ TEXTS = [
     "",
     " two  spaces ",
 ]
-
-
-def token(content: str, **flags: bool) -> dict[str, Any]:
-    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
-    return {"content": content, **plain, **flags}
 
 
 DECODER = {
@@ -56,15 +51,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, int] | None]] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import tokenizers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=sorted(BYTE_OF), show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
     directory = tmp_path_factory.mktemp("trained")
-    backend.model.save(str(directory))
-    assert backend.get_vocab_size() == SIZE
+    save_bpe(directory)
     return directory
 
 

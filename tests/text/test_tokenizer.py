@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError
-from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPLITS, tokenizer_json_from_gguf
+from gpt_fast.text.gguf_tokenizer import SPLITS, tokenizer_json_from_gguf
 from gpt_fast.text.tokenizer import (
     BYTE_OF,
     HuggingFaceTokenizer,
@@ -27,16 +27,12 @@ from gpt_fast.text.tokenizer import (
 )
 from support.examples import examples
 from support.hard_strings import MISTRAL_COMMON, SMOLLM2_GGUF, download, hard_strings, wheel_member
+from support.tokenizer_files import CORPUS, rank_file
 
 SPIECE = {
     "v1": "mistral_common/data/tokenizer.model.v1",
     "v3": "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
 }
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog.  It's 10:30, isn't it?\n\tdef f(x):\n\t\treturn x ** 2\n",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 你好，世界 こんにちは 😀👍🏽 مرحبا שלום\n",
-    "    for i in range(100):        # spaces\n        total += i * 3.14159\n\n\n",
-] * 20
 
 
 class Pair(NamedTuple):
@@ -122,14 +118,6 @@ def spiece_gguf(path: Path, name: str) -> Pair:
     directory_with(path, "tokenizer.json", content, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
     unlike = frozenset([model.unk_id(), model.piece_to_id("<0x20>")])
     return Pair(load_tokenizer(path), model.encode, model.decode, unlike)
-
-
-def rank_file() -> bytes:
-    """A small vocabulary in the form of Llama 3's tokenizer.model: the bytes, then merges in order of frequency."""
-    from tiktoken._educational import bpe_train
-
-    ranks = bpe_train("".join(CORPUS), vocab_size=400, pat_str=LLAMA3_SPLIT)
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
 def llama3(path: Path) -> Pair:
