@@ -1,12 +1,15 @@
-"""Hugging Face's config.json -> ModelConfig, by schema: every key is read, known to be inert, or refused by name.
+"""Hugging Face's config.json -> ModelConfig, by schema.
 
-The form is the one transformers writes (4.x `rope_theta` / `rope_scaling` and 5.x `rope_parameters`), and the rules
-for absent keys are the model classes' own (github.com/huggingface/transformers, Apache-2.0). Nothing is taken from a
-directory's or a model's name.
+A key that transformers reads for the architecture is read here, known to be inert, or refused by name where it is not
+neutral; a key that transformers ignores is passed over (`passed_over` says which). tests/checkpoint/test_config_keys.py
+holds the tables here to transformers' own classes. The form is the one transformers writes (4.x `rope_theta` /
+`rope_scaling` and 5.x `rope_parameters`), and the rules for absent keys are the model classes' own
+(github.com/huggingface/transformers, Apache-2.0). Nothing is taken from a directory's or a model's name.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,19 +30,25 @@ class Family(NamedTuple):
     qk_norm: bool = False
     experts: bool = False
     states: tuple[str, ...] = ()  # keys whose default differs from Llama's, so they must be written
-    original_length_key: bool = False  # original_max_position_embeddings stands outside the rope section
-    longrope_names: tuple[str, ...] = ("longrope",)
+    original_length: int | None = None  # of original_max_position_embeddings beside the rope section, where absent
+    rope_base: float = 10000.0
+    max_position: int | None = None  # where max_position_embeddings is absent; None: it must be there
+    rope_kinds: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
+    partial_rotation: bool = False  # partial_rotary_factor is an option
 
 
+LONGROPE = ("longrope", "su", "yarn")  # what Phi-3's files call it
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", bias_keys=True, mlp_bias_key=True),
+    "LlamaForCausalLM": Family("llama", bias_keys=True, mlp_bias_key=True, max_position=2048),
     "MistralForCausalLM": Family("mistral", window="all", states=("num_key_value_heads", "sliding_window")),
-    "MixtralForCausalLM": Family("mixtral", window="all", experts=True, states=("num_key_value_heads",)),
-    "Qwen2ForCausalLM": Family("qwen2", window="some", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", window="some", bias_keys=True, qk_norm=True, states=("head_dim",)),
-    "Phi3ForCausalLM": Family(
-        "phi3", window="all", original_length_key=True, longrope_names=("longrope", "su", "yarn")
+    "MixtralForCausalLM": Family(
+        "mixtral", window="all", experts=True, states=("num_key_value_heads",), rope_base=1000000.0
     ),
+    "Qwen2ForCausalLM": Family("qwen2", window="some", qkv_bias=True, states=("num_key_value_heads",)),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", window="some", bias_keys=True, qk_norm=True, states=("num_key_value_heads", "head_dim")
+    ),
+    "Phi3ForCausalLM": Family("phi3", window="all", original_length=4096, rope_kinds=LONGROPE, partial_rotation=True),
 }
 
 # Keys that change nothing in a forward pass without training: bookkeeping, initialisation, dropout, output options.
@@ -47,30 +56,38 @@ FAMILIES = {
 INERT = frozenset((
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
     "add_cross_attention", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "id2label",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "keys_to_ignore_at_inference",
-    "label2id", "max_window_layers", "name_or_path", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "resid_pdrop",
-    "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-    "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "experts_implementation", "finetuning_task",
+    "gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "keys_to_ignore_at_inference", "label2id", "max_window_layers", "name_or_path", "num_labels", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id",
+    "task_specific_params", "tie_last_hidden_states", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
 ))
 # fmt: on
 
-# Keys that would change the model, accepted only with the value this engine computes.
+# Keys that would change the model, accepted only with the value this engine computes. Those from `rope_interleaved` on
+# transformers does not know, but other programs would.
 FIXED: Mapping[str, object] = {
-    "hidden_act": "silu",
+    "attention_chunk_size": None,
+    "cross_attention_hidden_size": None,
+    "fusion_config": None,
+    "is_causal": True,
+    "kv_sharing_modes": None,
+    "per_layer_config": None,
+    "quantization_config": None,
+    "tie_encoder_decoder": False,
+    "transformers_weights": None,
     "rope_interleaved": False,
     "lm_head_bias": False,
     "full_attn_mod": 1,
     "interpolate_factor": 1,
-    "cross_attention_hidden_size": None,
-    "quantization_config": None,
-    "tie_encoder_decoder": False,
 }
+SILU = ("silu", "swish")
 
 MISSING = object()
 LIMIT = 1 << 24
+QWEN_FULL_LAYERS = 28  # where max_window_layers is absent
 
 
 def load_model_config(checkpoint_dir: Path) -> ModelConfig:
@@ -87,14 +104,30 @@ def model_config_from_hf(values: Mapping[str, Any], *, generation: Mapping[str, 
     """Translate a config.json's object; `generation` is generation_config.json's.
 
     Raises:
-        ConfigError: an unknown architecture, activation, rope type or key, a missing key, a wrong type.
+        ConfigError: an unknown architecture, activation or rope type, a missing key, a wrong type, a key that would
+            change the model.
     """
+    return read_config(values, generation or {})[0]
+
+
+def passed_over(values: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json's object, and of its rope section, that change nothing since transformers ignores
+    them."""
+    return read_config(values, {})[1]
+
+
+def read_config(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The configuration, and the keys that were passed over."""
     fields = Fields(values)
     family = read_family(fields)
     for key, value in FIXED.items():
         fields.fixed(key, value)
+    if family.experts:
+        fields.fixed("num_experts", None)  # transformers takes it for num_local_experts
+    fields.fixed("hidden_act", *SILU)
     sizes = read_sizes(fields, family)
-    rope = read_rope(fields, family, max_position=sizes["max_position"], head_dim=sizes["head_dim"])
+    section = rope_section(fields)
+    rope = read_rope(fields, section, family, max_position=sizes["max_position"], head_dim=sizes["head_dim"])
     window, sliding_layers = read_window(fields, family, sizes["n_layer"])
     config = ModelConfig(
         **sizes,
@@ -106,10 +139,9 @@ def model_config_from_hf(values: Mapping[str, Any], *, generation: Mapping[str, 
         sliding_window=window,
         sliding_layers=sliding_layers,
         bos_id=read_bos(values, sizes["vocab_size"]),
-        eos_ids=read_eos(values, generation or {}, sizes["vocab_size"]),
+        eos_ids=read_eos(values, generation, sizes["vocab_size"]),
     )
-    fields.finish(where=f"config.json of a {family.model_type} model")
-    return config
+    return config, [*fields.unread(INERT), *section.unread(frozenset())]
 
 
 def read_sizes(fields: Fields, family: Family) -> dict[str, Any]:
@@ -124,7 +156,7 @@ def read_sizes(fields: Fields, family: Family) -> dict[str, Any]:
         "dim": dim,
         "head_dim": read_head_dim(fields, family, dim, n_head),
         "intermediate_size": fields.integer("intermediate_size"),
-        "max_position": fields.integer("max_position_embeddings", high=1 << 30),
+        "max_position": fields.integer("max_position_embeddings", family.max_position or MISSING, high=1 << 30),
         "n_expert": fields.integer("num_local_experts", high=1024) if family.experts else 0,
         "n_expert_per_token": fields.integer("num_experts_per_tok", high=1024) if family.experts else 0,
     }
@@ -188,25 +220,36 @@ class Fields:
             raise ConfigError(self.prefix + key, "must be true or false", got=value)
         return value
 
-    def fixed(self, key: str, value: object) -> None:
-        """A key that may only hold one value (or be absent)."""
+    def fixed(self, key: str, *values: object) -> None:
+        """A key that may only hold one of these values (or be absent)."""
         got = self.take(key, None)
-        if got is not None and (got != value or isinstance(got, bool) != isinstance(value, bool)):
-            raise ConfigError(self.prefix + key, "is not supported", got=got, allowed=str(value))
+        if got is not None and not any(got == value and isinstance(got, bool) == isinstance(value, bool)
+                                       for value in values):  # fmt: skip
+            allowed = ", ".join(map(json.dumps, values))
+            raise ConfigError(self.prefix + key, "is not supported", got=got, allowed=allowed)
 
-    def finish(self, *, where: str, inert: frozenset[str] = INERT) -> None:
-        for key in sorted(self.values.keys() - self.read - inert):
-            raise ConfigError(self.prefix + key, f"unknown key in {where}", got=self.values[key])
+    def unread(self, inert: frozenset[str]) -> list[str]:
+        """Keys that nobody read, by their full names."""
+        return [self.prefix + key for key in sorted(self.values.keys() - self.read - inert)]
+
+    def finish(self, *, where: str, inert: frozenset[str] = frozenset()) -> None:
+        for key in self.unread(inert):
+            raise ConfigError(key, f"unknown key in {where}", got=self.values[key.removeprefix(self.prefix)])
 
 
 def read_family(fields: Fields) -> Family:
-    names = fields.take("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+    """By `architectures`, whose capitals have changed over time, or else by model_type."""
+    names, model_type = fields.take("architectures", None), fields.take("model_type", None)
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    if names is None and model_type in by_type:
+        names = [by_type[model_type]]
+    known = {name.casefold(): family for name, family in FAMILIES.items()}
+    one = names[0] if isinstance(names, list) and len(names) == 1 else None
+    family = known.get(one.casefold()) if isinstance(one, str) else None
+    if family is None:
         raise ConfigError("architectures", "unknown architecture", got=names, allowed=", ".join(FAMILIES))
-    family = FAMILIES[names[0]]
-    model_type = fields.take("model_type")
     if model_type != family.model_type:
-        raise ConfigError("model_type", f"does not fit {names[0]}", got=model_type, allowed=family.model_type)
+        raise ConfigError("model_type", f"does not fit {one}", got=model_type, allowed=family.model_type)
     return family
 
 
@@ -220,36 +263,46 @@ def read_head_dim(fields: Fields, family: Family, dim: int, n_head: int) -> int:
 
 def read_window(fields: Fields, family: Family, n_layer: int) -> tuple[int | None, tuple[int, ...]]:
     """The attention window and the layers it applies to."""
+    if "sliding_window" in family.states and "sliding_window" not in fields.values:
+        raise ConfigError("sliding_window", "is required (null for none)")
     if family.window == "none":
-        return None, ()
-    if family.window == "all":
-        if "sliding_window" in family.states and "sliding_window" not in fields.values:
-            raise ConfigError("sliding_window", "is required (null for none)")
-        window = fields.take("sliding_window", None)
-        layers = tuple(range(n_layer)) if window is not None else ()
-    else:
-        window = fields.take("sliding_window", None)
+        fields.fixed("sliding_window", None)
+    window = fields.take("sliding_window", None)
+    if family.window == "some":
         window = window if fields.boolean("use_sliding_window", False) else None
-        layers = sliding_layers(fields, window, n_layer)
+    types = read_layer_types(fields, n_layer)
+    if family.window == "some":
+        layers = sliding_layers(fields, types, window, n_layer)
+    else:
+        layers = tuple(range(n_layer)) if window is not None else ()
+        if types is not None and types != layers:
+            raise ConfigError("layer_types", "differs from sliding_window", got=fields.values["layer_types"])
     if window is not None:
         check_int("sliding_window", window, 1, 1 << 30)
     return (window, layers) if layers else (None, ())
 
 
-def sliding_layers(fields: Fields, window: object, n_layer: int) -> tuple[int, ...]:
-    """Qwen's rule: `layer_types` where written, else every layer from `max_window_layers` on."""
+def read_layer_types(fields: Fields, n_layer: int) -> tuple[int, ...] | None:
+    """The layers that `layer_types` says slide; None where it is absent."""
     types = fields.take("layer_types", None)
-    if types is None:
-        first = fields.take("max_window_layers", 0)
-        check_int("max_window_layers", first, 0, LIMIT)
-        return tuple(range(first, n_layer)) if window is not None else ()
     known = ("full_attention", "sliding_attention")
+    if types is None:
+        return None
     if not isinstance(types, list) or len(types) != n_layer or any(kind not in known for kind in types):
         raise ConfigError("layer_types", f"must name each of {n_layer} layers", got=types, allowed=", ".join(known))
-    layers = tuple(index for index, kind in enumerate(types) if kind == "sliding_attention")
-    if layers and window is None:
-        raise ConfigError("layer_types", "has sliding layers, but no sliding_window is in use", got=types)
-    return layers
+    return tuple(index for index, kind in enumerate(types) if kind == "sliding_attention")
+
+
+def sliding_layers(fields: Fields, types: tuple[int, ...] | None, window: object, n_layer: int) -> tuple[int, ...]:
+    """Qwen's rule: `layer_types` where written, else every layer from `max_window_layers` on."""
+    if types is None:
+        first = fields.take("max_window_layers", QWEN_FULL_LAYERS)
+        check_int("max_window_layers", first, 0, LIMIT)
+        return tuple(range(first, n_layer)) if window is not None else ()
+    if types and window is None:
+        got = fields.values["layer_types"]
+        raise ConfigError("layer_types", "has sliding layers, but no sliding_window is in use", got=got)
+    return types
 
 
 # --------------------------------------------------------------------------------------------- rope
@@ -261,8 +314,8 @@ class Rope(NamedTuple):
     scaling: RopeScaling | None
 
 
-def read_rope(fields: Fields, family: Family, *, max_position: int, head_dim: int) -> Rope:
-    """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, or transformers 5's `rope_parameters` of them all."""
+def rope_section(fields: Fields) -> Fields:
+    """`rope_scaling`, or transformers 5's `rope_parameters`."""
     section = fields.take("rope_parameters", None)
     scaling = fields.take("rope_scaling", None)
     if section is not None and scaling is not None and section != scaling:
@@ -271,47 +324,55 @@ def read_rope(fields: Fields, family: Family, *, max_position: int, head_dim: in
     section = section if section is not None else scaling if scaling is not None else {}
     if not isinstance(section, dict):
         raise ConfigError(name, "must be an object or null", got=section)
-    rope = Fields(section, prefix=name + ".")
-    default_base = MISSING if family.experts else 10000.0
-    outer_base = fields.number("rope_theta", default_base if "rope_theta" not in section else 10000.0, low=1.0)
-    base = rope.number("rope_theta", outer_base, low=1.0)
-    outer_factor = fields.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
-    rope_dim = int(head_dim * rope.number("partial_rotary_factor", outer_factor, low=0.0, high=1.0))
-    original = fields.take("original_max_position_embeddings", None) if family.original_length_key else None
-    parsed = read_scaling(rope, family, original=original, max_position=max_position, rope_dim=rope_dim)
-    rope.finish(where="the rope section", inert=frozenset())
+    return Fields(section, prefix=name + ".")
+
+
+def read_rope(fields: Fields, section: Fields, family: Family, *, max_position: int, head_dim: int) -> Rope:
+    """`rope_theta` and `partial_rotary_factor`, inside the section or beside it, and how frequencies are stretched."""
+    base = section.number("rope_theta", fields.number("rope_theta", family.rope_base, low=1.0), low=1.0)
+    outer = fields.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
+    part = section.number("partial_rotary_factor", outer, low=0.0, high=1.0)
+    if part != 1.0 and not family.partial_rotation:
+        raise ConfigError("partial_rotary_factor", f"is not supported in a {family.model_type} model", got=part)
+    rope_dim = int(head_dim * part)
+    original = fields.take("original_max_position_embeddings", family.original_length)
+    parsed = read_scaling(section, family, original=original, max_position=max_position, rope_dim=rope_dim)
     return Rope(base, 0 if rope_dim == head_dim else rope_dim, parsed)
 
 
 def read_scaling(
     rope: Fields, family: Family, *, original: object, max_position: int, rope_dim: int
 ) -> RopeScaling | None:
-    kind = rope.take("rope_type", rope.take("type", "default"))
-    if rope.values.get("type") not in (None, kind):
+    old = rope.take("type", "default")
+    kind = rope.take("rope_type", old)
+    same = LONGROPE if family.rope_kinds == LONGROPE and kind in LONGROPE else (kind,)
+    if rope.values.get("type") not in (None, *same):
         raise ConfigError(rope.prefix + "type", f"contradicts rope_type {kind!r}", got=rope.values["type"])
     if kind == "default":
-        rope.take("original_max_position_embeddings", None)
         return None
-    if kind in family.longrope_names:
+    if kind not in family.rope_kinds:
+        allowed = ", ".join(("default", *family.rope_kinds))
+        raise ConfigError(rope.prefix + "rope_type", "unknown rope type", got=kind, allowed=allowed)
+    if kind == "longrope" or same == LONGROPE:
         return read_longrope(rope, original, max_position=max_position, rope_dim=rope_dim)
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope.number("factor", low=0.0))
-    if kind == "llama3":
-        return RopeScaling(
-            kind="llama3",
-            factor=rope.number("factor", low=0.0),
-            low_freq_factor=rope.number("low_freq_factor", low=0.0),
-            high_freq_factor=rope.number("high_freq_factor", low=0.0),
-            original_max_position=read_original(rope, original, max_position),
-        )
     if kind == "yarn":
         return read_yarn(rope, original, max_position=max_position)
-    allowed = "default, linear, llama3, yarn, longrope"
-    raise ConfigError(rope.prefix + "rope_type", "unknown rope type", got=kind, allowed=allowed)
+    factor = rope.number("factor", low=0.0)
+    if kind == "dynamic":  # it stretches texts past max_position_embeddings only, and no longer ones are served
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    return RopeScaling(
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=rope.number("low_freq_factor", low=0.0),
+        high_freq_factor=rope.number("high_freq_factor", low=0.0),
+        original_max_position=read_original(rope, original, max_position),
+    )
 
 
 def read_original(rope: Fields, original: object, max_position: int) -> int:
-    """The length before stretching; a value beside the rope section (Phi-3) wins over one inside, as upstream."""
+    """The length before stretching; a value beside the rope section wins over one inside, as upstream."""
     inside = rope.take("original_max_position_embeddings", max_position)
     value = original if original is not None else inside
     check_int("original_max_position_embeddings", value, 2, 1 << 30)
@@ -328,6 +389,8 @@ def read_yarn(rope: Fields, original: object, *, max_position: int) -> RopeScali
     if mscale and mscale_all_dim:
         attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     rope.fixed("truncate", True)
+    for key in ("attn_factor", "extrapolation_factor"):  # transformers ignores them, the authors' own code does not
+        rope.fixed(key, 1)
     return RopeScaling(
         kind="yarn",
         factor=factor,

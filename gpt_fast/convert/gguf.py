@@ -287,6 +287,8 @@ def gguf_rope(source: GgufSource, fields: Fields, sizes: Mapping[str, Any]) -> d
     if rotary_dim != head_dim:
         config["partial_rotary_factor"] = rotary_dim / head_dim
     scaling = gguf_rope_scaling(source, fields, max_position=sizes["max_position_embeddings"])
+    if scaling and "original_max_position_embeddings" in scaling:  # Phi-3 reads it there only
+        config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.checkpoint.hf_config import model_config_from_hf
+from gpt_fast.checkpoint.hf_config import model_config_from_hf, passed_over
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.meta import MetaSource, config_from_params, find_consolidated
 from gpt_fast.convert.names import HF_IGNORED, META_IGNORED, hf_candidates, meta_candidates, plain_names
@@ -15,6 +16,7 @@ from gpt_fast.convert.side_files import read_side_files
 from gpt_fast.convert.source import RenamedSource, Source, load_torch_file, open_file, open_hf
 from gpt_fast.files import read_json_object
 
+LOG = logging.getLogger(__name__)
 DOWNLOADED = "download.json"  # what scripts/download.py notes: repository and commit
 
 
@@ -31,6 +33,8 @@ def open_job(source: Path) -> Job:
     tensors = open_tensors(source)
     config = read_config(directory, tensors)
     model_config = model_config_from_hf(config)
+    for key in passed_over(config):
+        LOG.warning("%s: %s is passed over: transformers ignores it too", directory / "config.json", key)
     hf_names = any(name.startswith("model.") for name in tensors.infos)
     return Job(
         source=tensors,
