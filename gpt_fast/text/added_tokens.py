@@ -15,6 +15,7 @@ from typing import Any
 
 NAMED = ("bos_token", "eos_token", "unk_token")
 UNUSED = ("pad_token", "sep_token", "cls_token", "mask_token")
+FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -86,12 +87,21 @@ def id_of(value: object) -> int:
     raise ValueError(f"{value!r} is no token id")
 
 
+def is_new(backend: Any, token: AddedToken) -> bool:
+    """Whether a `tokenizers.Tokenizer` read from a file lacks the token, or has it with other flags than those that a
+    file beside it gives it. What is only named there is as the backend's own file has it."""
+    known = {own.content: own for own in backend.get_added_tokens_decoder().values()}.get(token.content)
+    if known is None or token.id is None:
+        return known is None
+    return any(getattr(known, name) != getattr(token, name) for name in FLAGS)
+
+
 def add_tokens(backend: Any, tokens: list[AddedToken]) -> None:
     """Add the tokens to a `tokenizers.Tokenizer`. ValueError where one would get another id than its file says."""
     import tokenizers
 
     for token in tokens:
-        flags = {name: getattr(token, name) for name in ("special", "normalized", "lstrip", "rstrip", "single_word")}
+        flags = {name: getattr(token, name) for name in FLAGS}
         backend.add_tokens([tokenizers.AddedToken(token.content, **flags)])
         got = backend.token_to_id(token.content)
         if token.id is not None and got != token.id:

@@ -34,6 +34,13 @@ class PieceTable:
     removes_spaces: bool
     begins_with_space: bool
 
+    @property
+    def unfit(self) -> str | None:
+        """Why the `tokenizers` library would not keep the model's rules; None where it does."""
+        reasons = {"is no BPE": not self.is_bpe, "normalizes characters": self.has_charsmap,
+                   "removes repeated spaces": self.removes_spaces}  # fmt: skip
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
     def defines(self, token: AddedToken) -> bool:
         """Whether an added token is a user-defined piece: one that stands whole in every text."""
         found = token.content in self.pieces and self.pieces.index(token.content)
@@ -55,30 +62,38 @@ def read_piece_table(content: bytes) -> PieceTable:
     )
 
 
-def sentencepiece_backend(table: PieceTable, *, legacy: bool) -> Any:
+def sentencepiece_backend(table: PieceTable, *, legacy: bool, prefix: bool = True) -> Any:
     """A `tokenizers.Tokenizer` of the pieces; control, unknown and user-defined ones are added tokens.
 
-    legacy: every text between two added tokens begins with a space, not only one at the very beginning.
-    ValueError for a model whose rules `tokenizers` would not keep.
+    legacy, prefix: of spaces_as_llama. ValueError for a model whose rules `tokenizers` would not keep.
     """
     import tokenizers
 
-    reasons = {"is no BPE": not table.is_bpe, "normalizes characters": table.has_charsmap,
-               "removes repeated spaces": table.removes_spaces}  # fmt: skip
-    if any(reasons.values()):
-        raise ValueError(next(reason for reason, holds in reasons.items() if holds))
+    if table.unfit:
+        raise ValueError(table.unfit)
     vocab = {piece: token_id for token_id, piece in enumerate(table.pieces)}
     bpe = tokenizers.models.BPE(vocab, merges_by_id(vocab), fuse_unk=True, byte_fallback=BYTE in table.kinds)
     backend = tokenizers.Tokenizer(bpe)
-    scheme = ("always" if legacy else "first") if table.begins_with_space else "never"
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    steps = tokenizers.decoders
-    strip = [steps.Strip(" ", 1, 0)] if table.begins_with_space else []
-    backend.decoder = steps.Sequence([steps.Replace(SPACE, " "), steps.ByteFallback(), steps.Fuse(), *strip])
+    spaces_as_llama(backend, legacy=legacy, prefix=prefix and table.begins_with_space)
     for piece, kind in zip(table.pieces, table.kinds, strict=True):
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             backend.add_tokens([tokenizers.AddedToken(piece, special=kind != USER_DEFINED, normalized=False)])
     return backend
+
+
+def spaces_as_llama(backend: Any, *, legacy: bool, prefix: bool) -> None:
+    """Let the backend spell spaces as LlamaTokenizer does, whatever its file says.
+
+    prefix: a space begins a text; legacy: every text between two added tokens too.
+    """
+    import tokenizers
+
+    scheme = ("always" if legacy else "first") if prefix else "never"
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    steps = tokenizers.decoders
+    strip = [steps.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = steps.Sequence([steps.Replace(SPACE, " "), steps.ByteFallback(), steps.Fuse(), *strip])
 
 
 def merges_by_id(vocab: Mapping[str, int]) -> list[tuple[str, str]]:

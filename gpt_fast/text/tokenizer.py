@@ -24,10 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.files import read_json_object
-from gpt_fast.text.added_tokens import AddedToken, add_text_template, add_tokens, read_added_tokens
+from gpt_fast.text.added_tokens import AddedToken, add_text_template, add_tokens, is_new, read_added_tokens
 from gpt_fast.text.bpe_backend import bpe_backend, bpe_class, default_tokens
 from gpt_fast.text.gguf_tokenizer import LLAMA3_SPLIT, SPACE, tokenizer_json_from_gguf
-from gpt_fast.text.sentencepiece_backend import PieceTable, read_piece_table, sentencepiece_backend
+from gpt_fast.text.sentencepiece_backend import (
+    PieceTable,
+    read_piece_table,
+    sentencepiece_backend,
+    spaces_as_llama,
+)
 
 __all__ = [
     "Detokenizer",
@@ -205,8 +210,16 @@ class SideFacts:
     add_bos: bool | None  # None: not said; SentencePiece then adds it
     add_eos: bool = False
     is_llama: bool = False  # tokenizer_class LlamaTokenizer or LlamaTokenizerFast
+    model_type: str = ""  # config.json's
     added_tokens: tuple[AddedToken, ...] = ()
     legacy: bool = False  # transformers' word: with SentencePiece, a space begins the text after every added token
+    prefix_space: bool = True  # with SentencePiece: whether a space begins a text at all
+
+    @property
+    def respaced(self) -> bool:
+        """Whether transformers' LlamaTokenizer reads a tokenizer.json, and puts its own rules of where spaces stand in
+        place of the file's. Of other model types it takes the file as it is."""
+        return self.is_llama and self.model_type == "llama"
 
 
 def tokenizer_file(directory: Path) -> Path | None:
@@ -250,8 +263,10 @@ def read_side_facts(directory: Path) -> SideFacts:
         add_bos=None if config.get("add_bos_token") is None else config["add_bos_token"] is True,
         add_eos=config.get("add_eos_token") is True,
         is_llama=str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer",
+        model_type=str(read_json_object(directory / "config.json", optional=True).get("model_type")),
         added_tokens=tuple(added),
         legacy=config.get("legacy") is True,
+        prefix_space=config.get("add_prefix_space") is not False,
     )
 
 
@@ -281,6 +296,12 @@ def load_hugging_face(path: Path, facts: SideFacts) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
+    if facts.respaced and not is_byte_level(backend):
+        spaces_as_llama(backend, legacy=facts.legacy, prefix=facts.prefix_space)
+    try:
+        add_tokens(backend, [token for token in facts.added_tokens if is_new(backend, token)])
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from None
     if facts.is_llama and says_nothing(backend.post_processor):
         ends = [facts.special_tokens.get(name) for name in ("bos_token", "eos_token")]
         bos, eos = (token if token and backend.token_to_id(token) is not None else None for token in ends)
@@ -314,6 +335,12 @@ def says_nothing(post_processor: Any) -> bool:
     state = {} if post_processor is None else json.loads(post_processor.__getstate__())
     steps = state.get("processors", [state])
     return all(step.get("type", "ByteLevel") == "ByteLevel" for step in steps)
+
+
+def is_byte_level(backend: Any) -> bool:
+    """By the pre-tokenizer or decoder, as transformers decides it."""
+    parts = (part.__getstate__() for part in (backend.pre_tokenizer, backend.decoder) if part is not None)
+    return any(b"ByteLevel" in part for part in parts)
 
 
 def decoder_of(backend: Any) -> Any:
@@ -435,10 +462,9 @@ def load_sentencepiece(path: Path, content: bytes, facts: SideFacts) -> Tokenize
         model.LoadFromSerializedProto(content)
     except RuntimeError as error:
         raise TokenizerError(f"{path}: neither a SentencePiece model nor a tiktoken file ({error})") from None
-    if all(is_control(model, token) for token in facts.added_tokens):
-        return SentencePieceTokenizer(model, facts)
     table = read_piece_table(content)
-    if all(is_control(model, token) or table.defines(token) for token in facts.added_tokens):
+    held = all(is_control(model, token) or table.defines(token) for token in facts.added_tokens)
+    if held and not (facts.is_llama and table.unfit is None):
         return SentencePieceTokenizer(model, facts)
     return load_extended_sentencepiece(path, table, facts)
 
@@ -453,7 +479,7 @@ def is_control(model: Any, token: AddedToken) -> bool:
 def load_extended_sentencepiece(path: Path, table: PieceTable, facts: SideFacts) -> Tokenizer:
     """A SentencePiece model and the tokens that JSON files add to it."""
     try:
-        backend = sentencepiece_backend(table, legacy=facts.legacy)
+        backend = sentencepiece_backend(table, legacy=facts.legacy, prefix=facts.prefix_space)
         add_tokens(backend, list(facts.added_tokens))
     except ValueError as error:
         raise TokenizerError(
@@ -535,6 +561,10 @@ def load_llama3(path: Path, content: bytes, facts: SideFacts) -> Tokenizer:
         raise TokenizerError(f"{path}: a tiktoken file needs `pip install 'tiktoken>=0.12'`") from None
     ranks = read_ranks(path, content)
     specials = {token: len(ranks) + n for n, token in enumerate(LLAMA3_SPECIALS)}
+    for token in facts.added_tokens:
+        if token.content not in specials or token.id not in (None, specials[token.content]):
+            problem = f"Llama 3's own tokens do not have {token.content!r}, which the JSON files beside it add"
+            raise TokenizerError(f"{path}: {problem}; a tokenizer.json, as transformers' save_pretrained writes, can")
     encoding = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials)
     return Llama3Tokenizer(encoding, specials, facts)
 

@@ -11,7 +11,8 @@ from gpt_fast.text.chat import ChatTemplate
 from gpt_fast.text.sentencepiece_backend import read_piece_table
 from gpt_fast.text.tokenizer import SentencePieceTokenizer, TokenizerError, load_tokenizer
 from support.hard_strings import hard_strings
-from support.tokenizer_files import SIZE, sentencepiece_file, token
+from support.tiny_tokenizers import Special, bytes_json, special
+from support.tokenizer_files import SIZE, rank_file, sentencepiece_file, token
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -134,7 +135,23 @@ def test_tokens_that_the_model_holds_change_nothing(tmp_path: Path, pieces: dict
     config = {"added_tokens_decoder": DECODER | decoder, "pad_token": "[PAD]"}
     for added in (str(SIZE), str(SIZE + 1), str(SIZE + 2)):
         del config["added_tokens_decoder"][added]  # type: ignore[attr-defined]
-    assert isinstance(load_tokenizer(write(tmp_path, content, tokenizer_config=config)), SentencePieceTokenizer)
+    ours = load_tokenizer(write(tmp_path, content, tokenizer_config=config))
+    reference = reference_of(tmp_path)
+    for text in (*TEXTS, *hard_strings()[::20]):
+        assert ours.encode_with_specials(text) == reference.encode(text, add_special_tokens=False), text
+        assert ours.encode(text, add_bos=False) == reference.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+
+
+def test_a_model_without_a_class_is_metas_own(tmp_path: Path) -> None:
+    """Their code and Mistral's encode each text between two control tokens as one of its own."""
+    import sentencepiece
+
+    (tmp_path / "tokenizer.model").write_bytes(content := sentencepiece_file())
+    ours, model = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_proto=content)
+    assert isinstance(ours, SentencePieceTokenizer)
+    assert ours.encode_with_specials("<s>quick</s> fox") == [1, *model.encode("quick"), 2, *model.encode(" fox")]
 
 
 @pytest.mark.parametrize(
@@ -171,3 +188,51 @@ def test_the_piece_table_is_the_librarys() -> None:
     assert [kind == 3 for kind in table.kinds] == [model.is_control(i) for i in ids]
     assert [kind == 6 for kind in table.kinds] == [model.is_byte(i) for i in ids]
     assert (table.is_bpe, table.has_charsmap, table.removes_spaces, table.begins_with_space) == (True, *[False] * 3)
+
+
+# --------------------------------------------------------------------- beside a tokenizer.json
+
+OWN = special("<|begin|>", "<|end|>", "<tool>")
+EXTRA: dict[str, dict[str, Any]] = {
+    "one more": {"added_tokens_decoder": {"403": token("<|im_end|>", special=True), "404": token("<x>", lstrip=True)}},
+    "other flags": {"added_tokens_decoder": {"402": token("<tool>", rstrip=True), "401": token("<|end|>")}},
+    "named": {"eos_token": "<|im_end|>", "bos_token": "<|begin|>"},
+    "named, ordinary in the vocabulary": {"eos_token": "th"},
+    "listed": {"additional_special_tokens": ["<|im_end|>", "<tool>"]},
+    "listed, another way": {"extra_special_tokens": {"image_token": "<|image|>"}},
+    "special after all": {"added_tokens_decoder": {"402": token("<tool>", special=True)}, "eos_token": "<|end|>"},
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_files_beside_a_tokenizer_json_add_what_it_lacks(tmp_path: Path, name: str) -> None:
+    own = [*OWN[:2], Special("<tool>", {"special": False})]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bytes_json("llama3", own, bos="<|begin|>")))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **EXTRA[name]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours, reference = load_tokenizer(tmp_path), reference_of(tmp_path)
+    for text in ("a <tool> b <|im_end|> c<|end|> d <x> e<|image|>", *TEXTS, "the other"):
+        assert ours.encode_with_specials(text) == reference.encode(text, add_special_tokens=False), text
+        assert ours.encode(text) == reference.encode(text, split_special_tokens=True), text
+    assert ours.vocab_size == len(reference)
+
+
+def test_an_added_id_that_the_vocabulary_does_not_give_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bytes_json("llama3", OWN)))
+    config = {"added_tokens_decoder": {"500": token("<far>", special=True)}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: added token '<far>' has the id 500, .* makes it 403$"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokens_beside_a_llama_3_file_are_its_own_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(rank_file())
+    for content, token_id, known in (("<|eot_id|>", 409, True), ("<|im_end|>", 656, False), ("<|eot_id|>", 5, False)):
+        config = {"added_tokens_decoder": {str(token_id): token(content, special=True)}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        if known:
+            assert load_tokenizer(tmp_path).encode_with_specials(content) == [token_id]
+            continue
+        with pytest.raises(TokenizerError, match=r"do not have '<\|[a-z_]+\|>', which the JSON files beside it add"):
+            load_tokenizer(tmp_path)
