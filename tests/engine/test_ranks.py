@@ -78,11 +78,11 @@ def test_what_is_done_to_a_cache_is_done_on_every_rank(tmp_path):
 
 @pytest.mark.model
 def test_three_ranks_write_what_one_process_writes(default_checkpoint):
-    flags = ["--checkpoint_path", str(default_checkpoint), "--batch_size", "8", "--num_samples", "1", "--seed", "3",
-             "--max_new_tokens", "64", "--dtype", "float32", "--device", "cpu", "--top_k", "3"]  # fmt: skip
+    flags = ["--checkpoint_path", str(default_checkpoint), "--batch_size", "4", "--num_samples", "1", "--seed", "3",
+             "--max_new_tokens", "24", "--dtype", "float32", "--device", "cpu", "--top_k", "3"]  # fmt: skip
     done = run_ranks(3, "-m", "gpt_fast.generate", *flags)
     alone = subprocess.run([sys.executable, "-m", "gpt_fast.generate", *flags], capture_output=True, text=True)
-    assert len(rows_of(done.stdout)) == 8 and rows_of(done.stdout) == rows_of(alone.stdout), done.stderr
+    assert len(rows_of(done.stdout)) == 4 and rows_of(done.stdout) == rows_of(alone.stdout), done.stderr
 
 
 # ---------------------------------------------------------------------------------------- commands
