@@ -469,7 +469,7 @@ PROGRAMS: Mapping[str, Callable[[Any, Path], Any]] = {
         failure,
         waiting,
         disagreement,
-    )  # fmt: skip
+    )
 }
 
 
