@@ -20,7 +20,8 @@ from gpt_fast.engine import pulse
 from support.manifest import list_files
 from support.paths import SUPPORT
 from support.quantized import random_model, small_config, write_checkpoint
-from support.ranks import TIMEOUT, company, run_program, run_ranks, torchrun
+from support.ranks import TIMEOUT, company, run_program, run_ranks, torchrun, two_agents
+from support.server import free_ports
 
 pytestmark = pytest.mark.slow  # starts torchrun's ranks
 
@@ -105,6 +106,19 @@ def test_a_conversation_on_ranks_reads_the_terminal_once(checkpoint):
     flags = ["--checkpoint_path", str(checkpoint), "--max_new_tokens", "8", "--device", "cpu", "--interactive"]
     done = run_ranks(2, "-m", "gpt_fast.generate", *flags, given="hello\n/reset\n/exit\n")
     assert done.returncode == 0 and done.stdout.count("> ") == 3, done.stderr
+
+
+def test_two_machines_say_what_one_process_says(checkpoint, capsys, monkeypatch):
+    """Two agents of two ranks each; the operator names the network they speak through."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    flags = ["--checkpoint_path", str(checkpoint), "--num_samples", "2", "--max_new_tokens", "20", "--batch_size", "2",
+             "--dtype", "float32", "--device", "cpu", "--seed", "5", "--speculate", "ngram"]  # fmt: skip
+    agents = two_agents((2, 2), free_ports(1)[0], "-m", "gpt_fast.generate", *flags)
+    said = [agent.communicate(timeout=TIMEOUT) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    generate.main(flags)
+    first, second = (rows_of(out) for out, _ in said)
+    assert (first or second) == rows_of(capsys.readouterr().out) and not (first and second)
 
 
 def rows_of(shown):

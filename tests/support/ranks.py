@@ -22,9 +22,9 @@ from typing import Any
 TIMEOUT = 400  # seconds; each takes a few, on a machine that may be busy
 
 
-def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+def torchrun(count: int, *command: str, options: Sequence[str] = ("--standalone",)) -> subprocess.Popen[str]:
     """Start `count` ranks of a command that torchrun takes; its output is piped."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    launch = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc_per_node", str(count)]
     return subprocess.Popen(
         [*launch, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -34,6 +34,12 @@ def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def two_agents(counts: tuple[int, int], port: int, *command: str) -> list[subprocess.Popen[str]]:
+    """torchrun twice, as on two machines of so many ranks each, which meet at a port of this one."""
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    return [torchrun(count, *command, options=[*options, "--local-addr", "127.0.0.1"]) for count in counts]
 
 
 def run_ranks(count: int, *command: str, given: str = "") -> subprocess.CompletedProcess[str]:
