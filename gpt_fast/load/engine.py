@@ -114,7 +114,13 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
 
 
 def load_share(config: EngineConfig, group: Group | None) -> Share:
-    """The model, or this rank's share of it, with its cache, ready to run. ValueError where ranks differ."""
+    """The model, or this rank's share of it, with its cache, ready to run.
+
+    ValueError where ranks differ. ConfigError for compile on ranks: with torch 2.13 shares compiled for several rows
+    gave other tokens than the same shares as they are, or waited for one another for ever.
+    """
+    if group is not None and (config.compile or config.compile_prefill):
+        raise ConfigError("compile", "compiled shares of a model gave wrong tokens on ranks", got=True, allowed="false")
     device = choose_device(config.device, group)
     threads = config.threads or cores_of(group)
     torch.set_num_threads(threads)

@@ -10,13 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from gpt_fast import generate
+from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.engine import pulse
+from gpt_fast.load.engine import load_share
+from gpt_fast.model.parallel import Ranks
 from support.manifest import list_files
 from support.paths import SUPPORT
 from support.quantized import random_model, small_config, write_checkpoint
@@ -129,11 +134,18 @@ def rows_of(shown):
 # ---------------------------------------------------------------------------------------------- ends
 
 
-def test_an_error_of_all_ranks_is_said_once(checkpoint):
-    done = run_ranks(3, "-m", "gpt_fast.eval", "--checkpoint_path", str(checkpoint), "--tasks", "basics")
+def test_an_error_of_all_ranks_is_said_once(tmp_path):
+    lonely = write_checkpoint(tmp_path, random_model(small_config(**BYTES, n_head=1, n_kv_head=1)), tokenizer=True)
+    done = run_ranks(2, "-m", "gpt_fast.eval", "--checkpoint_path", str(lonely), "--tasks", "basics")
     assert done.returncode == 1 and done.stdout == ""
-    message = "error: n_head: cannot be divided among 3 ranks (got 4, allowed a multiple of 3)"
+    message = "error: n_head: has none for some of 2 ranks (got 1, allowed 1 ranks at most)"
     assert [line for line in done.stderr.splitlines() if "n_head" in line] == [message]
+
+
+def test_compiled_shares_are_refused_before_anything_loads():
+    group: Any = SimpleNamespace(ranks=Ranks(0, 2), local=Ranks(0, 2))
+    with pytest.raises(ConfigError, match=r"^compile: compiled shares of a model gave wrong tokens on ranks"):
+        load_share(EngineConfig(checkpoint_path="nowhere", compile=True), group)
 
 
 def test_a_wrong_flag_is_said_once():
