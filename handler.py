@@ -10,7 +10,7 @@ from typing import Any
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from gpt_fast.engine.ranks import end_with_parent
+from gpt_fast.engine import ranks
 from gpt_fast.serve.archive_files import check_archive
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
@@ -30,8 +30,6 @@ class GptFastHandler(BaseHandler):
 
     def initialize(self, context: Any) -> None:
         """Load, warm up and start the engine. The worker is ready when this returns, and not before."""
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's ranks must not outlive it: TorchServe kills only torchrun
-            end_with_parent()
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # TorchServe's JSON takes NaN, and the last of repeated keys
         root = Path(os.environ.get("GPT_FAST_ROOT") or context.system_properties["model_dir"])
         name = context.manifest["model"]["modelName"]
@@ -39,13 +37,18 @@ class GptFastHandler(BaseHandler):
             check_archive(Path(context.system_properties["model_dir"]))
             if problems := check_own_frontend():
                 raise ValueError(problems[0])
-            self.claim = claim_model(f"{name} {context.manifest['model'].get('modelVersion')}")
-            self.rounds = start_serving(context.model_yaml_config, root=root, model_name=name)
+            group = ranks.join() if ranks.launched() else None
+            if group is None or group.leads:
+                self.claim = claim_model(f"{name} {context.manifest['model'].get('modelVersion')}")
+            rounds = start_serving(context.model_yaml_config, root=root, model_name=name, group=group)
         except ValueError as error:  # the configuration or the checkpoint is at fault: one line, not a trace
             logger.error("%s%s", STARTUP_ERROR, error)
             raise
         self.context = context
-        self.rounds.report_forever(Reporter(self.emit))
+        self.follows = rounds is None
+        if rounds is not None:
+            self.rounds = rounds
+            rounds.report_forever(Reporter(self.emit))
         self.initialized = True
 
     def emit(self, kind: str, name: str, value: float, label: str) -> None:
@@ -87,5 +90,8 @@ class GptFastHandler(BaseHandler):
         return texts
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """A round. TorchServe sends it to every rank and reads rank 0's answer only."""
+        if self.follows:
+            return [""] * len(data)
         self.context = context
         return self.postprocess(self.inference(self.preprocess(data)))

@@ -28,7 +28,7 @@ with at_rest():
     from gpt_fast.engine.fixed_choice import speculating
     from gpt_fast.engine.ranks import Group
     from gpt_fast.llm import Engine
-    from gpt_fast.load.engine import load_parts
+    from gpt_fast.load.engine import load_parts, start_following
     from gpt_fast.speculative.costs import Choice
     from gpt_fast.speculative.speculator import Totals
 
@@ -71,20 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, group: Group | None) -> None:
-    """The command itself, in one process or on every rank of a group: all do the same, and one is heard."""
-    if group is not None:
-        if args.interactive:
-            raise ValueError("--interactive: is not there on several ranks; start it without torchrun")
-        args.seed = group.agreed_seed() if args.seed is None else args.seed
-        args.profile = None if group.ranks.rank else args.profile
-    engine = load(args, group)
+    """The command itself, in one process or on rank 0 of a group, whose other ranks compute with it."""
+    config = engine_config(args)
+    if group is not None and not group.leads:
+        return start_following(config, group)()
+    engine = load(config, group)
     with drafting(engine, args):
         chat(engine, args) if args.interactive else samples(engine, args)
 
 
-def load(args: argparse.Namespace, group: Group | None) -> Engine:
-    print("Loading model ...", flush=True)
-    config = EngineConfig(
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
         checkpoint_path=args.checkpoint_path,
         dtype=args.dtype,
         device=args.device,
@@ -98,6 +95,10 @@ def load(args: argparse.Namespace, group: Group | None) -> Engine:
         speculate=args.speculate,
         speculate_k=args.speculate_k,
     )
+
+
+def load(config: EngineConfig, group: Group | None) -> Engine:
+    print("Loading model ...", flush=True)
     engine = Engine(load_parts(config, group))
     told = engine.description
     print(f"Time to load and warm up: {told.load_seconds:.2f} seconds. {told.as_dict()}")

@@ -30,14 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str] | None, group: Group | None) -> None:
-    """The command itself, in one process or on every rank of a group, which all do the same."""
+    """The command itself, in one process or on rank 0 of a group, whose other ranks compute with it."""
     flags = parser()
     args = flags.parse_args(arguments)
     if (args.quality is None) == (args.checkpoint_path is None):
         flags.error("give either --checkpoint_path with --tasks, or --quality")
     names, other = (TASK_FLAGS, "--quality") if args.quality is not None else (QUALITY_FLAGS, "--checkpoint_path")
     refuse_useless(flags, arguments, names, why=f"{other} is given")
-    print(json.dumps(run_quality(args, group) if args.quality is not None else run_tasks(args, group)))
+    report = run_quality(args, group) if args.quality is not None else run_tasks(args, group)
+    if report is not None:
+        print(json.dumps(report))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------- quality
 
 
-def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
+def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any] | None:
     check_int("windows", args.windows, 1, 1 << 20)
     check_int("seq_length", args.seq_length, 128, 1 << 17)
     text = held_out_part(default_text()) if args.text is None else file_text(args.text)
@@ -91,9 +93,10 @@ def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]
         dtype=dtype if args.against_dtype == "auto" else args.against_dtype,
         kernels="plain",
     )
-    weights, report, tokens = make_report(ours, against, Passage(text, args.windows, args.seq_length), group)
-    if group is not None and group.ranks.rank:
-        return report
+    made = make_report(ours, against, Passage(text, args.windows, args.seq_length), group)
+    if made is None:
+        return None
+    weights, report, tokens = made
     print(table(report))
     if args.plot is not None:
         plot(report, tokens, args.plot)
@@ -106,7 +109,7 @@ def run_quality(args: argparse.Namespace, group: Group | None) -> dict[str, Any]
 # --------------------------------------------------------------------------------------------- tasks
 
 
-def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
+def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any] | None:
     from gpt_fast.eval.tasks import load_tasks
 
     check_int("batch_size", args.batch_size, 1, 256)
@@ -117,7 +120,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
     load_tasks(args.tasks)  # refuse an unknown task before the model is loaded
     from gpt_fast.eval.harness import EngineLM, evaluate
     from gpt_fast.llm import Engine
-    from gpt_fast.load.engine import load_parts
+    from gpt_fast.load.engine import load_parts, start_following
 
     config = EngineConfig(
         checkpoint_path=args.checkpoint_path,
@@ -129,6 +132,9 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any]:
         compile=args.compile,
         compile_prefill=args.compile,
     )
+    if group is not None and not group.leads:
+        start_following(config, group)()
+        return None
     engine = Engine(load_parts(config, group))
     results = evaluate(EngineLM(engine), args.tasks, limit=args.limit, num_fewshot=args.num_fewshot)
     figures = {task: numbers(values) for task, values in results.get("results", {}).items()}

@@ -5,7 +5,6 @@ Shapes: C tokens of a chunk, V vocabulary, S tokens of a window, D model dim.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Iterator
@@ -35,14 +34,18 @@ class TokenFigures(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the two models: its scorer on the path it is served by, and the modules, whose layers can be watched."""
+    """One of the two models: its scorer on the path it is served by and on the plain one, where the modules, i.e.
+    every layer, can be watched."""
 
     model: Transformer
     scorer: Scorer
+    plain: Scorer
 
 
-def compare(a: Side, b: Side, windows: list[list[int]]) -> tuple[dict[str, Any], TokenFigures]:
-    """The report's figures over `windows` of tokens, and the figures of every token."""
+def compare(
+    a: Side, b: Side, windows: list[list[int]], weight_sqnrs_db: list[float]
+) -> tuple[dict[str, Any], TokenFigures]:
+    """The report's figures over `windows` of tokens, and the figures of every token. weight_sqnrs_db: each layer's."""
     parts = [figures for window in windows for figures in window_figures(a.scorer, b.scorer, window)]
     figures = TokenFigures(*(torch.cat(column) for column in zip(*parts, strict=True)))
     perplexity_a, perplexity_b = (math.exp(float(nll.double().mean())) for nll in (figures.nll_a, figures.nll_b))
@@ -59,7 +62,7 @@ def compare(a: Side, b: Side, windows: list[list[int]]) -> tuple[dict[str, Any],
         "greedy_divergence": divergence,
         "greedy_divergence_median": statistics.median(divergence),
         "greedy_tokens": DIVERGENCE_TOKENS,
-        "layers": layer_figures(a, b, windows[0]),
+        "layers": layer_figures(a, b, windows[0], weight_sqnrs_db),
     }
     return report, figures
 
@@ -96,22 +99,27 @@ def common_prefix(x: list[int], y: list[int]) -> int:
     return next((i for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q), len(x))
 
 
-def layer_figures(a: Side, b: Side, window: list[int]) -> list[dict[str, Any]]:
+def layer_figures(a: Side, b: Side, window: list[int], weight_sqnrs_db: list[float]) -> list[dict[str, Any]]:
     """Per layer: SQNR (dB) of A's weights, and of its hidden states after the layer; None where nothing differs."""
     hidden_a, hidden_b = (hidden_states(side, window) for side in (a, b))
-    sharded = is_sharded(a.model)
     return [
         {
             "layer": index,
-            "weight_sqnr_db": finite(weight_sqnr_db(a.model.layers[index], b.model.layers[index], sharded=sharded)),
+            "weight_sqnr_db": finite(weights_db),
             "hidden_sqnr_db": finite(sqnr_db(hidden_b[index], hidden_a[index])),
         }
-        for index in range(len(hidden_a))
+        for index, weights_db in enumerate(weight_sqnrs_db)
     ]
 
 
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def weight_sqnrs_db(a: Transformer, b: Transformer) -> list[float]:
+    """Of each layer, A's weights against B's. All ranks of a sharded model call it together."""
+    sharded = is_sharded(a)
+    return [weight_sqnr_db(ours, theirs, sharded=sharded) for ours, theirs in zip(a.layers, b.layers, strict=True)]
 
 
 def weight_sqnr_db(a: nn.Module, b: nn.Module, *, sharded: bool = False) -> float:
@@ -136,14 +144,12 @@ def dense(module: nn.Module) -> Tensor:
 
 def hidden_states(side: Side, window: list[int]) -> list[Tensor]:
     """The output of every layer on one window, float32 [S, D], on the plain path."""
-    scorer = copy.copy(side.scorer)
-    scorer.forward = side.model
     outputs: list[list[Tensor]] = [[] for _ in side.model.layers]
     hooks = [
         layer.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output[0].float().cpu()))
         for layer, kept in zip(side.model.layers, outputs, strict=True)
     ]
-    for _ in scorer.logits([window]):
+    for _ in side.plain.logits([window]):
         pass
     for hook in hooks:
         hook.remove()

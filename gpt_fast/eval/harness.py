@@ -101,7 +101,7 @@ class EngineLM(TemplateLM):
 def sampling_params(arguments: dict[str, Any], *, seed: int | None = None) -> SamplingParams:
     """A task's generation_kwargs as ours. ConfigError on one that has no counterpart here.
 
-    seed: what samples are drawn from; one that is given comes out the same in every run, and on every rank of a model.
+    seed: what samples are drawn from; one that is given comes out the same in every run.
     """
     values: dict[str, Any] = {**normalize_gen_kwargs(arguments, DEFAULT_GENERATION)}
     stop = handle_stop_sequences(values.pop("until", None), eos=None)
@@ -114,10 +114,7 @@ def sampling_params(arguments: dict[str, Any], *, seed: int | None = None) -> Sa
 
 
 def evaluate(model: LM, tasks: list[str], *, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-    """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}.
-
-    Under torchrun on local rank 0 only; on other ranks {}.
-    """
+    """The harness's results: {"results": {task: {metric: value}}, "samples": {task: [...]}, ...}."""
     found: list[Any] = find_tasks(tasks)
     results = simple_evaluate(
         model=model,

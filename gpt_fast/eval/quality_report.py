@@ -12,8 +12,9 @@ import torch
 
 from gpt_fast.checkpoint.quality_gate import weights_sha256
 from gpt_fast.config import ConfigError, EngineConfig
+from gpt_fast.engine.lead import Leader, follow
 from gpt_fast.engine.ranks import Group
-from gpt_fast.eval.divergence import Side, TokenFigures, compare
+from gpt_fast.eval.divergence import Side, TokenFigures, compare, weight_sqnrs_db
 from gpt_fast.eval.score import Scorer
 from gpt_fast.load.checkpoint import Loaded
 from gpt_fast.load.engine import load_model
@@ -21,6 +22,7 @@ from gpt_fast.load.path import Refused, fused_path
 from gpt_fast.load.sizes import cache_dtype, choose_device, cores_of
 from gpt_fast.measure.picture import picture
 from gpt_fast.measure.texts import Text, windows
+from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Forward
 from gpt_fast.text.tokenizer import load_tokenizer
 
@@ -47,14 +49,25 @@ class Run(NamedTuple):
 
 def make_report(
     ours: EngineConfig, against: EngineConfig, passage: Passage, group: Group | None = None
-) -> tuple[Path, dict[str, Any], TokenFigures]:
-    """(the weights file of `ours`, the report, the figures of every token); the same on all ranks of a group."""
+) -> tuple[Path, dict[str, Any], TokenFigures] | None:
+    """(the weights file of `ours`, the report, the figures of every token); None on the ranks that follow rank 0."""
     if group is not None:
         torch.set_num_threads(cores_of(group))
-    a, b = load_run(ours, passage.length, group), load_run(against, passage.length, group)
+    runs = a, b = [load_run(config, passage.length, group) for config in (ours, against)]
     if a.loaded.config != b.loaded.config:
         problem, allowed = "is another model", f"the source of {ours.checkpoint_path}"
         raise ConfigError("against", problem, got=against.checkpoint_path, allowed=allowed)
+    weights_db = weight_sqnrs_db(a.loaded.model, b.loaded.model)
+    forwards = [forward for run in runs for forward in (run.forward, run.loaded.model)]
+    caches = [run_cache(run, passage.length) for run in runs]
+    if group is not None and not group.leads:
+        follow(group.plans, forwards, caches)
+        return None
+    leader = Leader(group.plans) if group is not None else None
+    if leader is not None:
+        forwards, caches = [*map(leader.forward, forwards)], [*map(leader.cache, caches)]
+    side_a = Side(a.loaded.model, Scorer(forwards[0], caches[0]), Scorer(forwards[1], caches[0]))
+    side_b = Side(b.loaded.model, Scorer(forwards[2], caches[1]), Scorer(forwards[3], caches[1]))
     tokenizer = load_tokenizer(a.loaded.directory)
     chosen = windows(
         tokenizer.encode(passage.text.content, add_bos=False),
@@ -62,7 +75,7 @@ def make_report(
         limit=passage.count,
         prefix=tokenizer.encode("", add_bos=True),
     )
-    figures, tokens = compare(side(a, passage.length), side(b, passage.length), chosen)
+    figures, tokens = compare(side_a, side_b, chosen, weights_db)
     return a.loaded.weights_file, describe(a, b, passage, len(chosen)) | figures, tokens
 
 
@@ -80,11 +93,9 @@ def load_run(config: EngineConfig, length: int, group: Group | None) -> Run:
     return Run(config, loaded, fused.prefill, fused.name)
 
 
-def side(run: Run, length: int) -> Side:
+def run_cache(run: Run, length: int) -> KVCache:
     device = run.loaded.model.norm.weight.device
-    dtype = cache_of(run)
-    scorer = Scorer(run.forward, run.loaded.config, rows=ROWS, max_seq_len=length, dtype=dtype, device=device)
-    return Side(run.loaded.model, scorer)
+    return KVCache(run.loaded.config, slots=ROWS, max_seq_len=length, dtype=cache_of(run), device=device)
 
 
 def cache_of(run: Run) -> torch.dtype:

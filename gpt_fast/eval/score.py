@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_fast.config import ModelConfig
 from gpt_fast.engine.runner import Runner, bucket_of, buckets
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch, Forward
@@ -29,35 +28,18 @@ class Score(NamedTuple):
 class Scorer:
     """A model's forward with a KV cache of its own, so that an engine over the same model is not disturbed.
 
-    The model's rope table must reach max_seq_len (Transformer.setup_rope).
+    The model's rope table must reach the cache's max_seq_len (Transformer.setup_rope).
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        config: ModelConfig,
-        *,
-        rows: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.forward, self.rows, self.max_seq_len, self.device = forward, rows, max_seq_len, device
-        self.cache = KVCache(config, slots=rows, max_seq_len=max_seq_len, dtype=dtype, device=device)
-        self.lengths = buckets(max_seq_len, 128)
+    def __init__(self, forward: Forward, cache: KVCache) -> None:
+        self.forward, self.cache, self.device = forward, cache, cache.k_LNHTD.device
+        self.rows, self.max_seq_len = cache.slots, cache.max_seq_len
+        self.lengths = buckets(cache.max_seq_len, 128)
 
     @classmethod
     def beside(cls, runner: Runner) -> Scorer:
         """Over the same model as this runner, which is not disturbed, and with a cache like its own."""
-        cache = runner.cache
-        return cls(
-            runner.prefill,
-            cache.config,
-            rows=cache.slots,
-            max_seq_len=cache.max_seq_len,
-            dtype=cache.k_LNHTD.dtype,
-            device=runner.device,
-        )
+        return cls(runner.prefill, runner.cache.another())
 
     @torch.inference_mode()
     def logits(self, tokens: list[list[int]]) -> Iterator[tuple[int, Tensor]]:

@@ -96,15 +96,12 @@ def path_without_kernels(config: EngineConfig, model: Transformer, threads: int,
 
 
 def sharded_path(config: EngineConfig, loaded: Loaded, threads: int, group: Group | None) -> ModelPath:
-    """A rank's share of a model. Every rank must make the same plans, and a learned budget follows its own clock."""
-    if config.compile or config.compile_prefill:
-        raise ConfigError("compile", "is not there under tensor parallelism", got=True, allowed="false")
+    """A rank's share of a model."""
     try:
-        return fused_path(config, loaded, threads, group=group)._replace(budget=None)
+        return fused_path(config, loaded, threads, group=group)
     except Refused as why:
         pack(loaded.model)
-        name = f"plain (tensor parallel: {why})"
-        return ModelPath(name, loaded.model, loaded.model, threads, warm_up=False, budget=None)
+        return ModelPath(f"plain (tensor parallel: {why})", loaded.model, loaded.model, threads, warm_up=False)
 
 
 def compiles_unasked(model: Transformer) -> bool:

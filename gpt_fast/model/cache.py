@@ -49,6 +49,11 @@ class KVCache(nn.Module):
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    def another(self) -> KVCache:
+        """An empty cache of the same shape."""
+        own = self.k_LNHTD
+        return KVCache(self.config, slots=self.slots, max_seq_len=self.max_seq_len, dtype=own.dtype, device=own.device)
+
     def write(self, layer: int, slots_B: Tensor, positions_BS: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
         """Store this step's keys and values at (slot, position) of each token."""
         # Advanced indices around the head slice put [B, S] first: the target view is [B, S, H, D]. The layer is one of

@@ -7,6 +7,7 @@ warning and serves with its default. Here each is one line, `key: problem (got X
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,6 @@ def only(value: Any, why: str) -> Key:
 
 
 ONE_WORKER = "one worker holds the model and batches for all, with a second one requests hang"
-ONE_PROCESS = "the model is served by one process"
 OTHER_TRANSPORT = "the handler speaks continuousBatching only"
 KEYS = {
     "minWorkers": only(1, ONE_WORKER),
@@ -80,9 +80,9 @@ KEYS = {
     "sequenceBatching": only(False, OTHER_TRANSPORT),
     "useJobTicket": only(False, OTHER_TRANSPORT),
     "useVenv": only(False, "the worker runs in the environment that TorchServe runs in"),
-    "parallelLevel": only(1, ONE_PROCESS),
-    "parallelType": only("", ONE_PROCESS + ", without tensor parallelism"),
-    "torchrun": Key("no such key", lambda _: False, ONE_PROCESS + ", without torchrun"),
+    "parallelLevel": whole(1, 1024),
+    "parallelType": Key("tp", lambda v: v in ("tp", ""), "tensor parallelism is the only kind there is"),
+    "torchrun": Key("a mapping", lambda v: isinstance(v, dict)),
     "handler": Key("a mapping", lambda _: True),  # model_config.py's
 }
 
@@ -96,6 +96,35 @@ def check_frontend_keys(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}: no such key{suggestion(name)} (allowed {', '.join(KEYS)})")
         elif not key.fits(value):
             problems.append(f"{name}: {key.why} (got {value!r}, allowed {key.allowed})")
+    return problems or check_ranks(config)
+
+
+def check_ranks(config: Mapping[str, Any]) -> list[str]:
+    """The problems of the keys that have TorchServe start several processes, ranks, which hold the model together.
+
+    It takes torchrun for absent without parallelType, and cannot start without torchrun if that is there. Of torchrun's
+    own keys it passes on others than nproc-per-node, too, but they are for several machines, to whose ranks it does not
+    speak, or change nothing.
+    """
+    kind, torchrun, level = config.get("parallelType", ""), config.get("torchrun"), config.get("parallelLevel", 1)
+    if kind == "" and torchrun is not None:
+        return [f"torchrun: has no effect by itself (got {torchrun!r}, allowed with parallelType: tp)"]
+    if kind == "":
+        return [] if level == 1 else [f"parallelLevel: torchrun.nproc-per-node says it (got {level}, allowed 1)"]
+    if torchrun is None:
+        return [f"parallelType: needs torchrun beside it (got {kind!r}, allowed with torchrun: {{nproc-per-node: 2}})"]
+    problems = [
+        f"torchrun.{key}: is not used (got {value!r}, allowed nproc-per-node alone; threads are handler.threads')"
+        for key, value in torchrun.items()
+        if key != "nproc-per-node"
+    ]
+    count, cores = torchrun.get("nproc-per-node"), os.cpu_count() or 1
+    on_gpus = config.get("deviceType") == "gpu"  # of which the handler knows how many there are
+    if type(count) is not int or not 1 <= count <= (1024 if on_gpus else cores):
+        limit = "the machine's GPUs" if on_gpus else f"{cores}, the machine's cores"
+        problems.append(f"torchrun.nproc-per-node: not as many ranks as can run (got {count!r}, allowed 1..{limit})")
+    elif config.get("parallelLevel", count) != count:
+        problems.append(f"parallelLevel: is not torchrun.nproc-per-node (got {level}, allowed {count} or none)")
     return problems
 
 

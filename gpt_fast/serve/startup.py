@@ -8,11 +8,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.cli.errors import text
+from gpt_fast.engine.ranks import Group
 from gpt_fast.llm import Engine
+from gpt_fast.load.engine import load_parts, start_following
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.model_config import read_config
 from gpt_fast.serve.rounds import Rounds
@@ -23,14 +27,22 @@ logger = logging.getLogger(__name__)
 SWITCH_SECONDS = 0.0005  # the engine's thread waits that long for Python's lock, 5 ms by default, once or twice a token
 
 
-def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str) -> Rounds:
-    """Load and warm up the engine, start its thread; returns what the handler plays its rounds with."""
+def start_serving(
+    yaml: Mapping[str, Any] | None, *, root: Path, model_name: str, group: Group | None = None
+) -> Rounds | None:
+    """Load and warm up the engine, start its thread; returns what the handler plays its rounds with.
+
+    Of a group, rank 0 serves and gets the rounds; the others compute with it and have None.
+    """
     engine_config, serve_config = read_config(yaml, root=root)
     if not engine_config.threads:
-        engine_config = dataclasses.replace(engine_config, threads=serving_threads())
+        engine_config = dataclasses.replace(engine_config, threads=serving_threads(group))
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()  # what is imported stays: each full collection would go through it, for 0.1 s
-    engine = Engine.load(**dataclasses.asdict(engine_config))
+    if group is not None and not group.leads:
+        follow_beside(start_following(engine_config, group))
+        return None
+    engine = Engine(load_parts(engine_config, group))
     gc.freeze()
     told = engine.description
     logger.info("gpt-fast serves %s", json.dumps(told.as_dict()))
@@ -38,7 +50,9 @@ def start_serving(yaml: Mapping[str, Any] | None, *, root: Path, model_name: str
         engine,
         threads=told.torch_threads,
         hung_after=serve_config.hung_seconds,
-        interval=chunk_interval(serve_config.stream_interval, device=told.device, threads=told.threads),
+        interval=chunk_interval(
+            serve_config.stream_interval, device=told.device, threads=told.threads * ranks_here(group)
+        ),
     )
     service.start()
     drain_file = os.environ.get("GPT_FAST_DRAIN_FILE")
@@ -68,10 +82,29 @@ def chunk_interval(wanted: float | None, *, device: str, threads: int) -> float:
     return 0.1 if device == "cpu" and threads >= available_cores() else 0.02
 
 
-def serving_threads() -> int:
+def follow_beside(run: Callable[[], None]) -> None:
+    """Compute with rank 0 on a thread of its own; the process ends with it, so that TorchServe starts all anew."""
+
+    def loop() -> None:
+        try:
+            run()
+        except Exception as error:
+            logger.error("gpt-fast's rank cannot go on: %s", text(error))
+        finally:
+            logging.shutdown()
+            os._exit(1)
+
+    threading.Thread(target=loop, name="follower", daemon=True).start()
+
+
+def serving_threads(group: Group | None = None) -> int:
     """Every core but one where there are more than two: TorchServe's front end and the handler need a share."""
     cores = available_cores()
-    return cores - 1 if cores > 2 else cores
+    return max(1, (cores - 1 if cores > 2 else cores) // ranks_here(group))
+
+
+def ranks_here(group: Group | None) -> int:
+    return 1 if group is None else group.local.size
 
 
 def available_cores() -> int:

@@ -16,11 +16,12 @@ from gpt_fast.checkpoint.quality_gate import check_quality, report_path
 from gpt_fast.config import ConfigError, EngineConfig, SamplingParams
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.eval.__main__ import main, parser
-from gpt_fast.eval.divergence import Side, common_prefix, compare
+from gpt_fast.eval.divergence import Side, common_prefix, compare, weight_sqnrs_db
 from gpt_fast.eval.quality_report import plot, table
 from gpt_fast.eval.score import TOKENS_PER_FORWARD, Scorer
 from gpt_fast.files import write_json
 from gpt_fast.llm import Engine
+from gpt_fast.model.cache import KVCache
 from support.paths import ROOT
 from support.quantized import CPU, logits_of, quantized_model, random_model, small_config, write_checkpoint
 
@@ -29,7 +30,7 @@ BYTES = {"vocab_size": 257, "max_position": 1024}
 
 def scorer_of(model, *, rows=4, max_seq_len=64):
     model.setup_rope(max_seq_len, CPU)
-    return Scorer(model, model.config, rows=rows, max_seq_len=max_seq_len, dtype=torch.float32, device=CPU)
+    return Scorer(model, KVCache(model.config, slots=rows, max_seq_len=max_seq_len, dtype=torch.float32, device=CPU))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,12 @@ def test_a_row_may_be_one_longer_than_the_cache(model):
 
 
 def side_of(model):
-    return Side(model, scorer_of(model, rows=8, max_seq_len=128))
+    scorer = scorer_of(model, rows=8, max_seq_len=128)
+    return Side(model, scorer, plain=scorer)
+
+
+def compared(ours, source, windows):
+    return compare(side_of(ours), side_of(source), windows, weight_sqnrs_db(ours, source))
 
 
 def some_windows(count=3, length=96):
@@ -94,7 +100,7 @@ def some_windows(count=3, length=96):
 
 @pytest.mark.slow
 def test_a_model_against_itself_differs_in_nothing(model):
-    report, tokens = compare(side_of(model), side_of(random_model(small_config())), some_windows())
+    report, tokens = compared(model, random_model(small_config()), some_windows())
     assert report["tokens"] == len(tokens.kl) == 3 * 95
     assert report["perplexity_ratio"] == 1 and report["perplexity_ratio_error"] == 0
     assert report["mean_kl"] == report["p99_kl"] == 0
@@ -106,7 +112,7 @@ def test_a_model_against_itself_differs_in_nothing(model):
 def test_figures_are_those_of_the_logits(model):
     quantized = quantized_model(model, mode="int4", groupsize=128)
     windows = some_windows()
-    report, _ = compare(side_of(quantized), side_of(model), windows)
+    report, _ = compared(quantized, model, windows)
     a, b = (logits_of(m, torch.tensor(windows))[:, :-1].log_softmax(-1) for m in (quantized, model))
     targets = torch.tensor(windows)[:, 1:, None]
     assert report["perplexity"] == pytest.approx(math.exp(-a.gather(-1, targets).mean()), rel=1e-4)
@@ -125,7 +131,7 @@ def test_figures_are_those_of_the_logits(model):
 @pytest.mark.slow
 def test_worse_weights_give_a_worse_report(model):
     reports = [
-        compare(side_of(quantized_model(model, mode=mode, groupsize=size)), side_of(model), some_windows())[0]
+        compared(quantized_model(model, mode=mode, groupsize=size), model, some_windows())[0]
         for mode, size in (("int8", 0), ("int4", 32), ("int4", 128))
     ]
     for better, worse in itertools.pairwise(reports):
@@ -308,7 +314,7 @@ def test_another_model_is_no_reference(checkpoints, tmp_path, capsys):
 
 
 def test_the_table_and_plot_say_where_nothing_differs(model, tmp_path):
-    report, tokens = compare(side_of(model), side_of(model), some_windows(1))
+    report, tokens = compared(model, model, some_windows(1))
     files = {"checkpoint": "a", "against": "b", "bytes": 1, "against_bytes": 2, "text": "t"}
     assert table(files | report).splitlines()[-1].split() == ["1", "exact", "exact"]
     plot(files | report, tokens, tmp_path / "same.png")

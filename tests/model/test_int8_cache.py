@@ -260,7 +260,7 @@ def test_the_default_models_predictions_hardly_change(default_checkpoint):
     tokens = load_tokenizer(default_checkpoint).encode(held_out_part(default_text()).content, add_bos=False)
     passages = windows(tokens, length=256, limit=4, prefix=[])
     int8, float32 = (
-        Scorer(loaded.model, loaded.config, rows=1, max_seq_len=256, dtype=dtype, device=CPU)
+        Scorer(loaded.model, KVCache(loaded.config, slots=1, max_seq_len=256, dtype=dtype, device=CPU))
         for dtype in (torch.int8, torch.float32)
     )
     parts = [figures for passage in passages for figures in window_figures(int8, float32, passage)]

@@ -54,6 +54,34 @@ def test_a_value_that_torchserve_would_not_use_is_refused(key: str, value: str) 
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parallelType: tp\ntorchrun: {nproc-per-node: 1}", None),
+        ("parallelType: tp\nparallelLevel: 1\ntorchrun: {nproc-per-node: 1}", None),
+        ("parallelType: tp\ndeviceType: gpu\ntorchrun: {nproc-per-node: 8}", None),
+        (
+            "parallelType: pp\ntorchrun: {nproc-per-node: 1}",
+            "parallelType: tensor parallelism is the only",
+        ),
+        (
+            "parallelType: tp\ntorchrun: {}",
+            "torchrun.nproc-per-node: not as many ranks as can run (got None",
+        ),
+        ("parallelType: tp\ntorchrun: {nproc-per-node: '2'}", "torchrun.nproc-per-node: not as many ranks as can run"),
+        ("parallelType: tp\ntorchrun: {nproc-per-node: 4000}", "torchrun.nproc-per-node: not as many ranks as can run"),
+        (
+            "parallelType: tp\nparallelLevel: 3\ntorchrun: {nproc-per-node: 1}",
+            "parallelLevel: is not torchrun.nproc",
+        ),
+        ("parallelType: tp\ntorchrun: {nproc-per-node: 1, nnodes: 2}", "torchrun.nnodes: is not used (got 2, allowed "),
+    ],
+)
+def test_ranks_are_asked_for_as_torchserve_starts_them(text: str, message: str | None) -> None:
+    problems = check_frontend_keys(parse(text))
+    assert len(problems) == (message is not None) and all(message in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [("minworkers", "minWorkers"), ("batch_size", "batchSize"), ("startup_timeout", "startupTimeout"), ("xyz", "")],
 )

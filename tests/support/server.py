@@ -79,12 +79,14 @@ class Server:
         """OpenAI's base_url. The version is TorchServe's: without it there is no path behind a model's name."""
         return f"{self.url}/1.0/v1"
 
-    def start(self, *, token: str = "off", **handler: object) -> None:
+    def start(self, *, token: str = "off", keys: dict[str, object] | None = None, **handler: object) -> None:
+        """keys: of TorchServe's in model_config.yaml; handler: of our own section."""
         properties = (ROOT / "deploy/config.properties").read_text()
         for old, new in zip(PORTS, self.ports, strict=True):
             properties = properties.replace(f":{old}\n", f":{new}\n").replace(f"port={old}\n", f"port={new}\n")
         (self.home / "config.properties").write_text(properties)
         config = yaml.safe_load((ROOT / "model_config.yaml").read_text())
+        config |= keys or {}
         config["handler"] |= handler
         (self.home / "model_config.yaml").write_text(yaml.safe_dump(config))
         made = archive.build(
