@@ -76,42 +76,51 @@ def exact(model: Transformer, kind: str) -> Callable[[Batch], torch.Tensor]:
     return cpu_twin.twin(model, weights=kind) if kind == "bfloat16" else model
 
 
-def run_shares(shares: list[CpuDecoder], tokens_T: torch.Tensor, sizes: list[int], cache_type: torch.dtype) -> list:
-    """Each rank's logits of one sequence in chunks, after as much as can be was poisoned."""
+# ------------------------------------------------------------------------------------------ logits
+
+
+def assert_shares_compute_the_whole(
+    make: Callable[[], Transformer], kind: str, size: int, sizes: list[int], cache_type: torch.dtype = torch.float32
+) -> None:
+    """`size` ranks give one decoder's logits of a text in chunks of `sizes`, up to rounding; and all the same bytes."""
+    whole = CpuDecoder(make(), weights=kind, threads=1)
+    tokens_T = random_tokens(whole, sum(sizes))
 
     def run(share: CpuDecoder) -> torch.Tensor:
-        cache = new_cache(share, slots=4, dtype=cache_type, fill=torch.nan)
+        cache = new_cache(share, dtype=cache_type, fill=torch.nan)
         return run_chunks(share.forward, tokens_T, cache, sizes, slot=3)
 
-    return together([partial(run, share) for share in shares])
-
-
-# ------------------------------------------------------------------------------------------ logits
+    first, *others = together([partial(run, share) for share in share_decoders(make, size, weights=kind)])
+    assert all(torch.equal(first, other) for other in others)
+    expected = run_chunks(whole.forward, tokens_T, new_cache(whole, dtype=cache_type), sizes)
+    with activations_unrounded():
+        known = run_chunks(exact(make(), kind), tokens_T, new_cache(whole), sizes)
+    assert_rounded_alike(first, expected, known)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ranks_compute_what_one_decoder_computes(shape: str, kind: str) -> None:
-    make = partial(model_of, kind, **SHAPES[shape])
-    whole = CpuDecoder(make(), weights=kind, threads=1)
-    tokens, sizes = random_tokens(whole, 150), [100, 1, 5, 1, 43]
-    first, second = run_shares(share_decoders(make, 2, weights=kind), tokens, sizes, torch.float32)
-    assert torch.equal(first, second)
-    expected = run_chunks(whole.forward, tokens, new_cache(whole), sizes)
-    with activations_unrounded():
-        assert_rounded_alike(first, expected, run_chunks(exact(make(), kind), tokens, new_cache(whole), sizes))
+def test_two_ranks_compute_what_one_decoder_computes(shape: str, kind: str) -> None:
+    assert_shares_compute_the_whole(partial(model_of, kind, **SHAPES[shape]), kind, 2, [100, 1, 5, 1, 43])
 
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("cache_type", [torch.bfloat16, torch.int8])
 def test_more_ranks_and_narrow_caches(size: int, cache_type: torch.dtype) -> None:
     make = partial(model_of, "int8", n_head=2 * size, n_kv_head=size)
-    whole = CpuDecoder(make(), weights="int8", threads=1)
-    tokens, sizes = random_tokens(whole, 60), [40, 1, 19]
-    first, *others = run_shares(share_decoders(make, size, weights="int8"), tokens, sizes, cache_type)
-    assert all(torch.equal(first, other) for other in others)
-    expected = run_chunks(whole.forward, tokens, new_cache(whole, dtype=cache_type), sizes)
-    assert_rounded_alike(first, expected, run_chunks(make(), tokens, new_cache(whole), sizes))
+    assert_shares_compute_the_whole(make, "int8", size, [40, 1, 19], cache_type)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (2, dict(n_head=9, n_kv_head=3, head_dim=32, vocab_size=333, intermediate_size=352)),
+        (3, dict(n_head=8, n_kv_head=2, head_dim=32, vocab_size=97, intermediate_size=416)),  # KV heads on two ranks
+    ],
+)
+def test_uneven_shares(size: int, shape: dict[str, int], kind: str) -> None:
+    assert_shares_compute_the_whole(partial(model_of, kind, **shape), kind, size, [40, 1, 19])
 
 
 @examples(6)
@@ -126,9 +135,13 @@ def test_a_rows_logits_are_the_same_bits_however_it_is_run(kind: str, isa: str, 
         shares = share_decoders(make, 2, weights=kind, threads=threads, isa=isa)
         sizes = [1] * 5 + [rng.randint(1, 44)]
         sizes.append(50 - sum(sizes))
-        found += [one[None] for one in run_shares(shares, tokens_BS[2], [s for s in sizes if s], torch.float32)]
+        found += together([partial(run_pieces, share, tokens_BS[2], [s for s in sizes if s]) for share in shares])
         found += [all_B[2:3] for all_B in together([partial(run_batch, share, batched) for share in shares])]
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def run_pieces(share: CpuDecoder, tokens_T: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    return run_chunks(share.forward, tokens_T, new_cache(share, fill=torch.nan), sizes, slot=3)[None]
 
 
 def run_batch(share: CpuDecoder, batch: Batch) -> torch.Tensor:
