@@ -51,7 +51,7 @@ class Forward(Protocol):
 
 
 class PendingStep(Protocol):
-    """A forward under way."""
+    """A forward under way. On ranks it ends whether or not anyone asks for its result, for the others wait for it."""
 
     def result(self) -> Tensor:
         """The logits, once they are there."""

@@ -149,6 +149,18 @@ def run_batch(share: CpuDecoder, batch: Batch) -> torch.Tensor:
     return share.forward(replace(batch, cache=new_cache(share, fill=torch.nan)))
 
 
+def test_memory_that_is_short_takes_logits_in_pieces_and_refuses_longer_steps() -> None:
+    make = partial(model_of, "int8")  # 96 values and 360 logits a token
+    roomy, narrow = (share_decoders(make, 2, weights="int8", part_bytes=size) for size in (1 << 20, 1 << 16))
+    batch = Batch(random_tokens(roomy[0], 1, 170), torch.arange(170)[None], None, length=200)  # type: ignore[arg-type]
+    first, *others = together([partial(run_batch, share, batch) for share in roomy + narrow])
+    assert all(torch.equal(first, other) for other in others)
+    longer = Batch(torch.zeros(1, 171).long(), torch.arange(171)[None], None, length=200)  # type: ignore[arg-type]
+    for share in narrow:
+        with pytest.raises(ValueError, match=r"^tokens_BS: more tokens than the ranks' memory has room for"):
+            run_batch(share, longer)
+
+
 def test_logits_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = share_decoders(partial(model_of, "bfloat16"), 2, weights="bfloat16")
     never_written = {torch.float32: torch.nan, torch.int64: -9}

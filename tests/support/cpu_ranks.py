@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from gpt_fast.model.parallel import Ranks, shard
 from gpt_fast.model.transformer import Transformer
 from gpt_fast.ops.cpu import CpuDecoder
-from gpt_fast.ops.cpu.link import Link, memory
+from gpt_fast.ops.cpu.link import PART_BYTES, Link, memory
 
 T = TypeVar("T")
 
@@ -21,23 +21,29 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T]:
         return [future.result() for future in [threads.submit(call) for call in calls]]
 
 
-def links(size: int, **options: Any) -> list[Link]:
+def links(size: int, *, part_bytes: int = PART_BYTES, **options: Any) -> list[Link]:
     """Those of `size` ranks, over one memory."""
-    file = memory(size)
+    file = memory(size, part_bytes)
     try:
-        return [Link(file, Ranks(rank, size), threads=1, **options) for rank in range(size)]
+        return [Link(file, Ranks(rank, size), threads=1, part_bytes=part_bytes, **options) for rank in range(size)]
     finally:
         os.close(file)
 
 
 def share_decoders(
-    make_model: Callable[[], Transformer], size: int, *, weights: str, threads: int = 1, isa: str | None = None
+    make_model: Callable[[], Transformer],
+    size: int,
+    *,
+    weights: str,
+    threads: int = 1,
+    isa: str | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> list[CpuDecoder]:
     """A decoder of each rank's share of the model, which make_model makes alike each time."""
     shares = [make_model() for _ in range(size)]
     for rank, model in enumerate(shares):
         shard(model, Ranks(rank, size))
-    pairs = zip(shares, links(size, isa=isa), strict=True)
+    pairs = zip(shares, links(size, isa=isa, part_bytes=part_bytes), strict=True)
 
     def build(model: Transformer, link: Link) -> Callable[[], CpuDecoder]:
         return lambda: CpuDecoder(model, weights=weights, threads=threads, isa=isa, link=link)

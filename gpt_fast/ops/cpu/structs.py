@@ -23,7 +23,7 @@ STEP_ERRORS = {
     2: "positions_BS: a position is negative or not below length",
     3: "slots_B: a slot is outside the cache",
     4: "select_B: an index is outside the row",
-    5: "tokens_BS: more tokens than ranks exchange in one step",
+    5: "tokens_BS: more tokens than the ranks' memory has room for in one step",
 }
 LINK_ENDED = 6
 
