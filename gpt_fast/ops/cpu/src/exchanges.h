@@ -40,14 +40,16 @@ class Exchanges {
   int logit_rows(bool with_logits) const {
     if (alone() || !with_logits) return INT32_MAX;
     const size_t room = std::min(kLogitBytes, link_->part_bytes() - kOpeningBytes);
-    return std::max(1, int(room / sizeof(float)) / vocab_);
+    return std::clamp(int(room / sizeof(float)) / vocab_, 1, kLogitRows);
   }
 
   // A step begins, whose description every rank must have alike. Adds the exchanges' chunks to its plan.
   void begin(Plan& plan, int dim, bool with_logits) {
     if (alone()) return;
-    const int sum_chunks = (plan.rows() * dim + kSumValues - 1) / kSumValues;
-    for (Phase sum : {kSumInput, kSumAttention, kSumOutput}) plan.chunks[sum] = sum_chunks;
+    const int values = plan.rows() * dim;
+    chunk_values_ = std::max(kSumValues, round_up(values / kSumChunks, kLanes));
+    for (Phase sum : {kSumInput, kSumAttention, kSumOutput})
+      plan.chunks[sum] = (values + chunk_values_ - 1) / chunk_values_;
     plan.chunks[kGather] = with_logits ? plan.head_rows * ranks() : 0;
     logit_exchanges_ = with_logits ? plan.head_blocks : 0;
     first_ = 1 + link_->reserve(2 * layers_ + 1 + logit_exchanges_ + !plan.selected.empty());
@@ -66,7 +68,7 @@ class Exchanges {
     const uint32_t number = first_ + uint32_t(exchange);
     if (!link_->meet(number)) return;
     if (exchange == 0 && chunk == 0) read_openings();
-    const int first = chunk * kSumValues, end = std::min(n, first + kSumValues);
+    const int first = chunk * chunk_values_, end = std::min(n, first + chunk_values_);
     const int whole = first + (end - first) / kLanes * kLanes;
     for (int i = first; i < whole; i += kLanes) {
       f32x16 sum = load(floats(number, 0) + i);
@@ -109,7 +111,9 @@ class Exchanges {
 
  private:
   static constexpr size_t kOpeningBytes = 64;
-  static constexpr size_t kLogitBytes = 4 << 20;
+  static constexpr size_t kLogitBytes = 4 << 20;  // of a rank, exchanged together; or a row, where that has more
+  static constexpr int kLogitRows = 256;          // which, times the ranks, is less than Pool::kMaxChunks
+  static constexpr int kSumValues = 2048, kSumChunks = 1024;  // values to a chunk at least, chunks of a sum at most
 
   struct Vocabulary {
     int32_t first, count;
@@ -154,7 +158,7 @@ class Exchanges {
   Link* const link_;
   std::vector<Vocabulary> shares_;  // [rank]
   uint32_t first_ = 0;              // the number of the step's first exchange
-  int logit_exchanges_ = 0;
+  int logit_exchanges_ = 0, chunk_values_ = kSumValues;
   uint64_t step_ = 0;
 };
 

@@ -40,7 +40,6 @@ enum Phase : int {
   kPhaseKinds
 };
 inline constexpr int kLayerPhases = kSumOutput, kLastPhases = kHead - kSumOutput, kBlockPhases = kPhaseKinds - kHead;
-inline constexpr int kSumValues = 2048;  // values to a chunk of a sum of ranks
 
 // How a matrix product is cut into chunks of work.
 struct Split {
