@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.cli.hub import why_unreachable
 from gpt_fast.convert.hf import DOWNLOADED
 from gpt_fast.convert.side_files import is_side_file
 from gpt_fast.files import write_json
@@ -36,6 +37,9 @@ def choose_files(names: Iterable[str]) -> list[str]:
 
 def download(repo_id: str, out_dir: Path, *, revision: str | None, token: str | None) -> str:
     """Fetch the chosen files of one commit into out_dir; the commit's hash."""
+    problem = why_unreachable()
+    if problem is not None:
+        raise ValueError(f"{repo_id}: {problem}")
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi(token=token).model_info(repo_id, revision=revision)
@@ -61,5 +65,5 @@ def main() -> None:
 if __name__ == "__main__":
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    with one_line_errors("download", also=(HfHubHTTPError, HFValidationError)):
+    with one_line_errors("download", also=(HFValidationError, *HfHubHTTPError.__bases__)):  # its HTTP library's too
         main()

@@ -293,12 +293,22 @@ def gguf_rope(source: GgufSource, fields: Fields, sizes: Mapping[str, Any]) -> d
 
 
 def gguf_rope_scaling(source: GgufSource, fields: Fields, *, max_position: int) -> dict[str, Any] | None:
-    """`rope.scaling.*`, or the per-frequency divisors that llama.cpp stores as tensors (Llama 3.1, Phi-3)."""
-    kind = fields.take("rope.scaling.type", "none")
+    """`rope.scaling.*`, or the per-frequency divisors that llama.cpp stores as tensors (Llama 3.1, Phi-3).
+
+    Where the type is absent it is linear, as in llama.cpp. What would multiply or mix the ways to stretch is refused.
+    """
+    kind = fields.take("rope.scaling.type", "linear")
     original = fields.integer("rope.scaling.original_context_length", max_position, high=1 << 30)
     attention = fields.number("rope.scaling.attn_factor", 1.0, low=0.0)
-    factor = fields.number("rope.scaling.factor", 1.0, low=-1e-9)
+    factor = fields.number("rope.scale_linear", 1.0, low=-1e-9)  # its name in old files
+    factor = round_float32(fields.number("rope.scaling.factor", factor, low=-1e-9)) or 1.0
+    for key in ("yarn_ext_factor", "yarn_attn_factor"):
+        fields.fixed(f"rope.scaling.{key}", 1)
+    betas = {name: fields.number(f"rope.scaling.yarn_{name}", default, low=0.0)
+             for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}  # fmt: skip
     if "rope_factors_long.weight" in source.infos or "rope_freqs.weight" in source.infos:
+        if factor != 1.0:
+            raise ConfigError(fields.prefix + "rope.scaling.factor", "stands beside factor tensors", got=factor)
         single = "rope_freqs.weight" in source.infos
         names = ("rope_freqs.weight",) * 2 if single else ("rope_factors_short.weight", "rope_factors_long.weight")
         short, long = (read_divisors(source, name) for name in names)
@@ -309,13 +319,14 @@ def gguf_rope_scaling(source: GgufSource, fields: Fields, *, max_position: int) 
             "original_max_position_embeddings": original,
             "attention_factor": round_float32(attention),
         }
+    fields.fixed("rope.scaling.attn_factor", 1)
+    if kind == "none" or (factor == 1.0 and kind == "linear"):
+        return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    if kind != "none":
-        raise ConfigError(fields.prefix + "rope.scaling.type", "is not supported without its factor tensors", got=kind)
-    return None
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas}
+    raise ConfigError(fields.prefix + "rope.scaling.type", "is not supported without its factor tensors", got=kind)
 
 
 def read_divisors(source: GgufSource, name: str) -> list[float]:

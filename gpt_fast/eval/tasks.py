@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from gpt_fast.cli.hub import OFFLINE, why_unreachable, work_offline
 from gpt_fast.config import ConfigError
 from gpt_fast.measure.texts import Text, sha256
 
+LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -52,15 +54,30 @@ def task_manager(found: Sequence[str | dict[str, Any]]) -> Any:
 
 
 def load_tasks(names: list[str]) -> dict[str, Any]:
-    """The harness's Task objects by name. ConfigError when it is not installed or knows no such task."""
+    """The harness's Task objects by name, their data taken from this machine where the Hub cannot be reached.
+
+    ConfigError when the harness is not installed or knows no such task, or its data is nowhere.
+    """
     found = find_tasks(names)
+    problem = why_unreachable(switches=OFFLINE) if any(map(needs_hub, found)) else None
+    if problem is not None:
+        work_offline()
     manager = task_manager(found)
     for task in found:
         if isinstance(task, str) and not manager.match_tasks([task]):
             shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
             allowed = f"lm-evaluation-harness's tasks, {shipped}, or a .yaml file"
             raise ConfigError("tasks", "unknown task", got=task, allowed=allowed)
-    return dict(manager.load(found)["tasks"])
+    try:
+        return dict(manager.load(found)["tasks"])
+    except ConnectionError as error:
+        data = f"the data of {', '.join(names)} is not on this machine"
+        raise ConfigError("tasks", f"{data}, and {problem or error}") from None
+
+
+def needs_hub(task: str | dict[str, Any]) -> bool:
+    """Whether a task's data is a repository's: the harness's own tasks', and a YAML file's without local files."""
+    return isinstance(task, str) or task.get("dataset_path") not in LOCAL_FORMATS
 
 
 def quiet_harness() -> None:

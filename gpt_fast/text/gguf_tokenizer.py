@@ -33,15 +33,22 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
     "starcoder": (r"\p{N}", _GPT2),
+    "refact": (r"\p{N}", _GPT2),
+    "mpt": (_GPT2,),
+    "olmo": (_GPT2,),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
+    "dbrx": (LLAMA3_SPLIT,),
+    "smaug-bpe": (LLAMA3_SPLIT,),
+    "falcon3": (LLAMA3_SPLIT,),
     "llama-bpe": (LLAMA3_SPLIT,),
     "llama3": (LLAMA3_SPLIT,),
     "llama-v3": (LLAMA3_SPLIT,),
     "tekken": (_TEKKEN,),
 }
 # Pieces that are tokens stand although no merges lead to them, and BOS begins a text where the file does not say.
-WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # `tokenizer.ggml.token_type`
 REFUSED = ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces")
 

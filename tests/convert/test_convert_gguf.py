@@ -336,6 +336,55 @@ def test_config_is_what_the_metadata_says(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "out", device="cpu").model.norm.weight.dtype == torch.bfloat16
 
 
+def rope_of(path: Path, family: str = "llama-gqa", **keys: Any) -> Any:
+    """config.json's rope section of a file with these keys under rope.scaling (rope_: under rope)."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for key, value in keys.items():
+            name = f"llama.rope.{key.removeprefix('rope_')}" if key.startswith("rope_") else f"llama.rope.scaling.{key}"
+            add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}
+            add[type(value)](name, value)
+
+    write_model(family, path, change=change)
+    return config_from_gguf(GgufSource(path)).get("rope_scaling")
+
+
+YARN: Any = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128, "beta_slow": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "want"),
+    [
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp's type where none is named
+        ({"rope_scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "linear", "factor": 1.0, "finetuned": True}, None),
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "yarn", "factor": 8.0, "original_context_length": 128}, {**YARN, "beta_fast": 32.0}),
+        ({"type": "yarn", "factor": 8.0, "original_context_length": 128, "yarn_beta_fast": 16.0, "yarn_ext_factor": 1.0,
+          "attn_factor": 1.0}, {**YARN, "beta_fast": 16.0}),
+    ],
+)  # fmt: skip
+def test_rope_keys(keys: dict[str, Any], want: Any, tmp_path: Path) -> None:
+    assert rope_of(tmp_path / "m.gguf", **keys) == want
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "named"),
+    [
+        ("llama-gqa", {"type": "yarn", "factor": 8.0, "attn_factor": 0.7}, r"rope\.scaling\.attn_factor"),
+        ("llama-gqa", {"type": "yarn", "factor": 8.0, "yarn_ext_factor": 0.5}, r"rope\.scaling\.yarn_ext_factor"),
+        ("llama-gqa", {"type": "yarn", "factor": 8.0, "yarn_log_multiplier": 0.1}, "yarn_log_multiplier: unknown key"),
+        ("llama-gqa", {"alpha": 1000.0}, r"rope\.scaling\.alpha: unknown key"),
+        ("llama-gqa", {"type": "longrope"}, r"rope\.scaling\.type: is not supported without its factor tensors"),
+        ("llama-gqa", {"type": "ntk", "factor": 2.0}, r"rope\.scaling\.type: .*'ntk'"),
+        ("llama3", {"factor": 2.0}, r"rope\.scaling\.factor: stands beside factor tensors"),
+    ],
+)
+def test_rope_keys_that_cannot_be_kept_are_named(family: str, keys: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        rope_of(tmp_path / "m.gguf", family, **keys)
+
+
 SMOLLM2 = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 SMOLLM2_GGUF = ROOT / "build" / "downloads" / "SmolLM2-135M-Instruct.gguf"
 

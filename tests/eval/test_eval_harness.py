@@ -235,3 +235,13 @@ def test_the_default_model_answers_200_questions_as_transformers_does(default_ch
     furthest = max(float((rows[0][i] - rows[1][i]).abs().max()) for i in rows[0])
     print(f"{sum(same)} of 200 choices equal, log-likelihoods within {furthest:.2g}")
     assert sum(same) >= 198 and furthest < 1e-2
+
+
+def test_data_that_is_nowhere_is_one_line(capfd):
+    message = "tasks: the data of hellaswag is not on this machine, and HF_HUB_OFFLINE is set"
+    with pytest.raises(ConfigError) as caught:
+        load_tasks(["hellaswag"])
+    assert str(caught.value) == message
+    with pytest.raises(SystemExit):
+        main(["--checkpoint_path", "/nowhere", "--tasks", "hellaswag"])
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: {message}"

@@ -27,6 +27,7 @@ from gpt_fast.text.tokenizer import (
 )
 from support.examples import examples
 from support.hard_strings import MISTRAL_COMMON, SMOLLM2_GGUF, download, hard_strings, wheel_member
+from support.tiny_tokenizers import bytes_json
 from support.tokenizer_files import CORPUS, rank_file
 
 SPIECE = {
@@ -459,6 +460,21 @@ def test_pre_tokenizers_cut(pre: str, text: str, pieces: list[str]) -> None:
 
     backend = tokenizers.Tokenizer.from_str(tokenizer_json_from_gguf(byte_fields(pre=pre)).decode())
     assert [text[a:b] for _, (a, b) in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
+PUBLISHED_CUTS = {"gpt-2": "gpt2", "smollm": "smollm", "refact": "smollm", "qwen2": "qwen2", "llama-bpe": "llama3",
+                  "deepseek-coder": "deepseek", "dbrx": "llama3", "tekken": "tekken"}  # fmt: skip
+
+
+@pytest.mark.parametrize("pre", PUBLISHED_CUTS)
+def test_pre_tokenizers_cut_as_the_published_files(pre: str) -> None:
+    """llama.cpp's name of a pre-tokenizer stands for the one of a published tokenizer.json."""
+    import tokenizers
+
+    published = tokenizers.Tokenizer.from_str(json.dumps(bytes_json(PUBLISHED_CUTS[pre], []))).pre_tokenizer
+    ours = tokenizers.Tokenizer.from_str(tokenizer_json_from_gguf(byte_fields(pre=pre)).decode()).pre_tokenizer
+    for text in hard_strings()[::5]:
+        assert ours.pre_tokenize_str(text) == published.pre_tokenize_str(text), text
 
 
 def test_gguf_bos_as_the_file_or_llama_cpp_says(tmp_path: Path) -> None:
