@@ -7,7 +7,6 @@ both, under the same numbers, and do as they are told (`follow`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -91,15 +90,21 @@ def follow(plans: Plans, forwards: Sequence[Forward], caches: list[KVCache]) -> 
                 forwards[index](batch)
             case Op.START:
                 index, batch, flags = read_step(plan, caches)
-                if flags.after and last is not None:
-                    batch = replace(batch, tokens_BS=last.best()[:, None])
-                last = cast(Startable, forwards[index]).start(batch, best_only=flags.best_only)
-                last.result()  # which helps to compute it
-            case Op.CLEAR:
-                caches[number].clear(numbers[0])
-            case Op.REMOVE_NAN:
-                caches[number].remove_nan(numbers[0], numbers[1])
-            case Op.COPY_PREFIX:
-                caches[number].copy_prefix(source=numbers[0], target=numbers[1], length=numbers[2])
+                after = last if flags.after else None
+                last = cast(Startable, forwards[index]).start(batch, after=after, best_only=flags.best_only)
             case Op.ANOTHER:
                 caches.append(caches[number].another())
+            case _:
+                if last is not None:
+                    last.result()  # it writes to the cache
+                change(caches[number], plan.op, numbers)
+
+
+def change(cache: KVCache, op: Op, numbers: list[int]) -> None:
+    match op:
+        case Op.CLEAR:
+            cache.clear(numbers[0])
+        case Op.REMOVE_NAN:
+            cache.remove_nan(numbers[0], numbers[1])
+        case Op.COPY_PREFIX:
+            cache.copy_prefix(source=numbers[0], target=numbers[1], length=numbers[2])

@@ -29,17 +29,19 @@ class Pulse:
         self.store: Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: calls wait for others
         self.ranks = ranks
         self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self.keys = [f"gpt_fast/pulse/{rank}" for rank in range(ranks.size)]
         self.beats = 0
         self.beat()
 
     def start(self) -> None:
         """Begin to watch; every rank must have come by here or be past its constructor."""
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        self.thread.start()
 
     def end(self) -> None:
         """This rank has done its work: its silence means nothing from now on."""
         self.ended.set()
+        self.thread.join()
         self.store.set(self.keys[self.ranks.rank], ENDED)
 
     def beat(self) -> None:
