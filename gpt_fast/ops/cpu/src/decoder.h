@@ -67,12 +67,10 @@ class Decoder final : public Job {
   // Helps, or waits where the pool is apart, until the first `count` steps have ended: their logits and best tokens are
   // there.
   StepError finish(uint64_t count) {
-    if (pool_.apart()) {
-      queue_.wait_for(count);
-    } else {
-      pool_.help_until([&] { return queue_.ended() >= count; });
-    }
-    if (count == queue_.begun()) pool_.wait_until_idle();
+    const bool all = count == queue_.begun();
+    if (!pool_.apart()) pool_.help_until([&] { return queue_.ended() >= count; });
+    if (all) pool_.wait_until_idle();
+    if (!all) queue_.wait_for(count);
     const StepError error = queue_.take_error();
     return error == kFine && exchanges_.ended() ? kLinkEnded : error;
   }

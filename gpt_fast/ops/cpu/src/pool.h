@@ -45,6 +45,7 @@ struct Job {
 class Pool {
  public:
   static constexpr int kMaxChunks = 60000;
+  static constexpr int kShortSpins = 50;
 
   // `spins`: how many pauses a thread waits before it sleeps. apart: the user's thread is none of the pool's, which
   // works on its own; otherwise it is the first.
@@ -67,9 +68,13 @@ class Pool {
   // The chunks that a thread begins with.
   Range share(int chunks, int thread) const { return {chunks * thread / threads(), chunks * (thread + 1) / threads()}; }
 
-  // The last job has ended, and the thread that ended it has left it.
+  // The last job has ended, and the thread that ended it has left it. It may need this core to get there.
   void wait_until_idle() const {
-    while (!idle_.load(std::memory_order_acquire)) pause();
+    for (int i = 0; i < kShortSpins; i++) {
+      if (idle_.load(std::memory_order_acquire)) return;
+      pause();
+    }
+    idle_.wait(false, std::memory_order_acquire);
   }
 
   // Begins a job on the idle pool's other threads. Its users take turns.
@@ -148,6 +153,7 @@ class Pool {
       if (++phase_ == job_->phases()) {
         if (!job_->again()) {
           idle_.store(true, std::memory_order_release);
+          idle_.notify_all();
           return wake();
         }
         phase_ = 0;
