@@ -79,7 +79,7 @@ def decode_json(text: str) -> object:
     except RecursionError:
         raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})") from None
     except json.JSONDecodeError as error:
-        raise RequestError(f"body: not JSON at character {error.pos}") from None
+        raise RequestError(f"body: not JSON at character {error.pos} (allowed one JSON object)") from None
 
 
 def check_values(value: dict[str, Any]) -> int:
@@ -90,13 +90,13 @@ def check_values(value: dict[str, Any]) -> int:
     try:
         size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8"))
     except UnicodeEncodeError:
-        raise RequestError("body: holds a lone surrogate, which is not text") from None
+        raise RequestError("body: holds a lone surrogate, which is not text (allowed Unicode text)") from None
     except RecursionError:
         raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})") from None
     except ValueError:
-        raise RequestError("body: holds a number that is not finite") from None
+        raise RequestError("body: holds a number that is not finite (allowed finite numbers)") from None
     except TypeError:
-        raise RequestError("body: holds a value that is not JSON") from None
+        raise RequestError("body: holds a value that is not JSON (allowed one JSON object)") from None
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [child for each in level for child in inside(each) if isinstance(child, dict | list)]
@@ -120,14 +120,14 @@ def whole(digits: str) -> int:
 
 
 def refuse_constant(name: str) -> None:
-    raise RequestError(f"body: {name} is not JSON")
+    raise RequestError(f"body: {name} is not JSON (allowed finite numbers)")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise RequestError(f"body: the key {short(name)} is there twice")
+            raise RequestError(f"body: the key {short(name)} is there twice (allowed once)")
         values[name] = value
     return values
 

@@ -242,7 +242,7 @@ def logit_bias(value: Any) -> Mapping[int, float]:
                 f"logit_bias: {short(key)} is no token id (allowed whole numbers from 0)", param="logit_bias"
             )
         if int(key) in biases:
-            raise RequestError(f"logit_bias: the token {int(key)} is there twice", param="logit_bias")
+            raise RequestError(f"logit_bias: the token {int(key)} is there twice (allowed once)", param="logit_bias")
         check_float(f"logit_bias.{key}", bias, -100.0, 100.0)
         biases[int(key)] = float(bias)
     return biases

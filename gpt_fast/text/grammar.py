@@ -85,7 +85,14 @@ class Maker:
 
         thinking: the answer begins inside of a model's reasoning, and matches from behind its </think> on.
         """
-        return self._guide(self._grammar(constraint), thinking=thinking)
+        try:
+            return self._guide(self._grammar(constraint), thinking=thinking)
+        except GuideError as error:
+            if constraint.kind != "grammar":
+                raise
+            raise GuideError(
+                f"{error} (allowed GBNF, with root ::= ..., or llguidance's Lark, with start: ...)"
+            ) from None
 
     def _grammar(self, constraint: Constraint) -> str:
         if constraint.kind == "grammar" and is_gbnf(constraint.text):
@@ -208,12 +215,14 @@ ADVICE = {
     "oneOf constraints are not supported": "; oneOf needs choices that exclude each other, as by a const in each: else "
     "use anyOf",
     "Unimplemented keys: ": "; leave them out",
+    "Invalid type: ": " (allowed null, boolean, integer, number, string, array, object)",
     "Failed to generate regex": "; leave the bound out",
 }
 
 
 def advised(problem: str) -> str:
     """The compiler's words, and what a client can do."""
+    problem = re.sub(r"(?<!\w)'((?:\\.|[^'\\])*)'", r'"\1"', problem)  # quoted as in JSON
     problem = problem.removesuffix(". Enable 'coerce_one_of' option to approximate oneOf with anyOf")
     return problem + next((advice for start, advice in ADVICE.items() if start in problem), "")
 

@@ -34,7 +34,7 @@ def respelled(pattern: str) -> str:
             warnings.simplefilter("ignore")  # that "[[" may one day be a set
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise RegexError(f"not a regular expression: {error}") from None
+        raise RegexError(f"not a regular expression: {error} (allowed Python's)") from None
     tokens = TOKEN.findall(pattern)
     if tokens[:1] in (["^"], [r"\A"]):
         tokens = tokens[1:]
