@@ -29,8 +29,9 @@ from gpt_fast.text.tokenizer import PromptTooLong, Tokenizer
 class TextEvent:
     """What one decoded token brought a request: `text` is complete UTF-8 and past every stop string's reach.
 
-    `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed.
-    `prompt_logprobs`, of the prompt's tokens behind the first, come with the first event where they were asked for.
+    `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed;
+    `stop` is the stop string that ended it, if one did. `prompt_logprobs`, of the prompt's tokens behind the first,
+    come with the first event where they were asked for.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class TextEvent:
     finish_reason: str | None = None
     logprobs: Logprobs = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class Engine:
         if reason is not None:
             self.abort(event.request_id)
         token = None if event.token == NO_TOKEN else event.token
-        return TextEvent(event.request_id, text, token, reason, event.logprobs, state.take_prompt_logprobs())
+        told = state.take_prompt_logprobs()
+        return TextEvent(event.request_id, text, token, reason, event.logprobs, told, state.stream.stop)
 
     # -------------------------------------------------------------------------------- one request
 

@@ -12,19 +12,25 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from gpt_fast.llm import Engine
+from gpt_fast.serve import messages
 from gpt_fast.serve.body import parse_json
 from gpt_fast.serve.chat_style import ChatStyle
 from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, TEMPLATE, Fields
+from gpt_fast.serve.messages_answer import MessagesAnswer
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
-from gpt_fast.serve.tokenize import detokenize, tokenize, tokenizer_info
+from gpt_fast.serve.tokenize import count_message_tokens, detokenize, tokenize, tokenizer_info
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 from gpt_fast.text.tokenizer import PromptTooLong
 
-AT_ONCE: dict[str, Callable[[Engine, Fields], Fields]] = {"tokenize": tokenize, "detokenize": detokenize}
+AT_ONCE: dict[str, Callable[[Engine, Fields], Fields]] = {
+    "tokenize": tokenize,
+    "detokenize": detokenize,
+    "v1/messages/count_tokens": count_message_tokens,
+}
 PATHS = ", ".join(["none", *filter(None, ENDPOINTS), "v1/models", *AT_ONCE, "tokenizer_info", "chat"])
 
 
@@ -64,7 +70,7 @@ class Admit:
                 return Reply(dump(AT_ONCE[path](self.engine, self.fields(incoming))), None, content_type=JSON)
             return self.job(path, incoming)
         except RequestError as error:
-            raise refusal(error) from None
+            raise refusal(error, anthropic=path.startswith("v1/messages")) from None
 
     def fields(self, incoming: Incoming) -> Fields:
         """The body's fields, but for those that say nothing."""
@@ -77,7 +83,7 @@ class Admit:
         try:
             self.check_room(len(job.prompts))
         except RequestError as error:
-            raise refusal(error) from None
+            raise refusal(error, anthropic=isinstance(job.answer, MessagesAnswer)) from None
 
     def models(self, path: str) -> str:
         facts = {"created": self.created, "max_seq_len": self.engine.core.max_seq_len}
@@ -240,6 +246,7 @@ class Admit:
         return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)
 
 
-def refusal(error: RequestError) -> Refusal:
+def refusal(error: RequestError, *, anthropic: bool) -> Refusal:
     retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
-    return Refusal(error.status, REASONS[error.status], error.body, headers=retry)
+    body = messages.error_body(error.status, error.message) if anthropic else error.body
+    return Refusal(error.status, REASONS[error.status], body, headers=retry)

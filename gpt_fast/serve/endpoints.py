@@ -5,13 +5,16 @@ Another endpoint is another Endpoint here, and a path in ENDPOINTS. No torch her
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.config import SamplingParams, check_int
+from gpt_fast.serve import messages
 from gpt_fast.serve.body import RequestError, expect
 from gpt_fast.serve.constraints import CONSTRAINTS
+from gpt_fast.serve.messages_answer import MessagesAnswer
 from gpt_fast.serve.response import ChatAnswer, CompletionAnswer, PlainAnswer
 
 Fields = dict[str, Any]
@@ -26,7 +29,7 @@ class Endpoint:
     tokens, where the request does not say. token_limits: fields for the number of new tokens, which must agree;
     max_new_tokens: without one, None for what the server is configured to; fewest_tokens: the least they may say, 0
     where an answer may be the prompt alone. temperature: without one. logprobs: how many alternatives a token is to
-    report, None: none. openai: it streams only if asked to.
+    report, None: none. openai: it streams only if asked to. convert: makes such a body of a client's in another form.
     """
 
     known: frozenset[str]
@@ -40,6 +43,7 @@ class Endpoint:
     openai: bool
     answer: Callable[..., PlainAnswer | CompletionAnswer | ChatAnswer]
     fewest_tokens: int = 1
+    convert: Callable[[Fields], Fields] | None = None
 
 
 def count_of(fields: Fields, name: str) -> int | None:
@@ -117,4 +121,10 @@ CHAT = Endpoint(
     openai=True,
     answer=ChatAnswer,
 )
-ENDPOINTS = {"": NATIVE, "v1/completions": COMPLETION, "v1/chat/completions": CHAT}  # by the path behind the model's
+MESSAGES = dataclasses.replace(CHAT, convert=messages.chat_body, answer=MessagesAnswer)
+ENDPOINTS = {  # by the path behind the model's
+    "": NATIVE,
+    "v1/completions": COMPLETION,
+    "v1/chat/completions": CHAT,
+    "v1/messages": MESSAGES,
+}

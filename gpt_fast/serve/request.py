@@ -94,6 +94,7 @@ def parse_request(
 ) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say. null: the default."""
     given = parse_json(body)
+    given = endpoint.convert(given) if endpoint.convert else given
     check_known(given, endpoint)
     fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
     for name in sorted(BOOLEANS & fields.keys()):
@@ -147,7 +148,7 @@ def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bo
         limited=limit_name is not None,
         timeout=timeout(fields),
         owner=owner(fields),
-        **(chat_fields(fields) if endpoint is CHAT else text_fields(endpoint, fields)),
+        **(chat_fields(fields) if endpoint.prompt == CHAT.prompt else text_fields(endpoint, fields)),
     )
     check_together(request)
     return request

@@ -44,6 +44,8 @@ class Event(Protocol):
     def logprobs(self) -> Logprobs: ...
     @property
     def prompt_logprobs(self) -> tuple[Logprobs, ...]: ...
+    @property
+    def stop(self) -> str | None: ...
 
 
 class PlainAnswer:
@@ -69,6 +71,12 @@ class PlainAnswer:
     def end(self) -> str:
         return self.text
 
+    def error_body(self, message: str) -> str:
+        return server_error(message)
+
+    def broken(self, message: str) -> str:
+        return ""
+
 
 @dataclass
 class Choice:
@@ -78,6 +86,7 @@ class Choice:
     text: str = ""
     tokens: int = 0
     finish_reason: str | None = None
+    stop: str | None = None
     logprobs: list[Row] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs, ...] = ()
     begun: bool = False
@@ -92,7 +101,7 @@ class Choice:
                 self.logprobs.append((event.logprobs[0][0], event.logprobs, len(self.echo) + len(self.text)))
             self.text += event.text
             self.tokens += event.token is not None
-            self.finish_reason = event.finish_reason or self.finish_reason
+            self.finish_reason, self.stop = event.finish_reason or self.finish_reason, event.stop or self.stop
 
 
 class OpenAIAnswer(ABC):
@@ -131,7 +140,7 @@ class OpenAIAnswer(ABC):
         self.wants_logprobs, self.token_bytes, self.told = wants_logprobs, token_bytes, told
         self.choices = [Choice(echo=text) for text in choices]
         self.head = {
-            "id": f"{self.prefix}-{answer_id or uuid.uuid4().hex}",
+            "id": f"{self.prefix}{answer_id or uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
@@ -182,6 +191,12 @@ class OpenAIAnswer(ABC):
             "total_tokens": self.prompt_tokens + completion,
         }
 
+    def error_body(self, message: str) -> str:
+        return server_error(message)
+
+    def broken(self, message: str) -> str:
+        return f"data: {server_error(message)}\n\n" if self.stream else ""
+
     @staticmethod
     def sse(value: dict[str, Any]) -> str:
         return f"data: {dump(value)}\n\n"
@@ -193,7 +208,7 @@ class OpenAIAnswer(ABC):
 class CompletionAnswer(OpenAIAnswer):
     """prompt_only: the answer is the prompt; of what was generated, which must be a token at least, nothing is told."""
 
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, *, prompt_only: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -248,7 +263,7 @@ class CompletionAnswer(OpenAIAnswer):
 class PromptEnd:
     """An event of a request for its prompt alone: the first one ends it, and says nothing of what came behind."""
 
-    text, token, logprobs = "", None, ()
+    text, token, logprobs, stop = "", None, (), None
 
     def __init__(self, event: Event) -> None:
         self.prompt_logprobs = event.prompt_logprobs
@@ -261,7 +276,7 @@ class ChatAnswer(OpenAIAnswer):
     include_reasoning: whether the reasoning is told. It has two names, DeepSeek's and vLLM's: clients read either.
     """
 
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(
         self,
@@ -404,6 +419,11 @@ def model_list(models: Iterable[str], *, created: int, max_seq_len: int) -> str:
 def model_card(model: str, *, created: int, max_seq_len: int) -> dict[str, Any]:
     """The body of GET /v1/models/<model>, and an entry of the list."""
     return {"id": model, "object": "model", "created": created, "owned_by": "gpt-fast", "max_model_len": max_seq_len}
+
+
+def server_error(message: str) -> str:
+    """The body of a failure that is not the client's."""
+    return json.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
 
 
 def finite(logprob: float) -> float:

@@ -21,6 +21,7 @@ from typing import Protocol
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import TextEvent
 from gpt_fast.serve.metrics import Reporter, RequestRecord, log_fields
+from gpt_fast.serve.response import server_error
 from gpt_fast.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ REJOIN_SECONDS = 0.004  # the shortest round, right after an answer's end: its c
 PROBE_SECONDS = 0.25  # a request that had nothing for this long gets an empty chunk, which finds out a gone client
 REPORT_SECONDS = 0.1  # how often figures are exported
 MAX_PIECE = 1 << 20  # characters sent at once: TorchServe ends a worker whose message is over max_response_size
+FAILED = "the server failed on this request"
 CLIENT_ID = "x-client-request-id"
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
@@ -69,6 +71,12 @@ class Answer(Protocol):
 
     def end(self) -> str:
         """What follows the last event: the end of the stream, or the whole body."""
+
+    def error_body(self, message: str) -> str:
+        """The body of a failure, where nothing was sent."""
+
+    def broken(self, message: str) -> str:
+        """The end of an answer that has begun and cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ class Exchange:
         """
         self.text += "".join(self._take(service, index) for index, name in enumerate(self.ids) if name in self.running)
         if self.failed and not self.begun:
-            return server_error("the model failed on this request")
+            return failure(self.answer.error_body("the model failed on this request"))
         if not self.running:
             return self._last()
         now = time.monotonic()
@@ -183,11 +191,9 @@ class Exchange:
 
     def break_off(self) -> Reply:
         """The end of an answer that cannot go on: a status where none was sent, else the stream's own last word."""
-        error = server_error("the server failed on this request")
         if not self.begun:
-            return error
-        streamed = self.answer.content_type.startswith("text/event-stream")
-        return Reply(f"data: {error.text}\n\n" if streamed else "", False, content_type=self.answer.content_type)
+            return failure(self.answer.error_body(FAILED))
+        return Reply(self.answer.broken(FAILED), False, content_type=self.answer.content_type)
 
     def _take(self, service: Service, index: int) -> str:
         events = service.take(self.ids[index])
@@ -263,7 +269,7 @@ class Rounds:
             return self._refuse(request_id, request, refusal.reply)
         except Exception as error:
             log_failure(request_id, error)
-            return self._refuse(request_id, request, server_error("the server failed on this request"))
+            return self._refuse(request_id, request, failure(server_error(FAILED)))
         if isinstance(job, Reply):
             return with_headers(job, request)
         exchange = self.exchanges[request_id] = self._unrecorded[request_id] = Exchange(request_id, job, request)
@@ -330,9 +336,8 @@ def with_headers(reply: Reply, incoming: Incoming) -> Reply:
     return replace(reply, headers=reply.headers + incoming.headers)
 
 
-def server_error(message: str) -> Reply:
-    error = {"message": message, "type": "server_error", "param": None, "code": None}
-    return Reply(json.dumps({"error": error}), None, 500, "Internal Server Error", "application/json")
+def failure(body: str) -> Reply:
+    return Reply(body, None, 500, "Internal Server Error", "application/json")
 
 
 def log_failure(request_id: str, error: Exception) -> None:

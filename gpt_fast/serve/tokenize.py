@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpt_fast.llm import Engine
+from gpt_fast.serve import messages
 from gpt_fast.serve.body import RequestError, expect, short
 from gpt_fast.serve.chat_request import parse_messages, parse_template_options, parse_tools
 from gpt_fast.serve.prompt_logprobs import token_name
@@ -57,12 +58,17 @@ def chat_tokens(engine: Engine, fields: Fields) -> list[int]:
     if fields.get("add_special_tokens"):
         message = "the chat template writes special tokens itself (got true, allowed false)"
         raise RequestError(f"add_special_tokens: {message}", param="add_special_tokens")
-    messages = parse_messages(fields["messages"])
-    tools, _ = parse_tools(fields.get("tools", []), None)
+    conversation = parse_messages(fields["messages"])
+    tools, _ = parse_tools(fields.get("tools", []), fields.get("tool_choice"))
     try:
-        return engine.encode_chat(messages, tools or None, **parse_template_options(fields))
+        return engine.encode_chat(conversation, tools or None, **parse_template_options(fields))
     except ValueError as error:
         raise RequestError(f"messages: {error}", param="messages") from None
+
+
+def count_message_tokens(engine: Engine, fields: Fields) -> Fields:
+    """Anthropic's count_tokens."""
+    return {"input_tokens": len(chat_tokens(engine, messages.count_body(fields)))}
 
 
 def detokenize(engine: Engine, fields: Fields) -> Fields:

@@ -14,11 +14,15 @@ class TextStream:
     """
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that ended the text
         self.decoded = 0  # characters decoded so far: where the next token's text begins, before any cut
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = [_Matcher(text) for text in stop]
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def push(self, token_bytes: bytes) -> str:
         """Take one token's bytes; the text that can leave now. Nothing leaves after a stop."""
@@ -39,10 +43,10 @@ class TextStream:
         begin = len(self._held)
         pending = self._held + text
         for end, char in enumerate(text, start=begin + 1):
-            complete = [m.matched for m in self._matchers if m.advance(char)]
+            complete = [m.text for m in self._matchers if m.advance(char)]
             if complete:
-                self.stopped, self._held = True, ""
-                return pending[: end - max(complete)]
+                self.stop, self._held = max(complete, key=len), ""
+                return pending[: end - len(self.stop)]
         cut = len(pending) - max((m.matched for m in self._matchers), default=0)
         self._held = pending[cut:]
         return pending[:cut]

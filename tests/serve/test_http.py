@@ -122,6 +122,23 @@ def test_openai_completions_n_stop_seed_echo(client):
     assert len(logged.choices[0].logprobs.tokens) == 4
 
 
+def test_anthropics_client(server):
+    import anthropic
+
+    client = anthropic.Anthropic(
+        base_url=server.base_url.removesuffix("/v1"), api_key="none", max_retries=0, timeout=120
+    )
+    ask = {"model": "gpt-fast", "system": "Be short.", "messages": [{"role": "user", "content": "Name three colours."}]}
+    greedy = {"max_tokens": 30, "extra_body": {"temperature": 0}}
+    whole = client.messages.create(**ask, **greedy)
+    with client.messages.stream(**ask, **greedy) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        assert stream.get_final_message().usage == whole.usage
+    assert client.messages.count_tokens(**ask).input_tokens == whole.usage.input_tokens
+    with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
+        client.messages.create(**ask | {"model": "other"}, **greedy)
+
+
 PLACE = {
     "type": "object",
     "additionalProperties": False,

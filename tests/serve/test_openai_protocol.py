@@ -28,6 +28,7 @@ class Event:
     finish_reason: str | None = None
     logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    stop: str | None = None
 
 
 def token_bytes(token):

@@ -1,0 +1,127 @@
+"""The answer of Anthropic's Messages API: a message of blocks, or the events that build one. No torch here."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from gpt_fast.serve.messages import error_body
+from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Event, dump, parse
+from gpt_fast.serve.tool_calls import Piece, ToolCall
+
+Fields = dict[str, Any]
+
+
+class MessagesAnswer(ChatAnswer):
+    """A stream is message_start, ping, each block's start, deltas and stop, then message_delta and message_stop."""
+
+    prefix = "msg_"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.blocks = 0  # begun
+        self.open = False  # a block of text
+
+    def push(self, index: int, events: Sequence[Event]) -> str:
+        choice = self.choices[index]
+        if not events:
+            return ""
+        choice.take(events)
+        if not self.stream:
+            return ""
+        frames = [] if choice.begun else [frame("message_start", message=self.message(choice, [])), frame("ping")]
+        choice.begun = True
+        frames += [part for piece in parse(choice, "".join(e.text for e in events)) for part in self.piece(piece)]
+        return "".join(frames)
+
+    def piece(self, piece: Piece) -> list[str]:
+        if isinstance(piece, str):
+            begin = [] if self.open else [self.start({"type": "text", "text": ""})]
+            self.open = True
+            return [*begin, self.delta_of({"type": "text_delta", "text": piece})]
+        self.choices[0].calls += 1
+        return [
+            *self.close(),
+            self.start({**call_block(piece), "input": {}}),
+            self.delta_of({"type": "input_json_delta", "partial_json": piece.arguments}),
+            self.stop(),
+        ]
+
+    def start(self, block: Fields) -> str:
+        self.blocks += 1
+        return frame("content_block_start", index=self.blocks - 1, content_block=block)
+
+    def delta_of(self, delta: Fields) -> str:
+        return frame("content_block_delta", index=self.blocks - 1, delta=delta)
+
+    def stop(self) -> str:
+        return frame("content_block_stop", index=self.blocks - 1)
+
+    def close(self) -> list[str]:
+        was_open, self.open = self.open, False
+        return [self.stop()] if was_open else []
+
+    def end(self) -> str:
+        (choice,) = self.choices
+        if choice.finish_reason == "error":
+            return self.broken(FAILED["message"] or "") if self.stream else self.error_body(FAILED["message"] or "")
+        if not self.stream:
+            pieces = parse(choice, choice.text)
+            choice.calls = sum(isinstance(piece, ToolCall) for piece in pieces)
+            return dump(self.message(choice, blocks(pieces), **ending(choice)))
+        usage = {"output_tokens": choice.tokens}
+        last = [frame("message_delta", delta=ending(choice), usage=usage), frame("message_stop")]
+        return "".join(self.close() + last)
+
+    def message(self, choice: Choice, content: list[Fields], **ending: str | None) -> Fields:
+        usage = {"input_tokens": self.prompt_tokens, "output_tokens": choice.tokens if ending else 0}
+        return {
+            "id": self.head["id"],
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": content,
+            "stop_reason": None,
+            "stop_sequence": None,
+            **ending,
+            "usage": usage,
+        }
+
+    def error_body(self, message: str) -> str:
+        return error_body(500, message)
+
+    def broken(self, message: str) -> str:
+        return f"event: error\ndata: {error_body(500, message)}\n\n" if self.stream else ""
+
+
+def ending(choice: Choice) -> dict[str, str | None]:
+    if choice.finish_reason == "length":
+        reason = "max_tokens"
+    elif choice.calls:
+        reason = "tool_use"
+    else:
+        reason = "end_turn" if choice.stop is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": choice.stop if reason == "stop_sequence" else None}
+
+
+def blocks(pieces: list[Piece]) -> list[Fields]:
+    """The content of a whole message: neighbouring text is one block."""
+    content: list[Fields] = []
+    for piece in pieces:
+        if isinstance(piece, ToolCall):
+            content.append({**call_block(piece), "input": json.loads(piece.arguments)})
+        elif content and content[-1]["type"] == "text":
+            content[-1]["text"] += piece
+        elif piece:
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def call_block(call: ToolCall) -> Fields:
+    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+
+
+def frame(kind: str, **fields: Any) -> str:
+    return f"event: {kind}\ndata: {dump({'type': kind, **fields})}\n\n"
