@@ -15,18 +15,18 @@ from gpt_fast.llm import Engine
 from gpt_fast.serve import messages
 from gpt_fast.serve.body import parse_json
 from gpt_fast.serve.chat_style import ChatStyle
-from gpt_fast.serve.endpoints import COMPLETION, ENDPOINTS, TEMPLATE, Fields
+from gpt_fast.serve.endpoints import CHAT, COMPLETION, ENDPOINTS, RESPONSES, TEMPLATE, Fields
 from gpt_fast.serve.messages_answer import MessagesAnswer
 from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
 from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
-from gpt_fast.serve.tokenize import count_message_tokens, detokenize, tokenize, tokenizer_info
+from gpt_fast.serve.tokenize import EncodeChat, count_message_tokens, detokenize, tokenize, tokenizer_info
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 from gpt_fast.text.tokenizer import PromptTooLong
 
-AT_ONCE: dict[str, Callable[[Engine, Fields], Fields]] = {
+AT_ONCE: dict[str, Callable[[Engine, Fields, EncodeChat], Fields]] = {
     "tokenize": tokenize,
     "detokenize": detokenize,
     "v1/messages/count_tokens": count_message_tokens,
@@ -67,7 +67,9 @@ class Admit:
             if path == "tokenizer_info":
                 return Reply(dump(tokenizer_info(self.engine)), None, content_type=JSON)
             if path in AT_ONCE:
-                return Reply(dump(AT_ONCE[path](self.engine, self.fields(incoming))), None, content_type=JSON)
+                return Reply(
+                    dump(AT_ONCE[path](self.engine, self.fields(incoming), self.encode_chat)), None, content_type=JSON
+                )
             return self.job(path, incoming)
         except RequestError as error:
             raise refusal(error, anthropic=path.startswith("v1/messages")) from None
@@ -126,6 +128,10 @@ class Admit:
             param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
             check_entries(rows * request.n, request.params.prompt_logprobs, param)
         return [self.prompt(row, request, choice) for row in rows for choice in range(request.n)]
+
+    def encode_chat(self, fields: Fields) -> list[int]:
+        """The prompt of a chat's fields, which nobody answers."""
+        return self.chat_tokens(parse_request(CHAT, fields, model_names=self.model_names, max_new_tokens=1))
 
     def chat_tokens(self, request: ApiRequest) -> list[int]:
         self.style.form(request)  # tools that cannot be are refused before anything is encoded
@@ -224,6 +230,8 @@ class Admit:
             "token_bytes": partial(self.engine.tokenizer.token_bytes, keep_specials=request.endpoint is COMPLETION),
             "told": self.told(request, prompts),
         }
+        if request.endpoint is RESPONSES:
+            options["given"] = request.sent
         if request.prompt_only:
             options["prompt_only"] = True
         if request.messages:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.config import SamplingParams, check_int
-from gpt_fast.serve import messages
+from gpt_fast.serve import messages, responses
 from gpt_fast.serve.body import RequestError, expect
 from gpt_fast.serve.constraints import CONSTRAINTS
 from gpt_fast.serve.messages_answer import MessagesAnswer
 from gpt_fast.serve.response import ChatAnswer, CompletionAnswer, PlainAnswer
+from gpt_fast.serve.responses_answer import ResponsesAnswer
 
 Fields = dict[str, Any]
 
@@ -122,9 +123,11 @@ CHAT = Endpoint(
     answer=ChatAnswer,
 )
 MESSAGES = dataclasses.replace(CHAT, convert=messages.chat_body, answer=MessagesAnswer)
+RESPONSES = dataclasses.replace(CHAT, convert=responses.chat_body, answer=ResponsesAnswer)
 ENDPOINTS = {  # by the path behind the model's
     "": NATIVE,
     "v1/completions": COMPLETION,
     "v1/chat/completions": CHAT,
     "v1/messages": MESSAGES,
+    "v1/responses": RESPONSES,
 }

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_fast.serve.messages import error_body
-from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Event, dump, parse
+from gpt_fast.serve.reasoning import Reasoning
+from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Event, dump
 from gpt_fast.serve.tool_calls import Piece, ToolCall
 
 Fields = dict[str, Any]
@@ -22,7 +23,7 @@ class MessagesAnswer(ChatAnswer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.blocks = 0  # begun
-        self.open = False  # a block of text
+        self.open = ""  # the kind of block that is being written, if it is one of text
 
     def push(self, index: int, events: Sequence[Event]) -> str:
         choice = self.choices[index]
@@ -33,21 +34,28 @@ class MessagesAnswer(ChatAnswer):
             return ""
         frames = [] if choice.begun else [frame("message_start", message=self.message(choice, [])), frame("ping")]
         choice.begun = True
-        frames += [part for piece in parse(choice, "".join(e.text for e in events)) for part in self.piece(piece)]
-        return "".join(frames)
+        pieces = self.pieces(choice, "".join(event.text for event in events))
+        return "".join(frames + [part for piece in pieces for part in self.write(piece)])
 
-    def piece(self, piece: Piece) -> list[str]:
+    def write(self, piece: Piece | Reasoning) -> list[str]:
         if isinstance(piece, str):
-            begin = [] if self.open else [self.start({"type": "text", "text": ""})]
-            self.open = True
-            return [*begin, self.delta_of({"type": "text_delta", "text": piece})]
-        self.choices[0].calls += 1
+            return [*self.opened("text"), self.delta_of({"type": "text_delta", "text": piece})]
+        if isinstance(piece, Reasoning):
+            return [*self.opened("thinking"), self.delta_of({"type": "thinking_delta", "thinking": piece.text})]
         return [
             *self.close(),
             self.start({**call_block(piece), "input": {}}),
             self.delta_of({"type": "input_json_delta", "partial_json": piece.arguments}),
             self.stop(),
         ]
+
+    def opened(self, kind: str) -> list[str]:
+        """A block of this kind is open from here on."""
+        if self.open == kind:
+            return []
+        frames = [*self.close(), self.start(text_block(kind, ""))]
+        self.open = kind
+        return frames
 
     def start(self, block: Fields) -> str:
         self.blocks += 1
@@ -60,7 +68,7 @@ class MessagesAnswer(ChatAnswer):
         return frame("content_block_stop", index=self.blocks - 1)
 
     def close(self) -> list[str]:
-        was_open, self.open = self.open, False
+        was_open, self.open = self.open, ""
         return [self.stop()] if was_open else []
 
     def end(self) -> str:
@@ -68,9 +76,8 @@ class MessagesAnswer(ChatAnswer):
         if choice.finish_reason == "error":
             return self.broken(FAILED["message"] or "") if self.stream else self.error_body(FAILED["message"] or "")
         if not self.stream:
-            pieces = parse(choice, choice.text)
-            choice.calls = sum(isinstance(piece, ToolCall) for piece in pieces)
-            return dump(self.message(choice, blocks(pieces), **ending(choice)))
+            content = blocks(self.pieces(choice, choice.text))
+            return dump(self.message(choice, content, **ending(choice)))
         usage = {"output_tokens": choice.tokens}
         last = [frame("message_delta", delta=ending(choice), usage=usage), frame("message_stop")]
         return "".join(self.close() + last)
@@ -106,17 +113,23 @@ def ending(choice: Choice) -> dict[str, str | None]:
     return {"stop_reason": reason, "stop_sequence": choice.stop if reason == "stop_sequence" else None}
 
 
-def blocks(pieces: list[Piece]) -> list[Fields]:
+def blocks(pieces: list[Piece | Reasoning]) -> list[Fields]:
     """The content of a whole message: neighbouring text is one block."""
     content: list[Fields] = []
     for piece in pieces:
         if isinstance(piece, ToolCall):
             content.append({**call_block(piece), "input": json.loads(piece.arguments)})
-        elif content and content[-1]["type"] == "text":
-            content[-1]["text"] += piece
-        elif piece:
-            content.append({"type": "text", "text": piece})
+            continue
+        kind, text = ("thinking", piece.text) if isinstance(piece, Reasoning) else ("text", piece)
+        if content and content[-1]["type"] == kind:
+            content[-1][kind] += text
+        else:
+            content.append(text_block(kind, text))
     return content
+
+
+def text_block(kind: str, text: str) -> Fields:
+    return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})
 
 
 def call_block(call: ToolCall) -> Fields:

@@ -37,7 +37,8 @@ MAX_LOGIT_BIAS = 8192  # entries
 class ApiRequest:
     """One checked request. `prompts` are text or token ids; a chat has `messages` instead.
 
-    limited: the client set the token limit itself, so one that cannot be met is refused instead of shortened.
+    sent: the body as it came. limited: the client set the token limit itself, so one that cannot be met is refused
+    instead of shortened.
     add_special_tokens, parse_special: whether a text prompt begins as the model's tokenizer begins texts (BOS), and
     whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
     tools, must_call: what a chat's model may call, and whether it has to; named: the one it has to, once; parallel:
@@ -48,6 +49,7 @@ class ApiRequest:
     """
 
     endpoint: Endpoint
+    sent: Mapping[str, Any] = field(compare=False)
     params: SamplingParams
     stream: bool
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -93,15 +95,15 @@ def parse_request(
     stream: bool = True,
 ) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say. null: the default."""
-    given = parse_json(body)
-    given = endpoint.convert(given) if endpoint.convert else given
+    sent = parse_json(body)
+    given = endpoint.convert(sent) if endpoint.convert else sent
     check_known(given, endpoint)
     fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
     for name in sorted(BOOLEANS & fields.keys()):
         expect(fields[name], name, bool, "true or false")
     check_model(fields, model_names)
     try:
-        return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream)
+        return build(endpoint, fields, sent, max_new_tokens=max_new_tokens, stream=stream)
     except ConfigError as error:
         message = str(error).replace(f"got {error.got!r}", f"got {short(error.got)}", 1)  # as JSON spells it
         raise RequestError(message, param=error.key) from None
@@ -125,7 +127,7 @@ def check_known(given: Fields, endpoint: Endpoint) -> None:
         check_neutral(name, value)
 
 
-def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bool) -> ApiRequest:
+def build(endpoint: Endpoint, fields: Fields, sent: Fields, *, max_new_tokens: int, stream: bool) -> ApiRequest:
     limit_name, limit = token_limit(endpoint, fields, max_new_tokens)
     streamed = fields.get("stream", stream and not endpoint.openai)
     n, params = choices(fields), sampling_params(endpoint, fields, limit, limit_name)
@@ -135,6 +137,7 @@ def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bo
     constraint, constrained_by = parse_constraint(fields)
     request = ApiRequest(
         endpoint=endpoint,
+        sent=sent,
         params=params,
         stream=streamed,
         constraint=constraint,

@@ -319,13 +319,22 @@ class ChatAnswer(OpenAIAnswer):
 
     def read(self, choice: Choice, text: str) -> Said:
         """What new text brings, at the end of the answer all of it."""
-        pieces = list(choice.parser.push(text))
-        if choice.finish_reason is not None:
-            pieces += choice.parser.finish(cut=choice.finish_reason == "length")
-        said = Said.of(pieces)
+        said = Said.of(pieces_of(choice, text))
         if not self.parallel:
             said = said._replace(calls=said.calls[: int(self.may_call(choice))])
         return said if self.include_reasoning else said._replace(reasoning="")
+
+    def pieces(self, choice: Choice, text: str) -> list[Piece | Reasoning]:
+        """As `read`, in its order, calls counted."""
+        found = []
+        for piece in pieces_of(choice, text):
+            if isinstance(piece, ToolCall):
+                if not self.may_call(choice):
+                    continue
+                choice.calls += 1
+            if piece and (self.include_reasoning or not isinstance(piece, Reasoning)):
+                found.append(piece)
+        return found
 
     def may_call(self, choice: Choice) -> bool:
         return self.parallel or choice.calls == 0
@@ -374,6 +383,14 @@ class ChatAnswer(OpenAIAnswer):
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.token_text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
+
+
+def pieces_of(choice: Choice, text: str) -> list[Piece | Reasoning]:
+    """What new text brings, at the end of the answer all of it, in its order."""
+    pieces = list(choice.parser.push(text))
+    if choice.finish_reason is not None:
+        pieces += choice.parser.finish(cut=choice.finish_reason == "length")
+    return pieces
 
 
 class Said(NamedTuple):

@@ -5,15 +5,16 @@ Answered without the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve import messages
 from gpt_fast.serve.body import RequestError, expect, short
-from gpt_fast.serve.chat_request import parse_messages, parse_template_options, parse_tools
 from gpt_fast.serve.prompt_logprobs import token_name
 
 Fields = dict[str, Any]
+EncodeChat = Callable[[Fields], list[int]]  # of a chat completion's body
 
 SHARED = {"model", "add_special_tokens"}
 KNOWN = {  # by the field that holds the text
@@ -26,7 +27,7 @@ KNOWN = {  # by the field that holds the text
 SWITCHES = {"add_special_tokens", "add_special", "parse_special", "return_token_strs", "with_pieces"}
 
 
-def tokenize(engine: Engine, fields: Fields) -> Fields:
+def tokenize(engine: Engine, fields: Fields, encode_chat: EncodeChat) -> Fields:
     """Token ids of a `prompt`, of a chat's `messages`, or, as llama-server asks for them, of a `content`."""
     kinds = [kind for kind in KNOWN if kind in fields]
     if len(kinds) != 1:
@@ -34,7 +35,7 @@ def tokenize(engine: Engine, fields: Fields) -> Fields:
         raise RequestError(f"prompt: give one of prompt, messages and content (got {got})", param="prompt")
     (kind,) = kinds
     check_fields(fields, KNOWN[kind])
-    tokens = chat_tokens(engine, fields) if kind == "messages" else text_tokens(engine, fields, kind)
+    tokens = chat_tokens(fields, encode_chat) if kind == "messages" else text_tokens(engine, fields, kind)
     if kind == "content":
         return {"tokens": [with_piece(engine, token) for token in tokens] if fields.get("with_pieces") else tokens}
     strings = [token_text(engine, token) for token in tokens] if fields.get("return_token_strs") else None
@@ -53,25 +54,21 @@ def text_tokens(engine: Engine, fields: Fields, kind: str) -> list[int]:
         raise RequestError(f"{kind}: {error}", param=kind) from None
 
 
-def chat_tokens(engine: Engine, fields: Fields) -> list[int]:
+def chat_tokens(fields: Fields, encode_chat: EncodeChat) -> list[int]:
     """As a chat's prompt."""
     if fields.get("add_special_tokens"):
         message = "the chat template writes special tokens itself (got true, allowed false)"
         raise RequestError(f"add_special_tokens: {message}", param="add_special_tokens")
-    conversation = parse_messages(fields["messages"])
-    tools, _ = parse_tools(fields.get("tools", []), fields.get("tool_choice"))
-    try:
-        return engine.encode_chat(conversation, tools or None, **parse_template_options(fields))
-    except ValueError as error:
-        raise RequestError(f"messages: {error}", param="messages") from None
+    others = {"add_special_tokens", "return_token_strs"}
+    return encode_chat({name: value for name, value in fields.items() if name not in others})
 
 
-def count_message_tokens(engine: Engine, fields: Fields) -> Fields:
+def count_message_tokens(engine: Engine, fields: Fields, encode_chat: EncodeChat) -> Fields:
     """Anthropic's count_tokens."""
-    return {"input_tokens": len(chat_tokens(engine, messages.count_body(fields)))}
+    return {"input_tokens": len(encode_chat(messages.count_body(fields)))}
 
 
-def detokenize(engine: Engine, fields: Fields) -> Fields:
+def detokenize(engine: Engine, fields: Fields, encode_chat: EncodeChat) -> Fields:
     """The text of token ids, special tokens too: vLLM's `prompt`, llama-server's `content`."""
     check_fields(fields, {"model", "tokens"})
     tokens, vocabulary = fields.get("tokens"), engine.model_config.vocab_size

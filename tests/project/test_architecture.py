@@ -40,7 +40,7 @@ CORE_LIMIT = 1420
 TORCH_FREE = (
     "config", "request", "engine.scheduler", "text.chat", "text.grammar", "text.grammar_check", "text.stream",
     "serve.body", "serve.endpoints", "serve.request", "serve.chat_request", "serve.response", "serve.messages",
-    "serve.messages_answer",
+    "serve.messages_answer", "serve.responses", "serve.responses_answer",
 )  # fmt: skip
 
 # Why a name is there twice; any other module has a name of its own, or two files of one name are mixed up.

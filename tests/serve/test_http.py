@@ -122,6 +122,14 @@ def test_openai_completions_n_stop_seed_echo(client):
     assert len(logged.choices[0].logprobs.tokens) == 4
 
 
+def test_openai_responses(client):
+    ask = {"model": "gpt-fast", "instructions": "Be short.", "input": "Name three colours.", "temperature": 0}
+    whole = client.responses.create(**ask)
+    with client.responses.stream(**ask) as stream:
+        assert stream.get_final_response().output_text == whole.output_text != ""
+    assert whole.status == "completed" and whole.usage.output_tokens > 0
+
+
 def test_anthropics_client(server):
     import anthropic
 
