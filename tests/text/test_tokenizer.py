@@ -583,3 +583,18 @@ def test_a_tokenizer_that_shortens_texts_has_no_bound() -> None:
     assert characters_per_token(backend) == 3
     backend.add_tokens([tokenizers.AddedToken("<x>", rstrip=True)])
     assert characters_per_token(backend) is None
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("specials", [False, True])
+def test_others_run_while_a_long_text_is_encoded(specials: bool) -> None:
+    """The library's call for one text keeps Python's lock: no stream would get a token for a second."""
+    tokenizer = load_tokenizer(Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"))
+    text = "the capital of France is " * 20_000
+    encoding = threading.Thread(target=tokenizer.encode, args=(text,), kwargs={"specials": specials})
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
