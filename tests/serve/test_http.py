@@ -288,7 +288,6 @@ BAD = [
         "response_format",
     ),
     (COMPLETION, {"prompt": "x", "stop_token_ids": [49152]}, 400, "stop_token_ids"),
-    (COMPLETION, {"prompt": "x", "echo": True, "logprobs": 1}, 400, "echo"),
     (COMPLETION, {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     (COMPLETION, {"prompt": "x", "model": "other"}, 404, "model"),
     ("/1.0/v1/nothing", {"prompt": "x"}, 404, None),
