@@ -15,6 +15,8 @@ from collections.abc import Callable
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
+from gpt_fast.text.regex_dialect import with_plain_classes
+
 EXACT = 2**53  # up to here doubles are exact for integers
 INTEGER_LIMIT = 2**63 - 1024  # the largest double that the compiler's 64-bit bounds hold
 NUMBER_LIMIT = 10**17  # beyond it the compiler makes no expression of a bound that is no integer's
@@ -48,7 +50,7 @@ def exact_schema(schema: Any, where: str = "") -> Any:
     if out.get("format") in PLAIN_FORMATS:
         del out["format"]
     if isinstance(out.get("pattern"), str):
-        out["pattern"] = without_look_ahead(out["pattern"], f"{where}.pattern".lstrip("."))
+        out["pattern"] = with_plain_classes(without_look_ahead(out["pattern"], f"{where}.pattern".lstrip(".")))
     multiple = out.get("multipleOf")
     if isinstance(multiple, float) and not multiple.is_integer():
         raise SchemaError(

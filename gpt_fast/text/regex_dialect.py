@@ -14,7 +14,7 @@ import warnings
 # What to write for a class, and for what its complement leaves out. Python's \w has all of isalnum(), Rust's has marks
 # too: ASCII is in both, and what is in neither is outside both.
 CLASSES = {"d": "0-9", "w": "a-zA-Z0-9_", "s": r" \t\n\r\f\v"}
-OUTSIDE = {"d": r"\d", "w": r"\w\p{N}\p{M}", "s": r"\s\x1c-\x1f"}
+OUTSIDE = {"d": r"\p{Nd}", "w": r"_\p{L}\p{N}\p{M}", "s": r"\s\x1c-\x1f\x85\p{Z}\x{feff}"}
 TOKEN = re.compile(
     r"\\[0-7]{3}|\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|\[\^?\]?|\(\?[^)]?[^)]?|\{,\d+\}|.", re.S
 )
@@ -56,6 +56,22 @@ def respelled(pattern: str) -> str:
             piece = outer_piece(token)
         quantified = not inside and not quantified and (token in ("*", "+", "?") or ends_repeat(token, out))
         out.append(piece)
+    return "".join(out)
+
+
+def with_plain_classes(pattern: str) -> str:
+    """A JSON schema's pattern whose \\d, \\w and \\s let through what every validator agrees on; else as it is."""
+    out: list[str] = []
+    inside = ""
+    for token in TOKEN.findall(pattern):
+        is_class = len(token) == 2 and token[0] == "\\" and token[1].lower() in CLASSES
+        if inside:
+            piece, after = class_piece(token, inside)
+            out.append(piece if is_class else token)
+            inside = after
+        else:
+            inside = ("[^" if token.startswith("[^") else "[") if token.startswith("[") else ""
+            out.append(outer_piece(token) if is_class else token)
     return "".join(out)
 
 

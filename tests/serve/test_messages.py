@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import anthropic
+import openai
 import pytest
 
 from gpt_fast.serve.body import RequestError
@@ -69,6 +70,17 @@ def test_a_message_whole_and_streamed(client, engine):
         "message_start", "content_block_start", *["content_block_delta"] * deltas, "content_block_stop",
         "message_delta", "message_stop",
     ]  # fmt: skip
+
+
+def test_the_answer_is_the_chats(client, server):
+    chat = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    system = [{"role": "system", "content": "Be short."}]
+    said = chat.chat.completions.create(model="gpt-fast", messages=system + USER, max_tokens=40, temperature=0)
+    assert client.messages.create(**ask(system="Be short.")).content[0].text == said.choices[0].message.content
+    response = chat.responses.create(
+        model="gpt-fast", instructions="Be short.", input=USER, max_output_tokens=40, temperature=0
+    )
+    assert response.output_text == said.choices[0].message.content
 
 
 def test_why_it_stopped(client):

@@ -2,6 +2,7 @@
 
 import json
 
+import anthropic
 import openai
 import pytest
 from hypothesis import given
@@ -161,3 +162,33 @@ def test_a_constrained_answer_of_a_model_that_has_begun_to_think():
 
 def test_the_pieces_are_told_apart():
     assert Said.of([Reasoning("a"), "b", Reasoning("c"), ToolCall("d", "{}")]) == ("ac", "b", [ToolCall("d", "{}")])
+
+
+def test_reasoning_is_a_block_of_a_message(thinker):
+    base_url = str(thinker[1].base_url).removesuffix("/v1/")
+    client = anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0, timeout=300)
+    asked = {"model": "gpt-fast", "messages": USER, "max_tokens": 200}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        thought, said = message.content
+        assert (thought.type, thought.thinking, said.type, said.text) == ("thinking", "hm, é", "text", "Yes")
+    turns = [*USER, {"role": "assistant", "content": streamed.content}, *USER]
+    assert client.messages.create(**asked | {"messages": turns}).usage.input_tokens > whole.usage.input_tokens
+    quiet = client.messages.create(**asked, thinking={"type": "disabled"})
+    assert [block.type for block in quiet.content] == ["text"]
+
+
+def test_reasoning_is_an_item_of_a_response(thinker):
+    asked = {"model": "gpt-fast", "input": USER, "max_output_tokens": 200}
+    whole = thinker[1].responses.create(**asked)
+    with thinker[1].responses.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    assert "response.reasoning_text.delta" in kinds and "response.reasoning_text.done" in kinds
+    for response in (whole, streamed):
+        thought, said = response.output
+        assert (thought.type, thought.content[0].text, said.content[0].text) == ("reasoning", "hm, é", "Yes")
+    turns = [*USER, *streamed.output, *USER]
+    assert thinker[1].responses.create(**asked | {"input": turns}).usage.input_tokens > whole.usage.input_tokens

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from gpt_fast.llm import Engine
+from gpt_fast.serve import messages, responses
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.endpoints import ENDPOINTS
 from gpt_fast.serve.neutral import IGNORED, NEUTRAL
@@ -81,19 +82,31 @@ def check(error: dict, name: str | None) -> None:
         assert error["param"] and message.startswith(name.split("[")[0].split(".")[0]), message
 
 
-@pytest.mark.parametrize("path", [path for path in ENDPOINTS])
+MINIMAL = {
+    "": {"prompt": "hi", "max_new_tokens": 3},
+    "v1/completions": {"prompt": "hi", "max_tokens": 3},
+    "v1/chat/completions": {"messages": [USER], "max_tokens": 3},
+    "v1/messages": {"messages": [USER], "max_tokens": 3},
+    "v1/responses": {"input": "hi", "max_output_tokens": 3},
+}
+FIELDS = {"v1/messages": messages.KNOWN, "v1/responses": responses.KNOWN | responses.REFUSED.keys()}
+TOOLS = {
+    "v1/messages": {"name": "f", "input_schema": {"type": "object"}},
+    "v1/responses": {"type": "function", "name": "f", "parameters": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_field_with_values_of_every_kind(admit, path):
-    prompt = {"": "prompt", "v1/completions": "prompt", "v1/responses": "input"}.get(path, "messages")
-    limit = {"": "max_new_tokens", "v1/responses": "max_output_tokens"}.get(path, "max_tokens")
-    minimal = {prompt: [USER] if prompt == "messages" else "hi", limit: 3}
+    fields = FIELDS.get(path, ENDPOINTS[path].known)
     refused = 0
-    for name in sorted(ENDPOINTS[path].known | {*NEUTRAL, *IGNORED}):
+    for name in sorted({*fields, *NEUTRAL, *IGNORED}):
         for value in VALUES:
-            extra = {"tools": [TOOL]} if name == "tool_choice" else {}
-            if error := refusal(admit, path, minimal | extra | {name: value}):
+            extra = {"tools": [TOOLS.get(path, TOOL)]} if name == "tool_choice" else {}
+            if error := refusal(admit, path, MINIMAL[path] | extra | {name: value}):
                 refused += 1
                 check(error, None)
-                assert path == "v1/messages" or error["param"], error  # Anthropic's errors have none
+                assert error.get("param") or path == "v1/messages", error  # Anthropic's errors have none
     assert refused > 900
 
 

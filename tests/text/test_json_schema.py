@@ -218,3 +218,25 @@ def test_pydantics_old_decimal_patterns_are_taken(maker: Maker, pattern: str) ->
     schema = {"anyOf": [{"type": "string", "pattern": pattern}, {"type": "null"}]}
     answers = [json.loads(answer) for answer in check(maker, schema, walks=60)]
     assert any(answer and "." in answer for answer in answers) and any(answer and "-" in answer for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "taken", "not_taken"),
+    [
+        (r"^\w$", "aZ_9", "é٣\u0301!"),
+        (r"^[^\w]$", "! ", "éa²"),
+        (r"^\d$", "07", "٣a"),
+        (r"^\D$", "x-", "3٣"),
+        (r"^\s$", " \n", "\u2003\x1c"),
+        (r"^[^\s]$", "xé", " \u2003\ufeff"),
+        (r"^[]a]$", "]a", "b"),
+    ],
+)
+def test_classes_of_a_pattern_are_what_every_validator_agrees_on(maker, pattern, taken, not_taken) -> None:
+    """ECMA's are ASCII, Python's are not: jsonschema and a browser both take what is let through."""
+    schema = {"type": "string", "pattern": pattern}
+    for text in taken:
+        jsonschema.validate(text, schema)
+    for text in taken + not_taken:
+        guide, output = json_guide(maker, json.dumps(schema)), [*json.dumps(text, ensure_ascii=False).encode(), EOS]
+        assert all(guide.allowed(output[:at])[token] for at, token in enumerate(output)) == (text in taken), text
