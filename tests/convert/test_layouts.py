@@ -14,6 +14,7 @@ from test_convert_refusals import refuse
 
 from gpt_fast.checkpoint.manifest import verify_manifest
 from gpt_fast.convert.names import plain_names
+from gpt_fast.convert.side_files import is_side_file
 from gpt_fast.convert.source import open_file
 from support.tiny_models import save, tokenizer_json
 
@@ -177,3 +178,15 @@ def test_vocab_and_merges_are_kept_or_asked_for(hf: Path) -> None:
     (hf / "vocab.json").write_text(json.dumps(vocab))
     out = run_convert(hf, hf.parent / "out")
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} < digests(out).keys()
+
+
+def test_what_is_fetched_is_what_conversion_reads() -> None:
+    for name in ("merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert is_side_file(name)
+    for name in (
+        "additional_chat_templates/../x.jinja",
+        "additional_chat_templates/x.py",
+        "a/tokenizer.json",
+        "x.jinja",
+    ):
+        assert not is_side_file(name)
