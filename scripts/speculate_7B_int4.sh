@@ -1,8 +1,12 @@
 #!/bin/sh
-# Llama-2-7B in bfloat16, drafted by itself in int4. Extra flags go to gpt_fast.generate.
+# CodeLlama-7B in int4, drafted by TinyLlama-1.1B in int4, as gpt-fast's script of this name.
+# Needs: 6 GB of a GPU, or of RAM. MODEL_REPO, DRAFT_MODEL_REPO: other models below checkpoints/ (CHECKPOINTS).
+# More flags go to gpt_fast.generate.
 set -eu
 cd "$(dirname "$0")/.."
-DIR=${CHECKPOINT_DIR:-checkpoints/meta-llama/Llama-2-7b-chat-hf}
-exec "${PYTHON:-python}" -m gpt_fast.generate \
-    --checkpoint_path "$DIR" --draft_checkpoint_path "$DIR/model_int4.g32.safetensors" \
-    --speculate_k 5 --prompt "${PROMPT:-Hi my name is}" --max_new_tokens 200 --num_samples 50 --temperature 0 --compile "$@"
+. scripts/speculate.sh
+target=$(weights "${MODEL_REPO:-codellama/CodeLlama-7b-Python-hf}" int4)
+draft=$(weights "${DRAFT_MODEL_REPO:-PY007/TinyLlama-1.1B-intermediate-step-480k-1T}" int4)
+exec "$PYTHON" -m gpt_fast.generate \
+    --checkpoint_path "$target" --draft_checkpoint_path "$draft" --speculate_k 5 --prompt "${PROMPT:-Hi my name is}" \
+    --max_new_tokens 200 --num_samples 50 --temperature 0 $COMPILE "$@"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 
 import pytest
 
@@ -14,7 +13,6 @@ from gpt_fast.draft.runs import Run
 from gpt_fast.speculative.controller import Controller
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.speculator import Speculator, Totals
-from support.paths import ROOT
 from support.tiny_engine import tiny_engine
 
 pytestmark = pytest.mark.slow
@@ -128,25 +126,3 @@ def test_the_shipped_prompts_are_in_four_categories(tmp_path):
     bad.write_text("\n")
     with pytest.raises(ConfigError, match="holds none"):
         read_prompts(bad, engine, longest=10)
-
-
-@pytest.mark.parametrize("name", ["7B_int4", "34B_bf16", "70B_int4"])
-def test_the_scripts_run_and_pass_their_flags_on(name, tmp_path):
-    """With a python that prints its arguments: every flag must be one that generate knows."""
-    from gpt_fast.generate import parse_args
-
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
-    script = ROOT / "scripts" / f"speculate_{name}.sh"
-    run = subprocess.run(
-        [script, "--seed", "7"],
-        env={"PYTHON": str(fake), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
-    arguments = run.stdout.splitlines()
-    args = parse_args(arguments[arguments.index("gpt_fast.generate") + 1 :])
-    assert args.draft_checkpoint_path and args.speculate_k >= 4 and args.seed == 7 and args.temperature == 0
