@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -262,18 +261,15 @@ def memory(group: Any, directory: Path) -> dict[str, int]:
     The first load of another model brings in what every load does: code, and threads' own memory.
     """
     from gpt_fast.load.engine import load_model
+    from gpt_fast.measure.machine import peak_rss_bytes
 
     load_model(str(directory / "first"), device="cpu", dtype="auto", group=group)
-    before = peak()
+    before = peak_rss_bytes()
     model = load_model(
         json.loads((directory / "memory.json").read_text()), device="cpu", dtype="auto", group=group
     ).model
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return {"before": before, "after": peak(), "share": sum(tensors.values())}
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"before": before, "after": peak_rss_bytes(), "share": sum(tensors.values())}
 
 
 @contextmanager
