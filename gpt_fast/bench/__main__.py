@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return scaling_main([argument for argument in given if argument != "--stub-collectives"])
     args = parse_args(argv)
     with one_line_errors(also=(RuntimeError,)):  # as which a target's error comes out of its process
-        if not (args.engine or args.http or args.peer):
-            raise ValueError("nothing to measure: give --engine, --http URL, --peer NAME, or several")
+        if not (args.engine or args.tp > 1 or args.http or args.peer):
+            raise ValueError("nothing to measure: give --engine, --tp N, --http URL, --peer NAME, or several")
         result = measure(args)
         print(report.table(result))
         if args.out:
@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint_path", required=True, type=Path, help="a converted checkpoint, or a weights file in it")
     add("--engine", action="store_true", help="measure the engine called directly")
+    add("--tp", type=at_least(1), default=1, metavar="N", help="measure the engine on N ranks of this machine")
     add("--http", type=http_url, metavar="URL", help="measure a running server that serves the same checkpoint")
     add("--token", default="", help="the server's inference key, where it asks for one")
     peers = "; ".join(f"{name}{f'=PATH ({what})' if what else ''}" for name, (_, what) in PEERS.items())

@@ -30,10 +30,11 @@ from gpt_fast.ops.cpu.screen import MAX_ROWS
 
 
 class EngineTarget:
-    """An Engine loaded with EngineConfig's options. ConfigError and CheckpointError come through."""
+    """An Engine, or one loaded with EngineConfig's options. ConfigError and CheckpointError come through."""
 
-    def __init__(self, **options: Any) -> None:
-        self.engine = Engine.load(**options)
+    def __init__(self, engine: Engine | None = None, **options: Any) -> None:
+        self.engine = engine or Engine.load(**options)
+        self.helpers: list[int] = []  # process ids of what computes with this one
         self.ids = itertools.count()
         for _ in self.engine.events([0], SamplingParams(max_new_tokens=1, ignore_eos=True)):
             pass  # generate one token, so that the time that a start takes includes the first token's latency
@@ -58,7 +59,7 @@ class EngineTarget:
         busy: processes that spin meanwhile; their CPU time is not foreign, for it is part of what is measured.
         """
         with neighbours(busy) as pids:
-            return self._run(case, Recorder(CpuMeter(pids)))
+            return self._run(case, Recorder(CpuMeter([*self.helpers, *pids])))
 
     def _run(self, case: Case, recorder: Recorder) -> Sample:
         params = SamplingParams(max_new_tokens=case.new_tokens, ignore_eos=True, temperature=case.temperature)

@@ -30,6 +30,9 @@ def factories(args: argparse.Namespace, threads: int, kv_elements: int | None) -
     ours = {"checkpoint_path": str(args.checkpoint_path), **sizes, **options}
     if args.engine:
         found["engine"] = engine, ours
+    if args.tp > 1:
+        share = {"threads": max(1, threads // args.tp)}  # as many in all as every other target
+        found[f"engine on {args.tp} ranks"] = engine_on_ranks, ours | share | {"tp": args.tp}
     if args.http:
         found["http"] = http, {"url": args.http, "token": args.token}
     for name, path in args.peer:
@@ -58,6 +61,13 @@ def engine(**options: Any) -> Target:
         from gpt_fast.bench.engine_target import EngineTarget
 
     return EngineTarget(**options)
+
+
+def engine_on_ranks(**options: Any) -> Target:
+    with at_rest():
+        from gpt_fast.bench.ranks_target import RanksTarget
+
+    return RanksTarget(**options)
 
 
 def http(**options: Any) -> Target:

@@ -27,11 +27,13 @@ from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFil
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.empty import empty_model
 from gpt_fast.model.parallel import Ranks, shard_block, shard_ends, share_of
+from gpt_fast.model.shares import share_out
 from gpt_fast.model.transformer import Transformer
 
 
 class Loaded(NamedTuple):
     config: ModelConfig  # of a rank's share: its heads and features
+    largest: ModelConfig  # of the rank that has the most KV heads
     model: Transformer
     directory: Path
     weights_file: Path  # as asked for; with shards, the name their index is called after
@@ -67,12 +69,14 @@ def load_checkpoint(
     files = [SafetensorsFile(shard) for shard in shards]
     verify_manifest(directory, names, content=verify)
     quantization = read_quantization(files)
-    model = empty_model(load_model_config(directory))
+    config = load_model_config(directory)
+    largest = config if ranks is None else share_out(config, 0, ranks.size).config(config)
+    model = empty_model(config)
     where = collect(files, index=shards_index(weights))
     if quantization is not None:
         prepare_model(model, quantization, where)
     load_tensors(model, where, device=torch.device(device), dtype=dtype, ranks=ranks)
-    return Loaded(model.config, model.eval(), directory, weights, quantization)
+    return Loaded(model.config, largest, model.eval(), directory, weights, quantization)
 
 
 def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:

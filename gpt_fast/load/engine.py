@@ -126,7 +126,8 @@ def load_share(config: EngineConfig, group: Group | None) -> Share:
     torch.set_num_threads(threads)
     loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
     max_seq_len = choose_max_seq_len(config, loaded.config)
-    cache = build_cache(config, loaded.config, max_seq_len, cache_dtype(config, loaded), device)
+    dtype = cache_dtype(config, loaded)
+    cache = build_cache(config, loaded.config, max_seq_len, dtype, device, largest=loaded.largest)
     weight_bytes = weight_bytes_per_step(loaded.model)  # before a path packs them
     loaded.model.setup_rope(max_seq_len, device)
     path = choose_path(config, loaded, threads, group=group)

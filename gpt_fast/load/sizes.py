@@ -63,13 +63,15 @@ def build_cache(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    largest: ModelConfig | None = None,
     beside: KVCache | None = None,
 ) -> KVCache:
     """Allocate the KV cache of as many slots as are configured, after checking that the machine has room.
 
+    largest: of the rank with the most KV heads (Loaded), by which all ranks count, for they must have as many slots.
     beside: a target's cache, whose draft gets as many slots. On a CPU it takes its memory only when it is written.
     """
-    slot = KVCache(model, slots=1, max_seq_len=max_seq_len, dtype=dtype, device=torch.device("meta")).nbytes
+    slot = KVCache(largest or model, slots=1, max_seq_len=max_seq_len, dtype=dtype, device=torch.device("meta")).nbytes
     slots = beside.slots if beside else affordable_slots(config, slot, max_seq_len)
     free = free_memory(device)
     if free is not None and beside and device.type == "cpu":

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
+from gpt_fast.config import EngineConfig
 from gpt_fast.convert.quantized import quantize_checkpoint
 from gpt_fast.load.checkpoint import load_checkpoint
+from gpt_fast.load.sizes import build_cache
 from gpt_fast.model.empty import empty_model
 from gpt_fast.model.parallel import Ranks, shard
 from support.quantized import FAMILIES, random_model, small_config, write_checkpoint
@@ -47,6 +49,20 @@ def test_what_is_not_finite_in_a_share_is_named_as_the_file_names_it(tmp_path):
     load_checkpoint(tmp_path, device="cpu", ranks=Ranks(0, 3))
     with pytest.raises(CheckpointError, match=r"tensor tok_embeddings.weight: holds a value that is not finite"):
         load_checkpoint(tmp_path, device="cpu", ranks=Ranks(2, 3))
+
+
+def test_ranks_with_fewer_kv_heads_have_no_more_slots(tmp_path):
+    """kv_cache_gib holds 5 slots of two KV heads, and would hold 10 of one: a plan names the slots of all ranks."""
+    path = write_checkpoint(
+        tmp_path, random_model(small_config(**SHAPE | {"n_head": 6, "n_kv_head": 3})), tokenizer=True
+    )
+    slot = 2 * 2 * 2 * 65 * 32 * 4  # keys and values of 2 layers, 2 heads, 64 positions and a scratch one, float32
+    config = EngineConfig(checkpoint_path=str(path), kv_cache_gib=5.5 * slot / 2**30, max_num_seqs=100)
+    for rank, heads in ((0, 2), (1, 1)):
+        loaded = load_checkpoint(path, device="cpu", ranks=Ranks(rank, 2))
+        cpu = torch.device("cpu")
+        cache = build_cache(config, loaded.config, 64, torch.float32, cpu, largest=loaded.largest)
+        assert (cache.slots, cache.k_LNHTD.shape[2]) == (5, heads)
 
 
 def test_released_tensors_are_read_again(tmp_path):
