@@ -16,7 +16,7 @@ from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
 from gpt_fast.serve.rounds import Incoming, Reply, client_id_of
 from gpt_fast.serve.startup import start_serving
-from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend
+from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend, own_frontend
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class GptFastHandler(BaseHandler):
         if rounds is not None:
             self.rounds = rounds
             rounds.report_forever(Reporter(self.emit))
+        self.described = ""  # the last describe job
         self.initialized = True
 
     def emit(self, kind: str, name: str, value: float, label: str) -> None:
@@ -56,6 +57,20 @@ class GptFastHandler(BaseHandler):
         dimensions = [self.context.model_name, "Model", *([label] if label else [])]
         metric = self.context.metrics.get_metric(f"gpt_fast_{name}", MetricTypes[kind.upper()])
         metric.add_or_update(value, dimensions)
+
+    def describe(self, request_id: str) -> dict[str, Reply]:
+        """The answer to `?customized=true` on the management port.
+
+        TorchServe 0.12 puts such a job back at the head of its queue (Model.pollInferJob), where it comes again for
+        ever and nothing behind it ever comes, while the model is called READY. Nothing that a worker says ends that, so
+        one that sees it ends TorchServe: whoever keeps it running starts it anew.
+        """
+        if request_id == self.described and (frontend := own_frontend()):
+            logger.error("TorchServe's queue is blocked by a describe job (?customized=true): ending it")
+            frontend.terminate()
+            raise SystemExit(1)
+        self.described = request_id
+        return {request_id: self.rounds.description()}
 
     def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
         """The requests of this round that carry a body, i.e. are new, by id."""
@@ -94,4 +109,6 @@ class GptFastHandler(BaseHandler):
         if self.follows:
             return [""] * len(data)
         self.context = context
+        if self._is_describe():
+            return self.postprocess(self.describe(context.request_ids[0]))
         return self.postprocess(self.inference(self.preprocess(data)))

@@ -237,6 +237,13 @@ class Rounds:
             if replies or time.monotonic() >= end:
                 return replies
 
+    def description(self) -> Reply:
+        """What the management port's `?customized=true` adds to a model's description.
+
+        It says that nothing more will come, or TorchServe 0.12 would count the job among those that run.
+        """
+        return Reply(json.dumps(self.service.engine.description.as_dict()), False, content_type="application/json")
+
     def _round_seconds(self) -> float:
         """How long a round lasts that brings nothing: only between rounds do requests join. Soon after an answer's end
         they are likely, so it is as long as none has ended, within bounds."""

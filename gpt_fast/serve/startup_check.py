@@ -1,11 +1,17 @@
 """What must hold of TorchServe's own settings before a model is served with them. Standard library only."""
 
+from __future__ import annotations
+
 import ipaddress
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import psutil
 
 # What the handler prints in front of the one line that says why it cannot start; `make serve` looks for it.
 STARTUP_ERROR = "gpt-fast cannot start: "
@@ -94,15 +100,20 @@ def check_frontend(command: Sequence[str], *, cwd: Path, environ: dict[str, str]
     return check_properties(text, arguments=command)
 
 
-def check_own_frontend() -> list[str]:
-    """`check_frontend` for the TorchServe that started this process; empty outside TorchServe."""
+def own_frontend() -> psutil.Process | None:
+    """The TorchServe that started this process; None outside TorchServe."""
     import psutil
 
-    for parent in psutil.Process(os.getpid()).parents():
-        command = parent.cmdline()
-        if "org.pytorch.serve.ModelServer" in command:
-            return check_frontend(command, cwd=Path(parent.cwd()), environ=parent.environ())
-    return []
+    parents = psutil.Process(os.getpid()).parents()
+    return next((parent for parent in parents if "org.pytorch.serve.ModelServer" in parent.cmdline()), None)
+
+
+def check_own_frontend() -> list[str]:
+    """`check_frontend` for the TorchServe that started this process; empty outside TorchServe."""
+    frontend = own_frontend()
+    if frontend is None:
+        return []
+    return check_frontend(frontend.cmdline(), cwd=Path(frontend.cwd()), environ=frontend.environ())
 
 
 def is_true(value: str) -> bool:
