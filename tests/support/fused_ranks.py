@@ -1,4 +1,4 @@
-"""What each of torchrun's ranks runs of tests/ops_cpu/test_linked_ranks.py: the fused decoder of its share of a model."""
+"""What each of torchrun's ranks runs of tests/ops_cpu/test_linked_ranks.py: the fused decoder of its share."""
 
 from __future__ import annotations
 
