@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def incoming(headers: dict[str, str], data: dict[str, Any]) -> Incoming:
-    return Incoming(headers.get("url_path") or "", data.get("body", data.get("data")), client_id_of(headers))
+    """A request's first round. What comes by gRPC has no path."""
+    body = data.get("body", data.get("data"))
+    return Incoming(headers.get("url_path") or "", body, client_id_of(headers), one_message="url_path" not in headers)
 
 
 class GptFastHandler(BaseHandler):

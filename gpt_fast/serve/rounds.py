@@ -102,11 +102,14 @@ class Incoming:
     """A request's first round: the path behind the model's name, and the body as TorchServe hands it over.
 
     client_id: the client's own id for it, "" where it has none; see `client_id_of`.
+    one_message: its answer must be one message, which is also the last: TorchServe 0.12 ends a call of Predictions with
+    the first, and takes the client of StreamPredictions for gone after any but the last.
     """
 
     path: str
     body: object
     client_id: str = ""
+    one_message: bool = False
     arrival: float = field(default_factory=time.monotonic)
 
     @property
@@ -162,6 +165,8 @@ class Exchange:
             return failure(self.answer.error_body("the model failed on this request"))
         if not self.running:
             return self._last()
+        if self.incoming.one_message:
+            return None
         now = time.monotonic()
         if now - self.sent_at < self._patience(interval):
             return None
@@ -180,7 +185,8 @@ class Exchange:
 
     def _piece(self) -> str:
         """Of the text that is there, what one message may hold."""
-        text, self.text = self.text[:MAX_PIECE], self.text[MAX_PIECE:]
+        end = len(self.text) if self.incoming.one_message else MAX_PIECE
+        text, self.text = self.text[:end], self.text[end:]
         return text
 
     def _patience(self, interval: float) -> float:
@@ -340,7 +346,8 @@ class Rounds:
 
 
 def with_headers(reply: Reply, incoming: Incoming) -> Reply:
-    return replace(reply, headers=reply.headers + incoming.headers)
+    more = False if incoming.one_message else reply.more
+    return replace(reply, more=more, headers=reply.headers + incoming.headers)
 
 
 def failure(body: str) -> Reply:
