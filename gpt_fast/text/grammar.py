@@ -222,7 +222,6 @@ ADVICE = {
 
 def advised(problem: str) -> str:
     """The compiler's words, and what a client can do."""
-    problem = re.sub(r"(?<!\w)'((?:\\.|[^'\\])*)'", r'"\1"', problem)  # quoted as in JSON
     problem = problem.removesuffix(". Enable 'coerce_one_of' option to approximate oneOf with anyOf")
     problem = re.sub(r"(?<!\w)'((?:\\.|[^'\\])*)'", r'"\1"', problem)  # quoted as in JSON
     return problem + next((advice for start, advice in ADVICE.items() if start in problem), "")

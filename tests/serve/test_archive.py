@@ -132,7 +132,7 @@ def test_the_bundle_needs_no_git(tmp_path: Path) -> None:
 
 def test_nothing_is_built_when_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"config": tmp_path / "c.yaml", "model": "", "fmt": "no-archive"}
-    options["config"].write_text(yaml.safe_dump({"handler": {"checkpoint_path": "none"}}))
+    options["config"].write_text((ROOT / "model_config.yaml").read_text())
     places = {"handler": ROOT / "handler.py", "store": tmp_path / "store", "work": tmp_path / "work"}
     made = [archive.build(**options, **places) for _ in range(2)]
     assert made[0] == made[1] and capsys.readouterr().out.endswith("is up to date\n")
