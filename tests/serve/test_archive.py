@@ -11,7 +11,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gpt_fast.convert.quantized import quantize_checkpoint
 from support.paths import ROOT
