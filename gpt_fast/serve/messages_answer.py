@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from gpt_fast.serve.messages import error_body
 from gpt_fast.serve.reasoning import Reasoning
-from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Event, dump
+from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Row, dump
 from gpt_fast.serve.tool_calls import Piece, ToolCall
 
 Fields = dict[str, Any]
@@ -25,16 +24,10 @@ class MessagesAnswer(ChatAnswer):
         self.blocks = 0  # begun
         self.open = ""  # the kind of block that is being written, if it is one of text
 
-    def push(self, index: int, events: Sequence[Event]) -> str:
-        choice = self.choices[index]
-        if not events:
-            return ""
-        choice.take(events)
-        if not self.stream:
-            return ""
+    def streamed(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> str:
         frames = [] if choice.begun else [frame("message_start", message=self.message(choice, [])), frame("ping")]
         choice.begun = True
-        pieces = self.pieces(choice, "".join(event.text for event in events))
+        pieces = self.pieces(choice, text)
         return "".join(frames + [part for piece in pieces for part in self.write(piece)])
 
     def write(self, piece: Piece | Reasoning) -> list[str]:

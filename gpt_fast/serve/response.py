@@ -154,7 +154,11 @@ class OpenAIAnswer(ABC):
         if not self.stream:
             return ""
         text = "".join(event.text for event in events)
-        return "".join(map(self.sse, self.deltas(index, choice, text, choice.logprobs[offset:])))
+        return self.streamed(index, choice, text, choice.logprobs[offset:])
+
+    def streamed(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> str:
+        """What a stream sends of a choice that has grown by this."""
+        return "".join(map(self.sse, self.deltas(index, choice, text, logprobs)))
 
     def end(self) -> str:
         failed = {"error": FAILED} if any(choice.finish_reason == "error" for choice in self.choices) else {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from gpt_fast.serve.reasoning import Reasoning
-from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Event, Row, dump
+from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Row, dump
 from gpt_fast.serve.tool_calls import Piece, ToolCall
 
 Fields = dict[str, Any]
@@ -30,20 +30,13 @@ class ResponsesAnswer(ChatAnswer):
         self.text: Fields | None = None  # the item that is being written, if it is one of text
         self.rows: list[Row] = []  # log-probabilities that no delta has carried yet
 
-    def push(self, index: int, events: Sequence[Event]) -> str:
-        choice = self.choices[index]
-        if not events:
-            return ""
-        offset = len(choice.logprobs)
-        choice.take(events)
-        if not self.stream:
-            return ""
+    def streamed(self, index: int, choice: Choice, text: str, logprobs: list[Row]) -> str:
         frames = []
         if not choice.begun:
             choice.begun = True
             frames = [self.state("created", "in_progress"), self.state("in_progress", "in_progress")]
-        self.rows += choice.logprobs[offset:]
-        pieces = self.pieces(choice, "".join(event.text for event in events))
+        self.rows += logprobs
+        pieces = self.pieces(choice, text)
         return "".join(frames + [part for piece in pieces for part in self.write(piece)])
 
     def end(self) -> str:
