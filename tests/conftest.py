@@ -90,6 +90,16 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """No graphs of other tests, and as many of one function as load/path.py allows: both are the process's own."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
 @pytest.fixture(scope="session")
 def default_checkpoint():
     """The default model's directory; `make model` puts it there."""

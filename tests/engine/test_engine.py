@@ -319,23 +319,13 @@ def test_buckets_cover_every_value_by_at_most_twice(limit, smallest, data):
     assert value <= bucket_of(sizes, value) <= max(2 * value, smallest)
 
 
-@pytest.fixture
-def many_graphs():
-    """As many of one function as load/path.py allows."""
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(recompile_limit=64):
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("many_graphs")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("slots", [1, 3])
 def test_nothing_compiles_after_warm_up(tiny_model, slots):
     """Every step a request can cause has the shapes and the path of one that warm_up made."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
     counters.clear()
     model = tiny_model(n_layer=1, max_seq_len=256)
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # dynamo's guards are what is tested

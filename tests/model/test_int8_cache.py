@@ -220,10 +220,9 @@ def test_speculation_changes_no_token(tiny_model, proposer):
 
 
 @pytest.mark.slow
-def test_nothing_compiles_after_warm_up(tiny_model):
+def test_nothing_compiles_after_warm_up(tiny_model, fresh_compiler):
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
     counters.clear()
     model = tiny_model(n_layer=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # dynamo's guards are what is tested
@@ -236,7 +235,7 @@ def test_nothing_compiles_after_warm_up(tiny_model):
 
 
 @pytest.mark.slow
-def test_compiled_code_equals_plain(tiny_model):
+def test_compiled_code_equals_plain(tiny_model, fresh_compiler):
     model = tiny_model(n_layer=1)
     tokens, positions = torch.randint(0, 97, (3, 9)), torch.arange(9).expand(3, 9)
     caches = [cache_of(model) for _ in range(2)]

@@ -232,12 +232,6 @@ def test_a_copied_prefix_is_as_good_as_a_computed_one(tiny_model, seed):
 # ----------------------------------------------------------------------------------- compiled
 
 
-@pytest.fixture
-def fresh_compiler():
-    """A forward is compiled a few times at most, whichever test asks."""
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 def test_compiled_equals_eager(tiny_model, fresh_compiler):
     model = tiny_model(max_seq_len=MAX_SEQ_LEN, n_layer=1, sliding_window=9, sliding_layers=(0,))
