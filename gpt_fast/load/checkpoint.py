@@ -6,6 +6,7 @@ Weights are mapped from the files, checked and assigned: no second copy in memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,16 +68,30 @@ def load_checkpoint(
     others = [name for name in read_manifest(directory) if not name.endswith(".safetensors")]
     verify_manifest(directory, others)
     files = [SafetensorsFile(shard) for shard in shards]
-    verify_manifest(directory, names, content=verify)
-    quantization = read_quantization(files)
-    config = load_model_config(directory)
-    largest = config if ranks is None else share_out(config, 0, ranks.size).config(config)
-    model = empty_model(config)
-    where = collect(files, index=shards_index(weights))
-    if quantization is not None:
-        prepare_model(model, quantization, where)
-    load_tensors(model, where, device=torch.device(device), dtype=dtype, ranks=ranks)
+    with verified_meanwhile(directory, names, content=verify):
+        quantization = read_quantization(files)
+        config = load_model_config(directory)
+        largest = config if ranks is None else share_out(config, 0, ranks.size).config(config)
+        model = empty_model(config)
+        where = collect(files, index=shards_index(weights))
+        if quantization is not None:
+            prepare_model(model, quantization, where)
+        load_tensors(model, where, device=torch.device(device), dtype=dtype, ranks=ranks)
     return Loaded(model.config, largest, model.eval(), directory, weights, quantization)
+
+
+@contextmanager
+def verified_meanwhile(directory: Path, names: list[str], *, content: bool) -> Iterator[None]:
+    """Verify files beside what the block does with them; the block's results are not to be used before its end.
+
+    CheckpointError, also in place of the block's own: a damaged file is the reason, whatever else came of it.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        verified = beside.submit(verify_manifest, directory, names, content=content)
+        try:
+            yield
+        finally:
+            verified.result()
 
 
 def prepare_model(model: Transformer, quantization: Mapping[str, Any], where: Mapping[str, SafetensorsFile]) -> None:
