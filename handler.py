@@ -12,19 +12,30 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from gpt_fast.engine import ranks
 from gpt_fast.serve.archive_files import check_archive
+from gpt_fast.serve.foreign_page import refusal_of
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
 from gpt_fast.serve.rounds import Incoming, Reply, client_id_of
 from gpt_fast.serve.startup import start_serving
-from gpt_fast.serve.startup_check import STARTUP_ERROR, check_own_frontend, own_frontend
+from gpt_fast.serve.startup_check import (
+    STARTUP_ERROR,
+    check_own_frontend,
+    own_frontend,
+    own_frontend_asks_for_token,
+)
 
 logger = logging.getLogger(__name__)
 
 
-def incoming(headers: dict[str, str], data: dict[str, Any]) -> Incoming:
-    """A request's first round. What comes by gRPC has no path."""
+def incoming(headers: dict[str, str], data: dict[str, Any], *, local_only: bool) -> Incoming:
+    """A request's first round. What comes by gRPC has no path.
+
+    local_only: answer nobody whom a web page from elsewhere may have sent.
+    """
     body = data.get("body", data.get("data"))
-    return Incoming(headers.get("url_path") or "", body, client_id_of(headers), one_message="url_path" not in headers)
+    path, one_message = headers.get("url_path") or "", "url_path" not in headers
+    refused = refusal_of(headers.items()) if local_only else None
+    return Incoming(path, body, client_id_of(headers), one_message=one_message, refused=refused)
 
 
 class GptFastHandler(BaseHandler):
@@ -39,6 +50,7 @@ class GptFastHandler(BaseHandler):
             check_archive(Path(context.system_properties["model_dir"]))
             if problems := check_own_frontend():
                 raise ValueError(problems[0])
+            self.local_only = not own_frontend_asks_for_token()
             group = ranks.join() if ranks.launched() else None
             if group is None or group.leads:
                 self.claim = claim_model(f"{name} {context.manifest['model'].get('modelVersion')}")
@@ -77,7 +89,7 @@ class GptFastHandler(BaseHandler):
     def preprocess(self, data: list[dict[str, Any]]) -> dict[str, Incoming]:
         """The requests of this round that carry a body, i.e. are new, by id."""
         return {
-            request_id: incoming(self.context.get_all_request_header(index), data[index])
+            request_id: incoming(self.context.get_all_request_header(index), data[index], local_only=self.local_only)
             for index, request_id in self.context.request_ids.items()
             if not self.rounds.knows(request_id)
         }

@@ -59,9 +59,11 @@ class Admit:
 
     def __call__(self, incoming: Incoming) -> Job | Reply:
         path = incoming.path.strip("/")
-        if path == "chat":
-            return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
         try:
+            if incoming.refused is not None:
+                raise incoming.refused
+            if path == "chat":
+                return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
             if path == "tokenizer_info":

@@ -12,6 +12,7 @@ MAX_DIGITS = 40
 GZIP = b"\x1f\x8b"
 REASONS = {
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     413: "Content Too Large",
     429: "Too Many Requests",

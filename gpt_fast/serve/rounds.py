@@ -20,6 +20,7 @@ from typing import Protocol
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.llm import TextEvent
+from gpt_fast.serve.body import RequestError
 from gpt_fast.serve.metrics import Reporter, RequestRecord, log_fields
 from gpt_fast.serve.response import server_error
 from gpt_fast.serve.service import Service
@@ -101,7 +102,8 @@ class Refusal(Exception):
 class Incoming:
     """A request's first round: the path behind the model's name, and the body as TorchServe hands it over.
 
-    client_id: the client's own id for it, "" where it has none; see `client_id_of`.
+    client_id: the client's own id for it, "" where it has none; see `client_id_of`. refused: why its headers alone
+    keep it from being answered.
     one_message: its answer must be one message, which is also the last: TorchServe 0.12 ends a call of Predictions with
     the first, and takes the client of StreamPredictions for gone after any but the last.
     """
@@ -110,6 +112,7 @@ class Incoming:
     body: object
     client_id: str = ""
     one_message: bool = False
+    refused: RequestError | None = None
     arrival: float = field(default_factory=time.monotonic)
 
     @property

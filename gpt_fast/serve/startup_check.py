@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -79,7 +79,7 @@ def check_properties(text: str, *, arguments: Sequence[str] = ()) -> list[str]:
             for url in urls.split(",")
             if not (url.startswith("file://") or url == "none")
         ]
-    if is_true(properties.get("disable_token_authorization", "")) or "--disable-token-auth" in arguments:
+    if not asks_for_token(properties, arguments):
         problems += [
             f"{key}: not a loopback address while the token is off (got {properties[key]}, allowed 127.0.0.1, "
             "localhost or [::1]; any address with disable_token_authorization=false)"
@@ -89,15 +89,21 @@ def check_properties(text: str, *, arguments: Sequence[str] = ()) -> list[str]:
     return problems
 
 
-def check_frontend(command: Sequence[str], *, cwd: Path, environ: dict[str, str]) -> list[str]:
-    """`check_properties` for a running frontend, from its command line, working directory and environment.
+def asks_for_token(properties: Mapping[str, str], arguments: Sequence[str] = ()) -> bool:
+    """Whether TorchServe answers only those who have its keys."""
+    return not (is_true(properties.get("disable_token_authorization", "")) or "--disable-token-auth" in arguments)
 
-    It reads the file that the frontend reads: $TS_CONFIG_FILE, else `-f`, else ./config.properties.
-    """
+
+def check_frontend(command: Sequence[str], *, cwd: Path, environ: dict[str, str]) -> list[str]:
+    """`check_properties` for a running frontend, from its command line, working directory and environment."""
+    return check_properties(frontend_settings(command, cwd=cwd, environ=environ), arguments=command)
+
+
+def frontend_settings(command: Sequence[str], *, cwd: Path, environ: dict[str, str]) -> str:
+    """The text of the file that a frontend reads: $TS_CONFIG_FILE, else `-f`, else ./config.properties; "": none."""
     flag = command[command.index("-f") + 1] if "-f" in command else "config.properties"
     path = cwd / environ.get("TS_CONFIG_FILE", flag)
-    text = path.read_text(encoding="latin-1") if path.is_file() else ""
-    return check_properties(text, arguments=command)
+    return path.read_text(encoding="latin-1") if path.is_file() else ""
 
 
 def own_frontend() -> psutil.Process | None:
@@ -114,6 +120,16 @@ def check_own_frontend() -> list[str]:
     if frontend is None:
         return []
     return check_frontend(frontend.cmdline(), cwd=Path(frontend.cwd()), environ=frontend.environ())
+
+
+def own_frontend_asks_for_token() -> bool:
+    """`asks_for_token` for the TorchServe that started this process; False outside TorchServe."""
+    frontend = own_frontend()
+    if frontend is None:
+        return False
+    command = frontend.cmdline()
+    text = frontend_settings(command, cwd=Path(frontend.cwd()), environ=frontend.environ())
+    return asks_for_token(parse_properties(text), command)
 
 
 def is_true(value: str) -> bool:
