@@ -17,7 +17,8 @@ LOCAL = [
     "localhost:",
 ]
 FOREIGN = [
-    "", "evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "localhost.", "unix:80",
+    "", "evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "localhost.",
+    "unix:80",
     "192.168.0.7:8080", "0.0.0.0", "[::]:80", "[::1", "[1::1::1]", "[::1]evil", "127.0.0.1@evil.example", "null",
     "127.0.0.1:8080, evil.example", "127.0.0.1/evil.example", "2130706433", " localhost", "localhost\n", "127.0.0.1:x",
 ]  # fmt: skip
