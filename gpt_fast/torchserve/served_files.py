@@ -4,6 +4,8 @@ Found by reading the sources, so that an import inside a function counts too; no
 module names as text (importlib.import_module) is not found.
 """
 
+from __future__ import annotations
+
 import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
