@@ -134,6 +134,7 @@ def test_a_row_does_not_depend_on_its_neighbours(case, noise):
 VOCABULARY = 3 * CANDIDATES[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_more_candidates_than_are_sorted_at_first(spread):
     """Nuclei wider than CANDIDATES, beside narrow ones and a top_k above it: all equal the reference and themselves."""

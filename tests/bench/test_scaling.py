@@ -16,6 +16,7 @@ from gpt_fast.model.parallel import Ranks, shard
 from gpt_fast.ops.cpu import build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_a_share_alone_has_the_weights_of_a_rank(name, size):

@@ -219,6 +219,7 @@ def test_logprobs_are_those_of_a_plain_forward(model, make_core, temperature):
     assert all(len(e.logprobs) == 1 for e in events["b"]) and all(e.logprobs == () for e in events["c"])
 
 
+@pytest.mark.slow
 def test_prompt_logprobs_are_those_of_a_plain_forward(model, make_core):
     """Of every token behind the first, whatever chunks it came in and whatever a slot holds of it already."""
     rng = random.Random(0)

@@ -277,6 +277,7 @@ def test_a_step_that_has_begun_brings_its_tokens_before_a_prompt_joins(fused):
     assert core.runner.begun and len(core.runner.begun.rows) == 2
 
 
+@pytest.mark.slow
 def test_an_abort_between_steps_frees_the_slot_for_a_prompt_that_joins_the_rest(fused):
     """What had begun for the aborted request writes to a slot that is another's by then."""
     decoder, rng = fused("int8"), random.Random(4)

@@ -174,6 +174,7 @@ def test_the_command_shows_records_and_prints_json_last(checkpoints, capsys, tmp
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_two_quantized_files_can_be_compared_on_a_text_of_ones_own(checkpoints, capsys):
     int8, int4 = checkpoints
     main(["--quality", str(int4), "--against", str(int8), *FLAGS, "--text", __file__])
@@ -199,6 +200,7 @@ def test_the_gate(checkpoints):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_cache_of_int8_has_a_report_and_a_gate_of_its_own(checkpoints, capsys):
     int8, _ = checkpoints
     source = int8.with_name("model.safetensors")
@@ -216,6 +218,7 @@ def test_a_cache_of_int8_has_a_report_and_a_gate_of_its_own(checkpoints, capsys)
         check_quality(int8, {"max_mean_kl": 1e-3}, kv_cache="int8")
 
 
+@pytest.mark.slow
 def test_a_format_is_judged_as_served_against_float32(checkpoints, capsys):
     int8, _ = checkpoints
     main(["--quality", str(int8), "--dtype", "bfloat16", "--against_dtype", "float32", "--kernels", "auto", *FLAGS])
@@ -225,6 +228,7 @@ def test_a_format_is_judged_as_served_against_float32(checkpoints, capsys):
     assert 0 < report["mean_kl"] < 0.01 and report["layers"][0]["hidden_sqnr_db"] > 20
 
 
+@pytest.mark.slow
 def test_an_engine_loads_only_what_its_gate_lets_through(checkpoints):
     int8, _ = checkpoints
     main(["--quality", str(int8), *FLAGS])
@@ -253,6 +257,7 @@ def test_the_documented_figures_are_the_recorded_ones():
         assert " | ".join(shown[:2]) in page and shown[2] in page, row["command"]
 
 
+@pytest.mark.slow
 def test_the_gate_refuses_what_it_cannot_know(checkpoints, tmp_path):
     int8, int4 = checkpoints
     with pytest.raises(ConfigError, match=r"quality\.max_loss: unknown key \(allowed max_perplexity_ratio, "):
@@ -313,6 +318,7 @@ def test_another_model_is_no_reference(checkpoints, tmp_path, capsys):
     assert line.startswith("error: against: is another model")
 
 
+@pytest.mark.slow
 def test_the_table_and_plot_say_where_nothing_differs(model, tmp_path):
     report, tokens = compared(model, model, some_windows(1))
     files = {"checkpoint": "a", "against": "b", "bytes": 1, "against_bytes": 2, "text": "t"}

@@ -128,6 +128,7 @@ def test_truncated_at_twenty_offsets(one: Path) -> None:
     refuse(one, WEIGHTS, "tensor output.weight", "cut off")
 
 
+@pytest.mark.slow
 def test_two_hundred_bit_flips(one: Path) -> None:
     clean = (one / WEIGHTS).read_bytes()
     rng = random.Random(0)

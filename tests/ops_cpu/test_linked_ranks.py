@@ -123,6 +123,7 @@ def test_uneven_shares(size: int, shape: dict[str, int], kind: str) -> None:
     assert_shares_compute_the_whole(partial(model_of, kind, **shape), kind, size, [40, 1, 19])
 
 
+@pytest.mark.slow
 @examples(6)
 @given(kind=st.sampled_from(KINDS), isa=st.sampled_from(build.isas_here()), seed=st.integers(0, 99))
 def test_a_rows_logits_are_the_same_bits_however_it_is_run(kind: str, isa: str, seed: int) -> None:
@@ -189,6 +190,7 @@ def greedy(share: CpuDecoder, *, leads: bool, best_only: bool, ahead: bool, step
     return torch.stack([step.best() for step in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_find_one_best_token_however_they_look_for_it(kind: str) -> None:
     make = partial(model_of, kind, vocab_size=4000)  # a head that is worth its screen

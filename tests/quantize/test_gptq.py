@@ -186,6 +186,7 @@ def test_a_triangle_in_panels_is_factored_or_left_as_it_was(columns, panel, seed
         torch.testing.assert_close(dense(triangles[1]).triu().double(), restored, atol=2 * near, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_order", [False, True])
 def test_panels_and_bands_change_memory_not_the_result(act_order, monkeypatch, in_float64):
     weight, inputs = trained_like(columns=176)

@@ -38,6 +38,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_same_bytes_at_once_elsewhere_and_under_other_settings(tmp_path: Path) -> None:
     """torch-model-archiver works in TMPDIR/gpt-fast: two at once took each other's files."""
     homes = [tmp_path / name for name in ("one", "an other place")]
@@ -50,6 +51,7 @@ def test_the_same_bytes_at_once_elsewhere_and_under_other_settings(tmp_path: Pat
         assert {(entry.mtime, entry.uid, entry.mode) for entry in archive} == {(315532800, 0, 0o644)}
 
 
+@pytest.mark.slow
 def test_an_archive_lists_every_file_that_it_serves_with(unpacked: Path) -> None:
     check_archive(unpacked)
     done = subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=unpacked, timeout=60)
@@ -59,6 +61,7 @@ def test_an_archive_lists_every_file_that_it_serves_with(unpacked: Path) -> None
     assert names - listed == {SUMS, "MAR-INF/MANIFEST.json"}
 
 
+@pytest.mark.slow
 def test_the_yaml_of_a_folder_may_be_edited(tmp_path: Path) -> None:
     folder = built(start_build(tmp_path, "no-archive"), tmp_path)
     with open(folder / "model_config.yaml", "a") as file:

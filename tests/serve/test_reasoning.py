@@ -140,6 +140,7 @@ def test_logprobs_come_with_the_reasoning_too(thinker):
     assert streamed == [row.token for row in choice.logprobs.content]
 
 
+@pytest.mark.slow
 def test_a_constrained_answer_of_a_model_that_has_begun_to_think():
     """It thinks to the end, and what follows matches."""
     engine = tiny_engine(slots=4, max_seq_len=256)
@@ -180,6 +181,7 @@ def test_reasoning_is_a_block_of_a_message(thinker):
     assert [block.type for block in quiet.content] == ["text"]
 
 
+@pytest.mark.slow
 def test_reasoning_is_an_item_of_a_response(thinker):
     asked = {"model": "gpt-fast", "input": USER, "max_output_tokens": 200}
     whole = thinker[1].responses.create(**asked)

@@ -96,6 +96,7 @@ TOOLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_field_with_values_of_every_kind(admit, path):
     fields = FIELDS.get(path, ENDPOINTS[path].known)

@@ -114,6 +114,7 @@ def check_request(request):
 kinds = st.sampled_from(sorted(KINDS))
 
 
+@pytest.mark.slow
 @examples(1000)
 @given(kind=kinds, fields=bodies, bare=st.booleans(), tidy=st.booleans())
 def test_any_fields_give_a_request_or_a_refusal(kind, fields, bare, tidy):

@@ -120,6 +120,7 @@ def test_stop_token_ids_by_http(client):
     assert caught.value.param == "stop_token_ids"
 
 
+@pytest.mark.slow
 def test_an_answer_is_what_vllm_and_llama_server_clients_ask_for(client):
     """Every field at both endpoints, streamed and not; what ends by itself matches."""
     cases = [

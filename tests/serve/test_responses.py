@@ -115,6 +115,7 @@ def test_a_cut_answer_is_incomplete(client):
     assert raw_events(client, max_output_tokens=3)[-1].type == "response.incomplete"
 
 
+@pytest.mark.slow
 def test_a_call_and_its_output(client):
     asked = ask(tools=[WEATHER], tool_choice={"type": "function", "name": "get_weather"}, max_output_tokens=200)
     first = client.responses.create(**asked)
@@ -139,6 +140,7 @@ def test_a_conversation_is_sent_whole(client):
         client.responses.create(**ask(previous_response_id=first.id))
 
 
+@pytest.mark.slow
 def test_a_parsed_answer(client):
     parsed = client.responses.parse(**ask(text_format=Place, max_output_tokens=200)).output_parsed
     assert isinstance(parsed, Place)

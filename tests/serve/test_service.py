@@ -79,6 +79,7 @@ def test_decoding_pauses_when_no_round_comes(service, monkeypatch):
     wait_until(lambda: service.engine.idle)
 
 
+@pytest.mark.slow
 def test_silence_of_our_own_making_loses_no_client(service, monkeypatch):
     """Something in the process kept all its threads from running, rounds included."""
     monkeypatch.setattr(service_module, "SILENCE_SECONDS", 0.0)

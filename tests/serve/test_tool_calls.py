@@ -341,6 +341,7 @@ def test_the_default_model_calls_with_another_templates_format(default_checkpoin
     assert "".join(each.function.arguments for each in streamed) == call.function.arguments and len(streamed) > 3
 
 
+@pytest.mark.slow
 def test_a_template_without_tools_can_be_made_to_call():
     """As with vLLM a call that is required is a matter of the grammar; only a free answer needs a template for it."""
     import openai

@@ -134,6 +134,7 @@ class Doubting(DraftProposer):
         return chained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_chained_proposals_are_those_of_a_draft_that_is_asked_step_by_step(target, drafts, k):
     """Ragged rows that come and go; the draft's cache holds what its model computes."""

@@ -60,6 +60,7 @@ patterns = st.builds(
 )
 
 
+@pytest.mark.slow
 @examples(60)
 @given(drawn=st.lists(patterns, min_size=4, max_size=4))
 def test_every_finished_answer_fully_matches_its_expression(engine, maker, drawn):
@@ -114,6 +115,7 @@ def reads_sum(text):
     return re.fullmatch(r"[0-9]{1,3}( \+ [0-9]{1,3})*", text) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SUM)
 def test_an_answer_is_of_the_grammar(engine, maker, form):
     found = answers(engine, [maker.guide(Constraint("grammar", SUM[form])) for _ in range(40)])

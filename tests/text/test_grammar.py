@@ -90,6 +90,7 @@ def test_matches_can_say_no():
         assert not matches(wrong, schema)
 
 
+@pytest.mark.slow
 @examples(40)
 @given(drawn=st.lists(st.tuples(schemas, st.integers(0, 99), st.sampled_from([0.0, 1.0, 5.0])), min_size=1, max_size=4))
 def test_every_finished_answer_matches_its_schema(engine, maker, drawn):
@@ -125,12 +126,14 @@ def test_eos_waits_for_the_end_of_the_grammar(maker):
     assert [token for token, may in enumerate(guide.allowed(output)) if may] == [EOS]
 
 
+@pytest.mark.slow
 def test_ignore_eos_goes_on_after_the_end_with_nothing(engine, maker):
     params = SamplingParams(max_new_tokens=80, ignore_eos=True, guide=json_guide(maker, '{"enum": ["ab"]}'))
     (answer,) = engine.generate(["say"], [params])
     assert (answer.text, answer.finish_reason, len(answer.tokens)) == ('"ab"', "length", 80)
 
 
+@pytest.mark.slow
 def test_a_neighbour_without_a_guide_is_unaffected(engine, maker):
     plain = [SamplingParams(max_new_tokens=60, seed=n, temperature=float(n)) for n in range(2)]
     alone = engine.generate(["neighbour one", "two"], plain)
@@ -143,6 +146,7 @@ def test_a_neighbour_without_a_guide_is_unaffected(engine, maker):
     ) == [first]
 
 
+@pytest.mark.slow
 def test_an_aborted_guided_request_leaves_no_trace(engine, maker):
     engine.add("gone", engine.encode("x"), SamplingParams(max_new_tokens=60, guide=json_guide(maker, POINT)))
     for _ in range(5):

@@ -92,6 +92,7 @@ schemas = st.recursive(
 ).flatmap(lambda schema: st.sampled_from([schema, {"$ref": "#/$defs/enum", "$defs": {"enum": schema}}]))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(schema=schemas)
 def test_every_finished_answer_validates(maker: Maker, schema: Any) -> None:
@@ -101,6 +102,7 @@ def test_every_finished_answer_validates(maker: Maker, schema: Any) -> None:
         assume("\n" not in str(error))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(limits=bounds, kind=st.sampled_from(["integer", "number"]))
 def test_bounds_move_inwards_only(limits: dict[str, Any], kind: str) -> None:

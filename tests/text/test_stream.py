@@ -131,6 +131,7 @@ def test_decoded_counts_the_characters_before_each_token():
     assert offsets == [0, 2, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_long_hostile_text_with_long_stop_strings_is_fast():
     """A check of every suffix against every stop would compare 40 million times here."""
     stop = tuple("a" * (255 - n) + "b" + "a" * n for n in range(16))
