@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -267,6 +266,8 @@ def test_compiled_decode_of_one_token_equals_eager(tiny_model, fresh_compiler):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_compiled_decode_allocates_nothing_as_large_as_a_layers_cache(tiny_model, fresh_compiler, dtype):
     """Attention costs what is used: a write must not copy the slots."""
+    from torch._inductor.utils import run_and_get_code  # loads the compiler: 1.5 s for every collection otherwise
+
     model = tiny_model(max_seq_len=5000)
     cache = KVCache(model.config, slots=2, max_seq_len=5000, dtype=dtype, device=torch.device("cpu"))
     batch = Batch(torch.tensor([[5]]), torch.tensor([[3]]), cache, length=16)

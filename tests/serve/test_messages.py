@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import anthropic
 import openai
 import pytest
 
@@ -47,6 +46,8 @@ def server(engine):
 
 @pytest.fixture(scope="module")
 def client(server):
+    import anthropic  # 2.7 s: not for every collection of tests
+
     return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
 
 
@@ -128,6 +129,8 @@ def test_an_answer_that_the_client_began_goes_on(client, engine):
 
 
 def test_errors_are_anthropics(client):
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError) as missing:
         client.messages.create(**ask(model="other"))
     assert missing.value.body["error"]["type"] == "not_found_error"

@@ -2,7 +2,6 @@
 
 import json
 
-import anthropic
 import openai
 import pytest
 from hypothesis import given
@@ -166,6 +165,8 @@ def test_the_pieces_are_told_apart():
 
 
 def test_reasoning_is_a_block_of_a_message(thinker):
+    import anthropic  # 2.7 s: not for every collection of tests
+
     base_url = str(thinker[1].base_url).removesuffix("/v1/")
     client = anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0, timeout=300)
     asked = {"model": "gpt-fast", "messages": USER, "max_tokens": 200}
