@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.convert.gguf import gguf_job
 from gpt_fast.convert.run import DTYPES, convert
-from gpt_fast.text.tokenizer import tokenizer_json_from_gguf
+from gpt_fast.text.gguf_tokenizer import tokenizer_json_from_gguf
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import Job
 from gpt_fast.convert.side_files import read_side_files
-from gpt_fast.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
+from gpt_fast.text.load_tokenizer import load_tokenizer, tokenizer_file
+from gpt_fast.text.tokenizer import Tokenizer
 
 UNKNOWN = " ⁇ ".encode()  # how SentencePiece writes the token of what it does not know, however it is spelled
 

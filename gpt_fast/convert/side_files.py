@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
 from gpt_fast.files import read_json_object
-from gpt_fast.text.tokenizer import load_tokenizer, tokenizer_file
+from gpt_fast.text.load_tokenizer import load_tokenizer, tokenizer_file
 
 NAMES = (
     "generation_config.json",

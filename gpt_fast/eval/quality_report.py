@@ -24,7 +24,7 @@ from gpt_fast.measure.picture import picture
 from gpt_fast.measure.texts import Text, windows
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Forward
-from gpt_fast.text.tokenizer import load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
 
 ROWS = 8  # prompts continued together
 

@@ -39,7 +39,8 @@ from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.proposer import Proposer
 from gpt_fast.speculative.speculator import Speculator
 from gpt_fast.text.chat import ChatTemplate, load_chat_template
-from gpt_fast.text.tokenizer import Tokenizer, load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
+from gpt_fast.text.tokenizer import Tokenizer
 
 
 class Parts(NamedTuple):
@@ -68,9 +69,10 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     With a group, this is its rank 0, and the other ranks `follow` with the same config.
     """
     started = time.perf_counter()
+    weights = find_weights(Path(config.checkpoint_path))
+    directory = weights.parent
     if config.quality:
-        check_quality(find_weights(Path(config.checkpoint_path)), config.quality, kv_cache=config.kv_cache)
-    directory = find_weights(Path(config.checkpoint_path)).parent
+        check_quality(weights, config.quality, kv_cache=config.kv_cache)
     with ThreadPoolExecutor(1) as beside:  # while the weights are hashed
         text = beside.submit(lambda: (load_tokenizer(directory), load_chat_template(directory)))
         share = load_share(config, group)

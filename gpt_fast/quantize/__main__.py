@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
     """Tokenize the chosen text with the checkpoint's own tokenizer and cut it into windows."""
-    from gpt_fast.text.tokenizer import load_tokenizer
+    from gpt_fast.text.load_tokenizer import load_tokenizer
 
     check_range("--calibration_limit", args.calibration_limit, 1, 1 << 20)
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent

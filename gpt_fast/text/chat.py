@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt_fast.files import read_json_object
-from gpt_fast.text.tokenizer import PromptTooLong, Span, Tokenizer, control_pattern, read_special_tokens
+from gpt_fast.text.side_facts import read_special_tokens
+from gpt_fast.text.tokenizer import PromptTooLong, Span, Tokenizer, control_pattern
 
 if TYPE_CHECKING:
     import jinja2

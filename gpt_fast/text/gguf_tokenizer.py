@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt_fast.config import ConfigError
-
-SPACE = "▁"  # U+2581, how SentencePiece vocabularies spell a space
+from gpt_fast.text.token_bytes import SPACE
 
 # How text is cut before byte-level BPE, by `tokenizer.ggml.pre`: every pattern cuts the pieces the one before it left.
 # Sources: ggml-org/llama.cpp src/llama-vocab.cpp, and the published tokenizer.json of each model.

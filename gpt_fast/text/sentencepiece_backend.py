@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_fast.text.added_tokens import AddedToken
-from gpt_fast.text.gguf_tokenizer import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
+from gpt_fast.text.gguf_tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from gpt_fast.text.token_bytes import SPACE
 
 # Fields of google/sentencepiece, src/sentencepiece_model.proto
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # of ModelProto

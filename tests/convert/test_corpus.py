@@ -18,7 +18,8 @@ from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
 from gpt_fast.load.checkpoint import load_checkpoint
 from gpt_fast.text.chat import load_chat_template
-from gpt_fast.text.tokenizer import TokenizerError, load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
+from gpt_fast.text.tokenizer import TokenizerError
 from support.hard_strings import TRL, hard_strings, wheel_member
 from support.layouts import LAYOUTS, Layout
 from support.tiny_models import decided, logits

@@ -24,7 +24,7 @@ from gpt_fast.speculative.costs import Choice
 from gpt_fast.speculative.draft_model import DraftProposer
 from gpt_fast.speculative.ngram import NGramProposer
 from gpt_fast.speculative.speculator import Speculator
-from gpt_fast.text.tokenizer import load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
 from support import cpu_twin
 from support.cpu_models import (
     MAX_SEQ_LEN,

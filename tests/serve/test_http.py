@@ -54,7 +54,7 @@ def test_tokens_arrive_as_they_are_made(server):
 
 def test_emoji_and_cjk_stream_intact(server):
     """Tokens that end inside characters: each chunk is text, together they are the decode of all bytes."""
-    from gpt_fast.text.tokenizer import load_tokenizer
+    from gpt_fast.text.load_tokenizer import load_tokenizer
 
     tokens = load_tokenizer(MODEL).encode("👩‍👩‍👧 🏴󠁧󠁢󠁳󠁣󠁴󠁿 汉字かな 🙂 한국어")
     body = {

@@ -18,7 +18,7 @@ from gpt_fast.model.transformer import Transformer
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight
 from gpt_fast.quantize.scheme import Scheme
 from gpt_fast.quantize.structure import apply_schemes, plan
-from gpt_fast.text.tokenizer import byte_alphabet
+from gpt_fast.text.token_bytes import byte_alphabet
 from support.manifest import list_files
 
 CPU = torch.device("cpu")

@@ -53,7 +53,7 @@ def save_bpe(directory: Path) -> None:
     """vocab.json and merges.txt of a byte-level BPE."""
     import tokenizers
 
-    from gpt_fast.text.tokenizer import BYTE_OF
+    from gpt_fast.text.token_bytes import BYTE_OF
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

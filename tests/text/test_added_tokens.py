@@ -8,8 +8,10 @@ import pytest
 
 from gpt_fast.text.added_tokens import read_added_tokens
 from gpt_fast.text.chat import ChatTemplate
+from gpt_fast.text.load_tokenizer import load_tokenizer
 from gpt_fast.text.sentencepiece_backend import read_piece_table
-from gpt_fast.text.tokenizer import SentencePieceTokenizer, TokenizerError, load_tokenizer
+from gpt_fast.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from gpt_fast.text.tokenizer import TokenizerError
 from support.hard_strings import hard_strings
 from support.tiny_tokenizers import Special, bytes_json, special
 from support.tokenizer_files import SIZE, rank_file, sentencepiece_file, token

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gpt_fast.text.tokenizer import TokenizerError, load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
+from gpt_fast.text.tokenizer import TokenizerError
 from support.hard_strings import hard_strings
 from support.tokenizer_files import BPE_SIZE as SIZE
 from support.tokenizer_files import save_bpe, token

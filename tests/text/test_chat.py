@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from gpt_fast.config import ConfigError
 from gpt_fast.text.chat import ChatTemplate, ChatTemplateError, load_chat_template, split_marks
 from gpt_fast.text.gguf_tokenizer import tokenizer_json_from_gguf
-from gpt_fast.text.tokenizer import BYTE_OF, Tokenizer, load_tokenizer
+from gpt_fast.text.load_tokenizer import load_tokenizer
+from gpt_fast.text.token_bytes import BYTE_OF
+from gpt_fast.text.tokenizer import Tokenizer
 from support.examples import examples
 from support.hard_strings import TRL, hard_strings, wheel_member
 from support.paths import ROOT

