@@ -17,7 +17,7 @@ from gpt_fast.serve.body import parse_json
 from gpt_fast.serve.chat_style import ChatStyle
 from gpt_fast.serve.endpoints import CHAT, COMPLETION, ENDPOINTS, RESPONSES, TEMPLATE, Fields
 from gpt_fast.serve.messages_answer import MessagesAnswer
-from gpt_fast.serve.page import PAGE_HEADERS, PAGE_TYPE, page_text
+from gpt_fast.serve.page import PAGE_TYPE, chat_page
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
@@ -53,7 +53,7 @@ class Admit:
         self.engine, self.in_flight, self.limits = engine, in_flight, limits
         self.model_names, self.drain_file = tuple(model_names), drain_file
         self.created = int(time.time())
-        self.page = page_text()
+        self.page = chat_page()
         self.style = ChatStyle(engine.chat_template, engine.tokenizer)
         self.guides = Maker(engine.tokenizer, vocab_size=engine.model_config.vocab_size, eos_ids=engine.eos_ids)
 
@@ -63,7 +63,7 @@ class Admit:
             if incoming.refused is not None:
                 raise incoming.refused
             if path == "chat":
-                return Reply(self.page, None, content_type=PAGE_TYPE, headers=PAGE_HEADERS)
+                return Reply(self.page.text, None, content_type=PAGE_TYPE, headers=self.page.headers)
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
             if path == "tokenizer_info":

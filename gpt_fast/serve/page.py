@@ -8,22 +8,51 @@ no authority of its own: without a token the server refuses.
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import http.client
+import re
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-# The page is one file that talks to the server it came from, and to nobody else.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+from gpt_fast.serve.foreign_page import refusal_of
+
+# The page is one file that runs what is in it, talks to the server it came from, and to nobody else.
+POLICY = (
+    "default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 PAGE_TYPE = "text/html; charset=utf-8"
-PAGE_HEADERS = (("Content-Security-Policy", POLICY), ("X-Content-Type-Options", "nosniff"))
 MODEL_PATH = "/predictions/gpt-fast/1.0"
 MAX_BODY = 1 << 20
 
 
-def page_text() -> str:
-    return (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
+class Page(NamedTuple):
+    text: str
+    headers: tuple[tuple[str, str], ...]
+
+
+def chat_page() -> Page:
+    """The page, and the headers that let nothing but its own script and style run in it."""
+    text = (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
+    policy = POLICY.format(style=source_of(text, "style"), script=source_of(text, "script"))
+    return Page(
+        text,
+        (
+            ("Content-Security-Policy", policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+        ),
+    )
+
+
+def source_of(page: str, tag: str) -> str:
+    """The page's only element of this kind as the policy names it: by what is in it."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -32,15 +61,27 @@ class PageHandler(BaseHTTPRequestHandler):
     server: PageServer
 
     def do_GET(self) -> None:
+        if self.refuses():
+            return
         if self.path != "/chat":
             return self.send_error(404)
+        page = chat_page()
         self.send_response(200)
-        for name, value in (("Content-Type", PAGE_TYPE), *PAGE_HEADERS):
+        for name, value in (("Content-Type", PAGE_TYPE), *page.headers):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(page_text().encode())
+        self.wfile.write(page.text.encode())
+
+    def refuses(self) -> bool:
+        """What the server would refuse; it cannot see behind us."""
+        refused = refusal_of(self.headers.items())
+        if refused is not None:
+            self.send_error(refused.status, refused.message)
+        return refused is not None
 
     def do_POST(self) -> None:
+        if self.refuses():
+            return
         length = self.headers.get("Content-Length", "")
         if self.path != "/v1/chat/completions" or not length.isdigit() or int(length) > MAX_BODY:
             return self.send_error(404)

@@ -1,4 +1,5 @@
-"""Chat templates, rendered as transformers renders them: Jinja, sandboxed, from the checkpoint's own files only.
+"""Chat templates, rendered as transformers renders them: Jinja, sandboxed, from the checkpoint's own files only, in a
+process of its own with bounded time and memory.
 
 A rendered conversation mixes the template's control tokens with whatever users wrote. `encode` keeps the two apart:
 a control token spelled in a message is marked before rendering, and stays text when the prompt is encoded.
@@ -7,20 +8,17 @@ Messages are plain JSON values; their shape is the server's to check. Errors are
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_fast.files import read_json_object
 from gpt_fast.text.side_facts import read_special_tokens
+from gpt_fast.text.template_process import CLOSE, OPEN
+from gpt_fast.text.template_renderer import TemplateError, shared_renderer
 from gpt_fast.text.tokenizer import PromptTooLong, Span, Tokenizer, control_pattern
-
-if TYPE_CHECKING:
-    import jinja2
 
 MAX_PROMPT_CHARS = 16 * 2**20
 # What the call itself gives a template or decides about it; chat_template_kwargs may not.
@@ -105,14 +103,14 @@ class ChatTemplate:
             raise ChatTemplateError(f'chat template: this checkpoint has none named "default" (got {has})')
         check_options(chat_template_kwargs or {}, add_generation_prompt and continue_final_message)
         messages = [template.with_content(message) for message in messages]
-        chunks = template.jinja.generate(
-            self._special_tokens | dict(chat_template_kwargs or {}),
-            messages=tagged(messages) if continue_final_message else messages,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-        )
-        text = collect(chunks, self._max_chars)
+        variables = self._special_tokens | {
+            **(chat_template_kwargs or {}),
+            "messages": tagged(messages) if continue_final_message else messages,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = template.render(variables, max_chars=self._max_chars)
         return until_tag(text, last_text(messages)) if continue_final_message else text
 
     def encode(
@@ -153,13 +151,21 @@ class ChatTemplate:
 
 
 class CompiledTemplate:
-    """A template ready to render, and the form of content that it takes."""
+    """A template that compiles, and the form of content that it takes."""
 
     def __init__(self, source: str) -> None:
-        self.jinja = compile_template(source)
-        from gpt_fast.text.content_format import content_format  # jinja2 is imported for those who have a template
+        self._source = source
+        self._renderer = shared_renderer()
+        try:
+            self.content_format = self._renderer.content_format(source)
+        except TemplateError as error:
+            raise ChatTemplateError(f"chat template: {error}") from None
 
-        self.content_format = content_format(self.jinja.environment.parse(source))
+    def render(self, variables: dict[str, Any], *, max_chars: int) -> str:
+        try:
+            return self._renderer.render(self._source, variables, max_chars=max_chars)
+        except TemplateError as error:
+            raise ChatTemplateError(f"chat template: {error}") from None
 
     def with_content(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message with its content in the template's form. What is neither text nor text parts stays as it is."""
@@ -182,23 +188,6 @@ def check_options(chat_template_kwargs: Mapping[str, Any], both: bool) -> None:
             raise ChatTemplateError(f"chat_template_kwargs: {name} is set by the request itself")
     if both:
         raise ChatTemplateError("continue_final_message: does not go with add_generation_prompt, set one to false")
-
-
-def collect(chunks: Iterator[str], max_chars: int) -> str:
-    """The joined chunks of a rendering; what a template raises, and too much text, is a ChatTemplateError."""
-    text: list[str] = []
-    room = max_chars
-    try:
-        for chunk in chunks:
-            room -= len(chunk)
-            if room < 0:
-                raise ChatTemplateError(f"chat template: more than {max_chars} characters")
-            text.append(chunk)
-    except ChatTemplateError:
-        raise
-    except Exception as error:  # a template is a program: it may raise anything
-        raise ChatTemplateError(f"chat template: {one_line(error)}") from None
-    return "".join(text)
 
 
 # ------------------------------------------------------------ the last message, for the model to go on
@@ -270,63 +259,9 @@ def load_chat_template(checkpoint_dir: Path) -> ChatTemplate | None:
     )
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ------------------------------------------------------------------- Jinja, as transformers sets it up
-# huggingface/transformers, utils/chat_template_utils.py
-
-
-def compile_template(source: str) -> jinja2.Template:
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks what a model wrote, for training; here it is its contents."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ChatTemplateError(f"chat template: {one_line(error)}") from None
-
-
-def raise_exception(message: str) -> None:
-    raise ChatTemplateError(f"chat template: {' '.join(str(message).split())}")
-
-
-def strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML; this one does not. Where ASCII is asked for, marks are kept all the same."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    return re.sub(f"[^\0-~{OPEN}{CLOSE}]", lambda c: json.dumps(c[0])[1:-1], text) if ensure_ascii else text
-
-
 # ---------------------------------------------------- which characters of a rendered prompt users wrote
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text is meant to hold them, no tokenizer knows them
+# Its marks, OPEN and CLOSE, are noncharacters: no text is meant to hold them, no tokenizer knows them.
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
