@@ -97,13 +97,13 @@ async def ask(
     return Answer(started, time.perf_counter(), tuple(arrivals), error)
 
 
-async def post(url: str, body: Mapping[str, Any], token: str = "") -> AsyncIterator[bytes]:
+async def post(url: str, body: Mapping[str, Any] | bytes, token: str = "") -> AsyncIterator[bytes]:
     """The response's body as it arrives. OSError when the status is not 200 or the body ends early."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     reader, writer = await asyncio.open_connection(host, port)
     try:
-        data = json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = [
             f"POST {parts.path or '/'} HTTP/1.1",
             f"Host: {host}:{port}",
