@@ -26,6 +26,7 @@ CALL_NAMES = frozenset({
     "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize",
 })  # fmt: skip
+PROBE = "vermilion"  # no template says it of itself
 TAG = "CONTINUE_FINAL_MESSAGE "  # its space shows whether the template trims messages
 
 
@@ -161,6 +162,19 @@ class CompiledTemplate:
         except TemplateError as error:
             raise ChatTemplateError(f"chat template: {error}") from None
 
+        if self.content_format == "string" and self._drops(PROBE) and not self._drops(as_parts(PROBE)):
+            self.content_format = "parts"  # by a macro, a namespace, ...: what the syntax does not tell, a try does
+
+    def _drops(self, content: str | list[dict[str, str]]) -> bool:
+        """Whether a user's message of this content leaves no text in the prompt."""
+        variables: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+        variables |= {"messages": [{"role": "user", "content": content}], "tools": None, "add_generation_prompt": True}
+        try:
+            text = self.render(variables, max_chars=MAX_PROMPT_CHARS)
+        except ChatTemplateError:
+            return True
+        return not re.search(rf"(?<!['\"]){PROBE}", text)  # in quotes it is a list's, written as it is
+
     def render(self, variables: dict[str, Any], *, max_chars: int) -> str:
         try:
             return self._renderer.render(self._source, variables, max_chars=max_chars)
@@ -171,10 +185,14 @@ class CompiledTemplate:
         """The message with its content in the template's form. What is neither text nor text parts stays as it is."""
         content = message.get("content")
         if isinstance(content, str) and self.content_format == "parts":
-            return {**message, "content": [{"type": "text", "text": content}]}
+            return {**message, "content": as_parts(content)}
         if isinstance(content, list) and content and self.content_format == "string" and all(map(is_text, content)):
             return {**message, "content": "".join(part["text"] for part in content)}
         return message
+
+
+def as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def is_text(part: object) -> bool:

@@ -15,6 +15,14 @@ STRING = {
     "sliced loop": "{% for m in messages[1:] %}{{ m.content | trim }}{% endfor %}",
     "other loop": "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c }}{% endfor %}{% endfor %}",
     "split": "{% for m in messages %}{% set c = m.content.split('</think>')[-1] %}{{ c }}{% endfor %}",
+    "a macro": (
+        "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}{% for c in content %}{{ c.text }}"
+        "{% endfor %}{% endif %}{% endmacro %}{% for m in messages %}{{ said(m.content) }}{% endfor %}"
+    ),
+    "letters": "{% for m in messages %}{{ m.content | join('') }}{% endfor %}",
+    "only with a system message": (
+        "{{ raise_exception('no') if messages[0].role != 'system' }}{{ messages[1].content }}"
+    ),
     "other words": "{% for content in documents or [] %}{{ content.text }}{% endfor %}{{ messages[0].content }}",
 }
 PARTS = {
@@ -35,6 +43,20 @@ PARTS = {
         "{% for m in rest %}{% for c in m.content %}{{ c['text'] }}{% endfor %}{% endfor %}"
     ),
     "first of all": "{{ messages[0]['content'][0]['text'] }}",
+    "a macro": (
+        "{% macro said(content) %}{% for c in content %}{{ c.text }}{% endfor %}{% endmacro %}"
+        "{% for m in messages %}{{ said(m.content) }}{% endfor %}"
+    ),
+    "a namespace": (
+        "{% set ns = namespace(c='') %}{% for m in messages %}{% set ns.c = m.content %}"
+        "{% for c in ns.c %}{{ c.text }}{% endfor %}{% endfor %}"
+    ),
+    "get": "{% for m in messages %}{% for c in m.get('content') %}{{ c['text'] }}{% endfor %}{% endfor %}",
+    "the last": "{% set m = messages | last %}{% for c in m.content %}{{ c.text }}{% endfor %}",
+    "items": (
+        "{% for m in messages %}{% for key, value in m.items() if key == 'content' %}"
+        "{% for c in value %}{{ c.text }}{% endfor %}{% endfor %}{% endfor %}"
+    ),
     "one message": "{% set m = messages[-1] %}{% for c in m.content %}{{ c.text }}{% endfor %}",
 }
 BOTH = {
