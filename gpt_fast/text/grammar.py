@@ -216,6 +216,7 @@ ADVICE = {
     "use anyOf",
     "Unimplemented keys: ": "; leave them out",
     "Invalid type: ": " (allowed null, boolean, integer, number, string, array, object)",
+    "is not present in a registry": "; put it into $defs of the schema itself",
     "Failed to generate regex": "; leave the bound out",
 }
 

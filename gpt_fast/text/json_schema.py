@@ -20,11 +20,24 @@ from gpt_fast.text.regex_dialect import with_plain_classes
 EXACT = 2**53  # up to here doubles are exact for integers
 INTEGER_LIMIT = 2**63 - 1024  # the largest double that the compiler's 64-bit bounds hold
 NUMBER_LIMIT = 10**17  # beyond it the compiler makes no expression of a bound that is no integer's
+MULTIPLE_LIMIT = 2**32 - 1  # the compiler takes no larger divisor
 SMALLEST = 1e-20  # bounds nearer to 0 than this make expressions of hundreds of digits
 INWARD = Context(prec=15, rounding=ROUND_CEILING)  # the compiler rounds fractions of more digits, as it happens up
 VALUES = ("enum", "const")
 ANNOTATIONS = ("default", "examples", "example")
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+# Those that the compiler knows; of another, a validator takes the newest draft, which is the compiler's default.
+DRAFTS = re.compile(r"(http://json-schema\.org/draft-0[467]|https://json-schema\.org/draft/(2019-09|2020-12))/schema#?")
+# pydantic's and OpenAPI's formats that a pattern spells out.
+HEX = "[0-9a-f]"
+FORMAT_PATTERNS = {
+    **{
+        f"uuid{version}": f"^{HEX}{{8}}-{HEX}{{4}}-{version}{HEX}{{3}}-[89ab]{HEX}{{3}}-{HEX}{{12}}$"
+        for version in range(1, 9)
+    },
+    **dict.fromkeys(("base64", "byte"), "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"),
+    "base64url": "^([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?$",
+}
 # They say what a text is for, not how it is spelled; JSON Schema lets a validator pass them over.
 PLAIN_FORMATS = ("path", "file-path", "directory-path", "password", "binary")
 
@@ -47,17 +60,28 @@ def exact_schema(schema: Any, where: str = "") -> Any:
         elif key not in ANNOTATIONS and isinstance(value, list):
             value = [exact_schema(item, f"{at}[{index}]") for index, item in enumerate(value)]
         out[key] = value
+    if isinstance(out.get("$schema"), str) and not DRAFTS.fullmatch(out["$schema"]):
+        refuse_old_draft(out.pop("$schema"), where)
     if out.get("format") in PLAIN_FORMATS:
         del out["format"]
+    elif out.get("format") in FORMAT_PATTERNS and "pattern" not in out:
+        out["pattern"] = FORMAT_PATTERNS[out.pop("format")]
     if isinstance(out.get("pattern"), str):
         out["pattern"] = with_plain_classes(without_look_ahead(out["pattern"], f"{where}.pattern".lstrip(".")))
     multiple = out.get("multipleOf")
-    if isinstance(multiple, float) and not multiple.is_integer():
+    if isinstance(multiple, int | float) and not (float(multiple).is_integer() and abs(multiple) <= MULTIPLE_LIMIT):
         raise SchemaError(
             f"{where}.multipleOf: ".lstrip(".") + f"{number(multiple)} cannot be kept exactly "
-            "(allowed whole numbers; or give a string a pattern)"
+            f"(allowed whole numbers up to {MULTIPLE_LIMIT}; or give a string a pattern)"
         )
     return with_exact_bounds(out, where)
+
+
+def refuse_old_draft(draft: str, where: str) -> None:
+    if re.search("json-schema.org/draft-0[0-3]", draft):
+        raise SchemaError(
+            f"{where}.$schema: ".lstrip(".") + f"{number(draft)} is not supported (allowed draft-04 or newer)"
+        )
 
 
 # Keywords whose object names schemas: a property may be called "enum".
@@ -143,7 +167,7 @@ def spellings(value: float) -> tuple[Decimal, Decimal]:
     return Decimal(value), Decimal(repr(value)) if value.is_integer() else Decimal(value)
 
 
-def number(value: int | float) -> str:
+def number(value: object) -> str:
     return json.dumps(value)
 
 

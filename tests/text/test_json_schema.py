@@ -10,7 +10,20 @@ import jsonschema
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, FilePath, SecretStr, TypeAdapter
+from pydantic import (
+    UUID1,
+    UUID3,
+    UUID4,
+    UUID5,
+    UUID7,
+    Base64Bytes,
+    Base64UrlBytes,
+    BaseModel,
+    Field,
+    FilePath,
+    SecretStr,
+    TypeAdapter,
+)
 
 from gpt_fast.text.grammar import GuideError, Maker
 from gpt_fast.text.grammar_check import Checked
@@ -158,6 +171,9 @@ def test_a_bound_that_is_harmless_stays_itself() -> None:
         ({"type": "integer", "minimum": 2**64}, f"minimum: {2**64} is too large to be kept exactly"),
         ({"type": "integer", "minimum": LARGE, "maximum": LARGE + 5}, f"between minimum {LARGE}, maximum {LARGE + 5}"),
         ({"anyOf": [{"type": "number", "multipleOf": 0.01}]}, "anyOf[0].multipleOf: 0.01 cannot be kept exactly"),
+        ({"multipleOf": 2**53 + 1}, f"multipleOf: {2**53 + 1} cannot be kept exactly (allowed whole numbers up to 42"),
+        ({"$ref": "https://x.org/y"}, "put it into $defs"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#"}, "is not supported (allowed draft-04 or newer)"),
         ({"type": "string", "pattern": "^(?=a)b"}, "pattern: look-ahead and look-behind ((?=...) are not supported"),
         ({"type": "string", "format": "regexp"}, "Unknown format: regexp; leave it out, or give a pattern"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf needs choices that exclude each other"),
@@ -196,6 +212,33 @@ class Pets(BaseModel):
 
 
 TYPES = [Path, FilePath, SecretStr, bytes, Pets, Dog, Annotated[float, Field(gt=0, lt=1)], int | float]
+# Which spellings are these, JSON Schema does not say; pydantic does.
+SPELLED = [UUID1, UUID3, UUID4, UUID5, UUID7, Base64Bytes, Base64UrlBytes]
+
+
+@pytest.mark.parametrize("annotation", SPELLED, ids=str)
+def test_what_pydantic_spells_in_a_way_of_its_own_it_reads(maker: Maker, annotation: Any) -> None:
+    adapter = TypeAdapter(annotation)
+    schema = adapter.json_schema()
+    answers = check(maker, schema | ({"maxLength": 9} if "uuid" not in schema["format"] else {}), walks=30)
+    assert answers
+    for answer in answers:
+        adapter.validate_json(answer)
+
+
+DRAFTS = ["http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema", "https://x.org/y",
+          "http://json-schema.org/schema#", "https://json-schema.org/draft-07/schema"]  # fmt: skip
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_draft_that_nobody_knows_is_the_newest(maker: Maker, draft: str) -> None:
+    """As a validator takes it."""
+    items = {"prefixItems": [{"const": 1}], "items": {"const": 2}}  # of which draft-07 knows but the second
+    schema = {"$schema": draft, "type": "array", **items, "minItems": 2, "maxItems": 2}
+    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
+    wanted = [value for value in ([1, 2], [2, 2]) if validator.is_valid(value)]
+    answers = [json.loads(answer) for seed in range(5) if (answer := walk(maker, schema, seed))]
+    assert answers and all(answer in wanted for answer in answers) and len(wanted) == 1
 
 
 @pytest.mark.parametrize("annotation", TYPES, ids=str)
