@@ -31,7 +31,7 @@ class TextEvent:
 
     `finish_reason` comes with the request's last event: "stop", "length", or "error" where the model overflowed;
     `stop` is the stop string that ended it, if one did. `prompt_logprobs`, of the prompt's tokens behind the first,
-    come with the first event where they were asked for.
+    come with the first event where they were asked for. `cached_tokens`: of the prompt, found in the cache.
     """
 
     request_id: str
@@ -41,6 +41,7 @@ class TextEvent:
     logprobs: Logprobs = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
     stop: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class Engine:
             self.abort(event.request_id)
         token = None if event.token == NO_TOKEN else event.token
         told = state.take_prompt_logprobs()
-        return TextEvent(event.request_id, text, token, reason, event.logprobs, told, state.stream.stop)
+        stop, cached = state.stream.stop, state.request.reused
+        return TextEvent(event.request_id, text, token, reason, event.logprobs, told, stop, cached)
 
     # -------------------------------------------------------------------------------- one request
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve import messages
-from gpt_fast.serve.body import parse_json
+from gpt_fast.serve.body import in_words_of, parse_json
 from gpt_fast.serve.chat_style import ChatStyle
 from gpt_fast.serve.endpoints import CHAT, COMPLETION, ENDPOINTS, RESPONSES, TEMPLATE, Fields
 from gpt_fast.serve.messages_answer import MessagesAnswer
@@ -113,7 +113,8 @@ class Admit:
             max_new_tokens=self.limits.max_new_tokens,
             stream=self.limits.stream,
         )
-        prompts = self.prompts(request)
+        with in_words_of(request.names):
+            prompts = self.prompts(request)
         self.check_room(len(prompts))
         seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
         return Job(self.answer(request, prompts, incoming.client_id), prompts, owner=request.owner, seconds=seconds)
@@ -216,21 +217,20 @@ class Admit:
     def answer(self, request: ApiRequest, prompts: list[Prompt], answer_id: str) -> Answer:
         if not request.endpoint.openai:
             return request.endpoint.answer(stream=request.stream)
+        texts = [self.echo(prompt) if request.echo else "" for prompt in request.prompts or ("",)]
+        texts = [text for text in texts for _ in range(request.n)]
         options: dict[str, Any] = {
             "model": self.model_names[0],
             "answer_id": answer_id,
             "stream": request.stream,
             "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
-            "choices": [
-                self.echo(prompt) if request.echo else ""
-                for prompt in request.prompts or ("",)
-                for _ in range(request.n)
-            ],
+            "choices": texts,
+            "n": request.n,
             "include_usage": request.include_usage,
             "continuous_usage": request.continuous_usage,
             "wants_logprobs": request.params.logprobs is not None,
             "token_bytes": partial(self.engine.tokenizer.token_bytes, keep_specials=request.endpoint is COMPLETION),
-            "told": self.told(request, prompts),
+            "told": self.told(request, prompts, texts),
         }
         if request.endpoint is RESPONSES:
             options["given"] = request.sent
@@ -242,18 +242,22 @@ class Admit:
             options |= {"include_reasoning": request.include_reasoning, "parallel": request.parallel}
         return request.endpoint.answer(**options)
 
-    def told(self, request: ApiRequest, prompts: list[Prompt]) -> PromptLogprobs | None:
+    def told(self, request: ApiRequest, prompts: list[Prompt], texts: list[str]) -> PromptLogprobs | None:
         if request.params.prompt_logprobs is None:
             return None
         return PromptLogprobs.of(
             self.engine.tokenizer,
             [prompt.tokens for prompt in prompts],
+            texts=texts,
             echoed=request.params.logprobs if request.echo else None,
             listed=request.prompt_logprobs,
         )
 
     def echo(self, prompt: str | tuple[int, ...]) -> str:
-        return prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(prompt)
+        """As it came; token ids as their text, special tokens too, as vLLM does."""
+        if isinstance(prompt, str):
+            return prompt
+        return self.engine.tokenizer.decode_bytes(prompt, keep_specials=True).decode("utf-8", "replace")
 
 
 def refusal(error: RequestError, *, anthropic: bool) -> Refusal:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 MAX_BODY = 1 << 20  # bytes; TorchServe's own limit answers first where it is lower
@@ -33,6 +35,27 @@ class RequestError(Exception):
         kind = "invalid_request_error" if self.status < 429 else "overloaded_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error})
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Refusals name what the client sent. names: a path of ours, as `messages[1].content`, to the client's; what is
+    below it goes along."""
+    try:
+        yield
+    except RequestError as error:
+        ours = error.param or ""
+        path = max((name for name in names if is_below(ours, name)), key=len, default=None)
+        if path is None:
+            raise
+        theirs, message = names[path] + ours.removeprefix(path), error.message
+        if message.startswith(f"{ours}:"):
+            message = theirs + message.removeprefix(ours)
+        raise RequestError(message, param=theirs, status=error.status, code=error.code) from None
+
+
+def is_below(path: str, name: str) -> bool:
+    return path.startswith(name) and path[len(name) :][:1] in ("", ".", "[")
 
 
 def parse_json(body: object) -> dict[str, Any]:

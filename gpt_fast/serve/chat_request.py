@@ -134,9 +134,10 @@ def parse_calls(value: object, where: str) -> list[Object]:
 
 
 def decode_arguments(text: Any, where: str) -> Object:
-    """A call's arguments, as a string or as they are; clients send "" for those of a tool without any."""
+    """A call's arguments, as a string or as they are; clients send "", "null" or nothing for a tool without any."""
     try:
-        value = decode_json(text or "{}") if isinstance(text, str) else text
+        value = decode_json(text.strip() or "null") if isinstance(text, str) else text
+        value = {} if value is None else value
         if isinstance(value, dict):
             check_values(value)
             return value

@@ -137,7 +137,7 @@ PARSERS: Mapping[str, Callable[[object, str], Constraint]] = {
 READERS: Mapping[str, Callable[[Any, str], Constraint | None]] = {
     "response_format": response_format,
     "structured_outputs": structured_outputs,
-    "grammar": grammar,
+    "grammar": lambda value, where: grammar(value, where) if value != "" else None,  # llama-server's default
     "json_schema": json_schema,
     "guided_json": json_or_text,
     "guided_regex": regex,

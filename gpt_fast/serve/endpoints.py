@@ -30,7 +30,8 @@ class Endpoint:
     tokens, where the request does not say. token_limits: fields for the number of new tokens, which must agree;
     max_new_tokens: without one, None for what the server is configured to; fewest_tokens: the least they may say, 0
     where an answer may be the prompt alone. temperature: without one. logprobs: how many alternatives a token is to
-    report, None: none. openai: it streams only if asked to. convert: makes such a body of a client's in another form.
+    report, None: none. openai: it streams only if asked to. convert: makes such a body of a client's in another form,
+    and says what the client calls its parts (body.in_words_of).
     """
 
     known: frozenset[str]
@@ -44,7 +45,7 @@ class Endpoint:
     openai: bool
     answer: Callable[..., PlainAnswer | CompletionAnswer | ChatAnswer]
     fewest_tokens: int = 1
-    convert: Callable[[Fields], Fields] | None = None
+    convert: Callable[[Fields], tuple[Fields, dict[str, str]]] | None = None
 
 
 def count_of(fields: Fields, name: str) -> int | None:
@@ -53,8 +54,8 @@ def count_of(fields: Fields, name: str) -> int | None:
 
 
 def count_of_logprobs(fields: Fields) -> int | None:
-    """As completions ask: with a number."""
-    return count_of(fields, "logprobs")
+    """As completions ask: with a number; a chat's false asks for none."""
+    return None if fields.get("logprobs") is False else count_of(fields, "logprobs")
 
 
 def switch_of_logprobs(fields: Fields) -> int | None:

@@ -76,7 +76,12 @@ class MessagesAnswer(ChatAnswer):
         return "".join(self.close() + last)
 
     def message(self, choice: Choice, content: list[Fields], **ending: str | None) -> Fields:
-        usage = {"input_tokens": self.prompt_tokens, "output_tokens": choice.tokens if ending else 0}
+        usage = {
+            "input_tokens": self.prompt_tokens - self.cached_tokens,
+            "cache_read_input_tokens": self.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": choice.tokens if ending else 0,
+        }
         return {
             "id": self.head["id"],
             "type": "message",

@@ -33,12 +33,20 @@ class PromptLogprobs:
 
     @classmethod
     def of(
-        cls, tokenizer: Tokenizer, ids: Sequence[Sequence[int]], *, echoed: int | None, listed: int | None
+        cls,
+        tokenizer: Tokenizer,
+        ids: Sequence[Sequence[int]],
+        *,
+        texts: Sequence[str],
+        echoed: int | None,
+        listed: int | None,
     ) -> PromptLogprobs:
+        """texts: what is echoed of each."""
+
         def name(token: int) -> str:
             return token_name(tokenizer.token_bytes(token, keep_specials=True))
 
-        offsets = [] if echoed is None else [text_offsets(tokenizer, each) for each in ids]
+        offsets = [] if echoed is None else [text_offsets(tokenizer, *each) for each in zip(ids, texts, strict=True)]
         return cls(ids, offsets, echoed, listed, name)
 
     def echo(self, index: int, rows: Sequence[Logprobs]) -> list[tuple[int, Logprobs, int]]:
@@ -68,13 +76,19 @@ def entries(row: Logprobs, name: Callable[[int], str]) -> dict[str, Any]:
     }
 
 
-def text_offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """Where in their text each token's own begins, in characters; a part of a character begins where that does."""
-    detokenizer, stream, offsets = tokenizer.detokenizer(at_start=True), TextStream(), []
+def text_offsets(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> list[int]:
+    """Where in their text each token's own begins, in characters; a part of a character begins where that does.
+
+    What the tokenizer put before the text (BOS) is no part of it.
+    """
+    detokenizer, stream, offsets = tokenizer.detokenizer(at_start=True, keep_specials=True), TextStream(), []
     for token in tokens:
         offsets.append(stream.decoded)
         stream.push(detokenizer.push(token))
-    return offsets
+    before = (
+        stream.decoded - len(text) if tokenizer.decode_bytes(tokens, keep_specials=True).endswith(text.encode()) else 0
+    )
+    return [max(offset - before, 0) for offset in offsets]
 
 
 def check_entries(prompts: Sequence[Sequence[int]], best: int, param: str) -> None:

@@ -7,11 +7,11 @@ that is unknown, or not supported with the value it has, is refused by name; one
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpt_fast.config import ConfigError, SamplingParams, check_float, check_int
-from gpt_fast.serve.body import REASONS, RequestError, expect, parse_json, short
+from gpt_fast.serve.body import REASONS, RequestError, expect, in_words_of, parse_json, short
 from gpt_fast.serve.chat_request import (
     Object,
     named_function,
@@ -37,8 +37,8 @@ MAX_LOGIT_BIAS = 8192  # entries
 class ApiRequest:
     """One checked request. `prompts` are text or token ids; a chat has `messages` instead.
 
-    sent: the body as it came. limited: the client set the token limit itself, so one that cannot be met is refused
-    instead of shortened.
+    sent: the body as it came; names: what the client calls its parts (body.in_words_of). limited: the client set the
+    token limit itself, so one that cannot be met is refused instead of shortened.
     add_special_tokens, parse_special: whether a text prompt begins as the model's tokenizer begins texts (BOS), and
     whether special tokens spelled in it are tokens. template_options: ChatTemplate.render's, beside messages and tools.
     tools, must_call: what a chat's model may call, and whether it has to; named: the one it has to, once; parallel:
@@ -49,7 +49,8 @@ class ApiRequest:
     """
 
     endpoint: Endpoint
-    sent: Mapping[str, Any] = field(compare=False)
+    sent: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
     params: SamplingParams
     stream: bool
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -96,14 +97,23 @@ def parse_request(
 ) -> ApiRequest:
     """Check one request. max_new_tokens and stream: what a native request gets that does not say. null: the default."""
     sent = parse_json(body)
-    given = endpoint.convert(sent) if endpoint.convert else sent
+    given, names = endpoint.convert(sent) if endpoint.convert else (sent, {})
+    with in_words_of(names):
+        request = parse_fields(endpoint, given, model_names=model_names, max_new_tokens=max_new_tokens, stream=stream)
+    return replace(request, sent=sent, names=names)
+
+
+def parse_fields(
+    endpoint: Endpoint, given: Fields, *, model_names: Collection[str], max_new_tokens: int, stream: bool
+) -> ApiRequest:
+    """As above, of the endpoint's own fields."""
     check_known(given, endpoint)
     fields = {name: value for name, value in given.items() if value is not None and name in endpoint.known}
     for name in sorted(BOOLEANS & fields.keys()):
         expect(fields[name], name, bool, "true or false")
     check_model(fields, model_names)
     try:
-        return build(endpoint, fields, sent, max_new_tokens=max_new_tokens, stream=stream)
+        return build(endpoint, fields, max_new_tokens=max_new_tokens, stream=stream)
     except ConfigError as error:
         message = str(error).replace(f"got {error.got!r}", f"got {short(error.got)}", 1)  # as JSON spells it
         raise RequestError(message, param=error.key) from None
@@ -119,7 +129,7 @@ def check_model(fields: Fields, model_names: Collection[str]) -> None:
 def check_known(given: Fields, endpoint: Endpoint) -> None:
     """Refuse what this endpoint does not know, unless it asks for nothing."""
     for name, value in given.items():
-        if name in endpoint.known:
+        if name in endpoint.known or value is None:
             continue
         if not is_neutral(name):
             shown = name if len(name) <= 60 else name[:57] + "..."
@@ -127,7 +137,7 @@ def check_known(given: Fields, endpoint: Endpoint) -> None:
         check_neutral(name, value)
 
 
-def build(endpoint: Endpoint, fields: Fields, sent: Fields, *, max_new_tokens: int, stream: bool) -> ApiRequest:
+def build(endpoint: Endpoint, fields: Fields, *, max_new_tokens: int, stream: bool) -> ApiRequest:
     limit_name, limit = token_limit(endpoint, fields, max_new_tokens)
     streamed = fields.get("stream", stream and not endpoint.openai)
     n, params = choices(fields), sampling_params(endpoint, fields, limit, limit_name)
@@ -137,7 +147,6 @@ def build(endpoint: Endpoint, fields: Fields, sent: Fields, *, max_new_tokens: i
     constraint, constrained_by = parse_constraint(fields)
     request = ApiRequest(
         endpoint=endpoint,
-        sent=sent,
         params=params,
         stream=streamed,
         constraint=constraint,

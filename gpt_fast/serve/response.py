@@ -46,6 +46,8 @@ class Event(Protocol):
     def prompt_logprobs(self) -> tuple[Logprobs, ...]: ...
     @property
     def stop(self) -> str | None: ...
+    @property
+    def cached_tokens(self) -> int: ...
 
 
 class PlainAnswer:
@@ -85,6 +87,7 @@ class Choice:
     echo: str = ""
     text: str = ""
     tokens: int = 0
+    cached: int = 0  # tokens of its prompt that the cache held
     finish_reason: str | None = None
     stop: str | None = None
     logprobs: list[Row] = field(default_factory=list)
@@ -101,6 +104,7 @@ class Choice:
                 self.logprobs.append((event.logprobs[0][0], event.logprobs, len(self.echo) + len(self.text)))
             self.text += event.text
             self.tokens += event.token is not None
+            self.cached = event.cached_tokens or self.cached
             self.finish_reason, self.stop = event.finish_reason or self.finish_reason, event.stop or self.stop
 
 
@@ -125,18 +129,20 @@ class OpenAIAnswer(ABC):
         include_usage: bool,
         wants_logprobs: bool,
         token_bytes: Callable[[int], bytes],
+        n: int = 1,
         continuous_usage: bool = False,
         told: PromptLogprobs | None = None,
         answer_id: str = "",
     ) -> None:
-        """choices: the text each one begins with ("" without echo). continuous_usage: usage so far in every chunk.
+        """choices: the text each begins with ("" without echo), n for each prompt. continuous_usage: usage so far in
+        every chunk.
 
         told: what of their prompts' tokens. answer_id: what the answer's id says behind its prefix; "" for a fresh one.
         """
         self.stream, self.model = stream, model
         self.content_type = SSE if stream else JSON
         self.prompt_tokens, self.include_usage = prompt_tokens, include_usage
-        self.continuous_usage = continuous_usage
+        self.n, self.continuous_usage = n, continuous_usage
         self.wants_logprobs, self.token_bytes, self.told = wants_logprobs, token_bytes, told
         self.choices = [Choice(echo=text) for text in choices]
         self.head = {
@@ -187,12 +193,18 @@ class OpenAIAnswer(ABC):
         chunk = {**self.head, "object": self.chunk_object, "choices": choices}
         return {**chunk, "usage": self.usage() if self.continuous_usage else None} if self.include_usage else chunk
 
-    def usage(self) -> dict[str, int]:
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those found in the cache; a prompt's other choices find all of it there."""
+        return sum(choice.cached for choice in self.choices[:: self.n])
+
+    def usage(self) -> dict[str, Any]:
         completion = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     def error_body(self, message: str) -> str:
@@ -270,7 +282,7 @@ class PromptEnd:
     text, token, logprobs, stop = "", None, (), None
 
     def __init__(self, event: Event) -> None:
-        self.prompt_logprobs = event.prompt_logprobs
+        self.prompt_logprobs, self.cached_tokens = event.prompt_logprobs, event.cached_tokens
         self.finish_reason = "error" if event.finish_reason == "error" else "length"
 
 

@@ -12,6 +12,7 @@ from gpt_fast.serve.body import RequestError, expect, short
 from gpt_fast.serve.chat_request import parse_content
 
 Fields = dict[str, Any]
+Names = dict[str, str]  # body.in_words_of's
 
 SAME = frozenset({
     "model", "temperature", "top_p", "parallel_tool_calls", "user", "stream",
@@ -37,24 +38,40 @@ REFUSED = {  # unless null, or the value beside them
     "truncation": ("disabled", 'not supported (allowed "disabled"), send fewer items'),
     "max_tool_calls": (None, "not supported: there are no built-in tools"),
 }
+# What a chat's fields are called here.
+NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+}
 LOGPROBS = "message.output_text.logprobs"
 
 
-def chat_body(fields: Fields) -> Fields:
-    """A chat completion's body for that of a response. RequestError names what has no counterpart."""
+def chat_body(fields: Fields) -> tuple[Fields, Names]:
+    """A chat completion's body for that of a response, and what the client calls its parts. RequestError names what has
+    no counterpart."""
     check_known(fields)
     fields = {name: value for name, value in fields.items() if value is not None}
-    system = [{"role": "system", "content": fields["instructions"]}] if fields.get("instructions") else []
-    body: Fields = {"messages": system + messages(fields.get("input"))}
+    turns = messages(fields.get("input"))
+    if fields.get("instructions"):
+        turns.insert(0, ({"role": "system", "content": fields["instructions"]}, {".content": "instructions"}))
+    names = NAMES | {
+        f"messages[{n}]{ours}": theirs for n, (_, each) in enumerate(turns) for ours, theirs in each.items()
+    }
+    body: Fields = {"messages": [turn for turn, _ in turns]}
     body |= {name: fields[name] for name in SAME if name in fields}
     if "max_output_tokens" in fields:
         body["max_completion_tokens"] = token_limit(fields["max_output_tokens"])
     if fields.get("tools"):
         expect(fields["tools"], "tools", list, "a list of tools")
         body["tools"] = [chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(fields["tools"])]
+        names |= {f"tools[{index}].function": f"tools[{index}]" for index in range(len(fields["tools"]))}
     if "tool_choice" in fields:
         body["tool_choice"] = tool_choice(fields["tool_choice"])
-    return body | text_options(fields.get("text", {})) | effort(fields.get("reasoning", {})) | logprobs(fields)
+    body |= text_options(fields.get("text", {})) | effort(fields.get("reasoning", {})) | logprobs(fields)
+    return body, names
 
 
 def check_known(fields: Fields) -> None:
@@ -76,26 +93,33 @@ def token_limit(value: object) -> int:
 # ------------------------------------------------------------------------------------------- input
 
 
-def messages(value: object) -> list[Fields]:
-    """The input's items as chat messages: calls that follow each other are one message's."""
+def messages(value: object) -> list[tuple[Fields, Names]]:
+    """The input's items as chat messages, and where the parts of each came from: calls that follow each other are one
+    message's."""
     if isinstance(value, str) and value:
-        return [{"role": "user", "content": value}]
+        return [({"role": "user", "content": value}, {})]
     if not isinstance(value, list) or not value:
         raise RequestError(f"input: must be a string or a list of items (got {short(value)})", param="input")
-    turns: list[Fields] = []
+    turns: list[tuple[Fields, Names]] = []
     for index, item in enumerate(value):
         where = f"input[{index}]"
         expect(item, where, dict, "an object")
         kind = item.get("type", "message")
         if kind == "function_call":
-            if not turns or turns[-1]["role"] != "assistant":
-                turns.append({"role": "assistant", "content": ""})
-            turns[-1].setdefault("tool_calls", []).append(chat_call(item))
+            if not turns or turns[-1][0]["role"] != "assistant":
+                turns.append(({"role": "assistant", "content": ""}, {"": where}))
+            turn, names = turns[-1]
+            calls = turn.setdefault("tool_calls", [])
+            ours = f".tool_calls[{len(calls)}]"
+            names |= {ours: where, f"{ours}.function": where, f"{ours}.id": f"{where}.call_id"}
+            calls.append(chat_call(item))
         elif kind == "function_call_output":
             output = parse_content(item.get("output") or "", f"{where}.output")
-            turns.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+            turn = {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}
+            turns.append((turn, {"": where, ".tool_call_id": f"{where}.call_id"}))
         elif kind == "message":
-            turns.append({"role": item.get("role"), "content": parse_content(item.get("content"), f"{where}.content")})
+            content = parse_content(item.get("content"), f"{where}.content")
+            turns.append(({"role": item.get("role"), "content": content}, {"": where}))
         elif kind != "reasoning":  # what another model thought, which came with its answer
             allowed = "message, function_call, function_call_output, reasoning"
             raise RequestError(f"{where}.type: not supported (got {short(kind)}, allowed {allowed})", param=where)
@@ -141,6 +165,9 @@ def text_options(value: object) -> Fields:
     for name, each in value.items():  # type: ignore[attr-defined]
         if name not in ("format", "verbosity") and each is not None:
             raise RequestError(f"text.{name}: unknown field (allowed format, verbosity)", param="text")
+    if (verbosity := value.get("verbosity")) not in (None, "medium"):  # type: ignore[attr-defined]
+        message = f'text.verbosity: not supported here (got {short(verbosity)}, allowed "medium")'
+        raise RequestError(message, param="text.verbosity")
     form = value.get("format")  # type: ignore[attr-defined]
     if form is None:
         return {}

@@ -174,7 +174,7 @@ class ResponsesAnswer(ChatAnswer):
     def usage_of(self, choice: Choice) -> Fields:
         return {
             "input_tokens": self.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": choice.tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.prompt_tokens + choice.tokens,

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve import messages
-from gpt_fast.serve.body import RequestError, expect, short
+from gpt_fast.serve.body import RequestError, expect, in_words_of, short
 from gpt_fast.serve.prompt_logprobs import token_name
 
 Fields = dict[str, Any]
@@ -65,7 +65,9 @@ def chat_tokens(fields: Fields, encode_chat: EncodeChat) -> list[int]:
 
 def count_message_tokens(engine: Engine, fields: Fields, encode_chat: EncodeChat) -> Fields:
     """Anthropic's count_tokens."""
-    return {"input_tokens": len(encode_chat(messages.count_body(fields)))}
+    body, names = messages.count_body(fields)
+    with in_words_of(names):
+        return {"input_tokens": len(encode_chat(body))}
 
 
 def detokenize(engine: Engine, fields: Fields, encode_chat: EncodeChat) -> Fields:

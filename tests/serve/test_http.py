@@ -98,7 +98,8 @@ def test_openai_chat_whole_and_streamed(client):
     assert choice.logprobs.content[0].top_logprobs[0].logprob == choice.logprobs.content[0].logprob
     events = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert events[0].choices[0].delta.role == "assistant"
-    assert events[-1].usage == whole.usage and events[-1].choices == []
+    assert events[-1].usage.total_tokens == whole.usage.total_tokens and events[-1].choices == []
+    assert events[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1  # asked a second time
     assert events[-2].choices[0].finish_reason == choice.finish_reason
     text = "".join(event.choices[0].delta.content or "" for event in events[:-1])
     assert text == choice.message.content
@@ -141,8 +142,11 @@ def test_anthropics_client(server):
     whole = client.messages.create(**ask, **greedy)
     with client.messages.stream(**ask, **greedy) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text
-        assert stream.get_final_message().usage == whole.usage
-    assert client.messages.count_tokens(**ask).input_tokens == whole.usage.input_tokens
+        usage = stream.get_final_message().usage
+    prompt_tokens = whole.usage.input_tokens + whole.usage.cache_read_input_tokens
+    assert usage.output_tokens == whole.usage.output_tokens
+    assert (usage.input_tokens, usage.cache_read_input_tokens) == (1, prompt_tokens - 1)  # asked a second time
+    assert client.messages.count_tokens(**ask).input_tokens == prompt_tokens
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         client.messages.create(**ask | {"model": "other"}, **greedy)
 

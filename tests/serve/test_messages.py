@@ -51,6 +51,11 @@ def client(server):
     return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
 
 
+def prompt_tokens(message):
+    """Anthropic's input_tokens are those that were not in the cache."""
+    return message.usage.input_tokens + message.usage.cache_read_input_tokens
+
+
 def ask(**fields):
     return {"model": "gpt-fast", "max_tokens": 40, "messages": USER, "extra_body": GREEDY} | fields
 
@@ -58,14 +63,16 @@ def ask(**fields):
 def test_a_message_whole_and_streamed(client, engine):
     whole = client.messages.create(**ask(system="Be short."))
     assert (whole.type, whole.role, whole.model) == ("message", "assistant", "gpt-fast") and whole.id.startswith("msg_")
-    assert whole.usage.input_tokens == len(
+    assert prompt_tokens(whole) == len(
         engine.encode_chat([{"role": "system", "content": "Be short."}, *USER], add_generation_prompt=True)
     )
     with client.messages.stream(**ask(system=[{"type": "text", "text": "Be short."}])) as stream:
         kinds = [event.type for event in client.messages.create(**ask(system="Be short."), stream=True)]
         text, message = "".join(stream.text_stream), stream.get_final_message()
     assert text == message.content[0].text == whole.content[0].text
-    assert (message.stop_reason, message.usage) == (whole.stop_reason, whole.usage)
+    assert (message.stop_reason, prompt_tokens(message)) == (whole.stop_reason, prompt_tokens(whole))
+    assert message.usage.output_tokens == whole.usage.output_tokens
+    assert message.usage.cache_read_input_tokens == prompt_tokens(whole) - 1 and message.usage.input_tokens == 1
     deltas = kinds.count("content_block_delta")
     assert deltas > 0 and [kind for kind in kinds if kind != "ping"] == [
         "message_start", "content_block_start", *["content_block_delta"] * deltas, "content_block_stop",
@@ -112,20 +119,20 @@ def test_the_next_turn_takes_the_use_and_its_result(client):
     result = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": [{"type": "text", "text": "3 C"}]}
     turns = [*USER, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
     answer = client.messages.create(**ask(messages=turns, tools=[WEATHER], max_tokens=4))
-    assert answer.usage.input_tokens > first.usage.input_tokens + len("3 C")
+    assert prompt_tokens(answer) > prompt_tokens(first) + len("3 C")
 
 
 def test_counted_tokens_are_those_of_the_message(client):
     asked = {"model": "gpt-fast", "messages": USER, "system": "Be short.", "tools": [WEATHER]}
     counted = client.messages.count_tokens(**asked)
-    assert counted.input_tokens == client.messages.create(**asked, max_tokens=1).usage.input_tokens
+    assert counted.input_tokens == prompt_tokens(client.messages.create(**asked, max_tokens=1))
 
 
 def test_an_answer_that_the_client_began_goes_on(client, engine):
     began = [*USER, {"role": "assistant", "content": "It is"}]
     answer = client.messages.create(**ask(messages=began, max_tokens=2))
     tokens = engine.encode_chat(began, add_generation_prompt=False, continue_final_message=True)
-    assert answer.usage.input_tokens == len(tokens)
+    assert prompt_tokens(answer) == len(tokens)
 
 
 def test_errors_are_anthropics(client):
@@ -167,6 +174,65 @@ def test_what_has_no_counterpart_is_named(fields, named):
     assert named in caught.value.message
 
 
+LONG = "x" * 300
+USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"stop_sequences": [7]}, "stop_sequences: "),
+        ({"metadata": {"user_id": 7}}, "metadata.user_id: "),
+        ({"output_config": {"effort": "huge"}}, "output_config.effort: "),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 7}}}, "output_config.format.schema: "),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config.format: "),
+        ({"system": 7}, "system: "),
+        ({"system": "s", "messages": [USER[0], {"role": "user", "content": []}]}, "messages[1].content: "),
+        (
+            {"system": "s", "messages": [{"role": "assistant", "content": [USE | {"name": "a b"}]}]},
+            "messages[0].content[0].name: ",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "x"}, USE | {"id": LONG}]}]},
+            "messages[0].content[1].id: ",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [USE | {"input": [1]}]}]},
+            "messages[0].content[0].input: ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": LONG}]}]},
+            "messages[0].content[0].tool_use_id: ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [7]}]}]},
+            "messages[0].content[0].content: ",
+        ),
+        ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name: "),
+        ({"tools": [WEATHER, {"name": "f", "input_schema": 7}]}, "tools[1].input_schema: "),
+        ({"tools": [WEATHER, {"name": "f", "input_schema": {"type": "array"}}]}, "tools[1].input_schema.type: "),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "g"}}, 'tool_choice.name: no such tool (got "g"'),
+    ],
+)
+def test_a_refusal_is_in_the_clients_words(client, fields, named):
+    """Where a chat calls the same thing otherwise, or counts otherwise."""
+    import anthropic
+
+    asked = ask(**fields)
+    body = asked.pop("extra_body")
+    own = {name: asked.pop(name) for name in ("output_config", "system") if name in asked}  # their types are too narrow
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        client.messages.create(**asked, extra_body=body | own)
+    assert refused.value.body["error"]["message"].startswith(named)
+    if fields.keys() & {"system", "messages", "tools"}:
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.count_tokens(
+                **{name: asked[name] for name in ("model", "messages", "tools", "tool_choice") if name in asked},
+                extra_body=own,
+            )
+        assert refused.value.body["error"]["message"].startswith(named)
+
+
 def test_results_and_text_keep_their_order():
     blocks = [
         {"type": "tool_result", "tool_use_id": "a", "content": "1"},
@@ -174,7 +240,8 @@ def test_results_and_text_keep_their_order():
         {"type": "text", "text": "And"},
         {"type": "text", "text": " now?", "cache_control": {"type": "ephemeral"}},
     ]
-    assert chat_body({"max_tokens": 1, "messages": [{"role": "user", "content": blocks}]})["messages"] == [
+    body, _ = chat_body({"max_tokens": 1, "messages": [{"role": "user", "content": blocks}]})
+    assert body["messages"] == [
         {"role": "tool", "tool_call_id": "a", "content": "1"},
         {"role": "tool", "tool_call_id": "b", "content": ""},
         {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": " now?"}]},

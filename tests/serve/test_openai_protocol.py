@@ -29,18 +29,20 @@ class Event:
     logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     stop: str | None = None
+    cached_tokens: int = 0
 
 
 def token_bytes(token):
     return bytes([token % 256])
 
 
-def make(kind, *, stream, choices=1, include_usage=False, wants_logprobs=False, echo=""):
+def make(kind, *, stream, choices=1, n=1, include_usage=False, wants_logprobs=False, echo=""):
     return ANSWERS[kind][0](
         model="gpt-fast",
         stream=stream,
         prompt_tokens=7,
         choices=[echo] * choices,
+        n=n,
         include_usage=include_usage,
         wants_logprobs=wants_logprobs,
         token_bytes=token_bytes,
@@ -191,11 +193,24 @@ def test_names_of_the_objects():
 
 
 def test_usage_is_null_until_the_last_chunk():
-    sent = feed(make("chat", stream=True, include_usage=True), [(0, [Event("a")]), (0, [Event("b", 66, "stop")])])
+    sent = feed(
+        make("chat", stream=True, include_usage=True),
+        [(0, [Event("a")]), (0, [Event("b", 66, "stop", cached_tokens=3)])],
+    )
     *parts, usage, done = frames(sent)
     assert all(json.loads(part)["usage"] is None for part in parts) and done == "[DONE]"
     assert json.loads(usage)["choices"] == []
-    assert json.loads(usage)["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    assert json.loads(usage)["usage"] == {
+        "prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_cached_tokens_are_of_each_prompt_once(kind):
+    """Its other choices find all of it in the cache, which says nothing of what earlier requests left there."""
+    events = [(index, [Event("a", 65, "stop", cached_tokens=cached)]) for index, cached in enumerate((2, 3, 0, 3))]
+    answer = whole(kind, feed(make(kind, stream=False, choices=4, n=2), events))
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
 
 
 def test_logprobs_of_a_chat():

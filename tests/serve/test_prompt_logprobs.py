@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 import torch
 
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
+from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.prompt_logprobs import MAX_ENTRIES, check_entries, text_offsets
 from gpt_fast.serve.request import RequestError
+from gpt_fast.text.load_tokenizer import load_tokenizer
 from support.round_server import RoundServer
-from support.tiny_engine import ByteTokenizer, tiny_engine
+from support.tiny_engine import EOS, ByteTokenizer, tiny_engine
+from support.tiny_tokenizers import bytes_json, special
 
+LIMITS = Limits(max_new_tokens=20, stream=True, max_waiting=4, max_seconds=60.0)
 PROMPT = "One fish, two fish. \U0001f642"
 
 
@@ -128,4 +134,26 @@ def test_an_answer_is_bounded():
 
 
 def test_offsets_are_those_of_the_text():
-    assert text_offsets(ByteTokenizer(), list("aé\U0001f642b".encode())) == [0, 1, 1, 2, 2, 2, 2, 3]
+    text = "aé\U0001f642b"
+    assert text_offsets(ByteTokenizer(), list(text.encode()), text) == [0, 1, 1, 2, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["<a>hi<b> you", "hi<b>", "<b>", "no specials"])
+@pytest.mark.parametrize("bos", [None, "<a>"])
+def test_special_tokens_that_are_spelled_in_a_text_have_their_place_in_it(tmp_path, text, bos):
+    """As `tokenizers` decodes it; BOS, which the tokenizer puts before a text, has none."""
+    import tokenizers
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bytes_json("llama3", special("<a>", "<b>"), bos=bos)))
+    ours, reference = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = ours.encode(text, specials=True)
+    assert ids == reference.encode(text).ids
+    before = len(bos or "")
+    ends = [len(reference.decode(ids[:size], skip_special_tokens=False)) - before for size in range(len(ids))]
+    assert text_offsets(ours, ids, text) == [max(end, 0) for end in ends]
+
+
+def test_an_echo_of_token_ids_is_all_of_their_text(engine):
+    """As vLLM tells it, special tokens too: each token has its place."""
+    admit = Admit(engine, in_flight=lambda: 0, limits=LIMITS, model_names=["gpt-fast"], drain_file=None)
+    assert admit.echo((*b"hi", EOS)) == "hi" + engine.tokenizer.token_bytes(EOS, keep_specials=True).decode()

@@ -312,7 +312,7 @@ def test_logprobs_of_both_endpoints():
         ("native", {"prompt": {"a": 1}}, "prompt"),
         ("native", {"max_tokens": 5}, "max_tokens"),
         ("native", {"n": 2}, "n"),
-        ("native", {"foo": None}, "foo"),
+        ("native", {"foo": False}, "foo"),
         ("native", {"max_new_tokens": 0}, "max_new_tokens"),
         ("native", {"max_new_tokens": -3}, "max_new_tokens"),
         ("native", {"max_new_tokens": 10**13}, "max_new_tokens"),
@@ -396,6 +396,30 @@ def test_a_field_that_cannot_be_met_is_named_with_its_value(kind, fields, param)
     assert error["message"].startswith(f"{param}: ") or param in error["message"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_says_nothing_whatever_its_name(kind):
+    assert parse_fields(kind, regex=None, guided_whitespace_pattern=None) == parse_fields(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("chat", {"add_special_tokens": False}),  # vLLM's default of a chat
+        ("completion", {"logprobs": False}),
+        ("native", {"logprobs": False}),
+        ("chat", {"grammar": ""}),  # llama-server's default
+    ],
+)
+def test_other_servers_defaults_pass(kind, fields):
+    assert parse_fields(kind, **fields) == parse_fields(kind)
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_a_switch_that_is_the_templates_says_where_it_belongs(name):
+    with pytest.raises(RequestError, match="chat_template_kwargs"):
+        parse_fields("chat", **{name: False})
+
+
 def test_the_model_is_the_served_one_or_unsaid():
     assert parse_fields("chat", model="gpt-fast") == parse_fields("chat", model=None) == parse_fields("chat")
     with pytest.raises(RequestError) as caught:
@@ -435,6 +459,14 @@ def test_messages_become_what_templates_read():
         {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
         {"role": "assistant", "content": "sunny"},
     )
+
+
+@pytest.mark.parametrize("sent", [{}, {"arguments": None}, *({"arguments": text} for text in ("", " ", "null", "{}"))])
+def test_a_call_without_arguments_has_an_empty_object(sent):
+    """As vLLM reads a history's calls."""
+    call = {"id": "1", "type": "function", "function": {"name": "clock", **sent}}
+    request = chat({"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]})
+    assert request.messages[1]["tool_calls"][0]["function"] == {"name": "clock", "arguments": {}}
 
 
 def test_keys_of_a_message_that_no_template_reads_are_passed_over():

@@ -73,7 +73,7 @@ def test_text_whole_and_streamed(client, engine):
         events = list(stream)
         final = stream.get_final_response()
     assert final.output_text == ended.output_text != "" and whole.output_text.startswith(final.output_text)
-    assert final.status == ended.status == "completed" and final.usage == ended.usage
+    assert final.status == ended.status == "completed" and final.usage.total_tokens == ended.usage.total_tokens
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == final.output_text
 
 
@@ -182,4 +182,47 @@ def test_what_has_no_counterpart_is_named(fields, named):
 
 def test_values_that_ask_for_nothing_pass():
     fields = {"store": True, "background": False, "truncation": "disabled", "conversation": None, "metadata": {}}
-    assert chat_body({"input": "x"} | fields) == {"messages": [{"role": "user", "content": "x"}]}
+    body, _ = chat_body({"input": "x"} | fields)
+    assert body == {"messages": [{"role": "user", "content": "x"}]}
+
+
+CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+MESSAGE = {"type": "message", "role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_output_tokens": 1 << 30}, "max_output_tokens"),
+        ({"input": "x" * 100_000}, "input"),
+        ({"input": [MESSAGE | {"role": "robot"}], "instructions": "s"}, "input[0].role"),
+        ({"input": [MESSAGE, CALL, CALL | {"arguments": "["}]}, "input[2].arguments"),
+        ({"input": [MESSAGE, CALL | {"call_id": None}], "instructions": "s"}, "input[1].call_id"),
+        ({"input": [MESSAGE, CALL | {"name": "a b"}]}, "input[1].name"),
+        ({"input": [CALL, {"type": "function_call_output", "call_id": None, "output": "x"}]}, "input[1].call_id"),
+        ({"instructions": 7}, "instructions"),
+        ({"tools": [WEATHER | {"parameters": {"type": "array"}}]}, "tools[0].parameters.type"),
+        ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": 7}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ],
+)
+def test_a_refusal_is_in_the_clients_words(client, fields, param):
+    """Where a chat calls the same thing otherwise, or counts otherwise."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(**ask(extra_body=fields))
+    assert refused.value.param == param
+    assert refused.value.body["message"].startswith(f"{param}: ")
+
+
+def test_cached_tokens_are_told(client):
+    first = client.responses.create(**ask(input="Never asked before.", max_output_tokens=1)).usage
+    second = client.responses.create(**ask(input="Never asked before.", max_output_tokens=1)).usage
+    assert second.input_tokens == first.input_tokens
+    assert second.input_tokens_details.cached_tokens == first.input_tokens - 1
+    chat = [{"role": "user", "content": "Never asked before."}]
+    third = client.chat.completions.create(model="gpt-fast", messages=chat, max_tokens=1).usage
+    assert third.prompt_tokens_details.cached_tokens == first.input_tokens - 1
