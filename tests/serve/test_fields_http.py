@@ -104,7 +104,7 @@ def test_everything_that_asks_for_nothing_at_once(server, path):
     minimal |= {"seed": 1, "max_tokens" if path else "max_new_tokens": 3, "stream": False}
     neutral = {name: values[0] if values else None for name, values in NEUTRAL.items()}
     neutral |= {name: kind() for name, (kind, _) in IGNORED.items()}
-    neutral |= {"reasoning_effort": None, "logprobs": None}
+    neutral |= {"reasoning_effort": None, "logprobs": None, "add_special_tokens": None}
     texts = [
         answer_text(post(server, path, body)) for body in (minimal, neutral | minimal, dict.fromkeys(neutral) | minimal)
     ]
