@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from gpt_fast.checkpoint.side_names import is_side_file
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.cli.hub import why_unreachable
 from gpt_fast.convert.hf import DOWNLOADED
-from gpt_fast.convert.side_files import is_side_file
 from gpt_fast.files import write_json
 
 WEIGHTS = (

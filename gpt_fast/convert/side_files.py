@@ -1,8 +1,7 @@
 """What a checkpoint carries beside its weights: tokenizer, chat templates, ids that end an answer.
 
-These names and no others are fetched, read, written and listed; all of them are what transformers reads of a text
-model's directory. Files of tokenizers in other forms are known too, so that a checkpoint is not converted without the
-only tokenizer that it has.
+Their names are in checkpoint/side_names.py. Files of tokenizers in other forms are known too, so that a checkpoint is
+not converted without the only tokenizer that it has.
 """
 
 from __future__ import annotations
@@ -12,32 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpt_fast.checkpoint.safetensors_file import CheckpointError
+from gpt_fast.checkpoint.side_names import side_files_in
 from gpt_fast.files import read_json_object
 from gpt_fast.text.load_tokenizer import load_tokenizer, tokenizer_file
 
-NAMES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-TEMPLATES = "additional_chat_templates"
-TEMPLATE = re.compile(TEMPLATES + r"/[^/\\\0]+\.jinja")
 # Tokenizers that other programs read: Mistral's, Qwen's and Kimi's first ones, BERT's, SentencePiece's by other names.
 FOREIGN = re.compile(
     r"tekken\.json|tokenizer\.model\..+|.*tiktoken.*|sp(iece|m)\.model|sentencepiece.*\.model|vocab\.txt"
 )
-
-
-def is_side_file(name: str) -> bool:
-    """name: relative to the checkpoint's directory."""
-    return name in NAMES or TEMPLATE.fullmatch(name) is not None
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
@@ -46,8 +27,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: the directory has a tokenizer, but none in a form that is read here.
     """
-    names = [*NAMES, *sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).glob("*.jinja"))]
-    present = {name: directory / name for name in names if (directory / name).is_file()}
+    present = {name: directory / name for name in side_files_in(directory)}
     for path in present.values():
         if path.suffix == ".json":
             read_json_object(path)

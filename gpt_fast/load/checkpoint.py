@@ -18,13 +18,15 @@ from gpt_fast.checkpoint.directory import (
     FLOATS,
     check_finite,
     find_weights,
+    index_of,
     list_shards,
     read_quantization,
     shards_index,
 )
 from gpt_fast.checkpoint.hf_config import load_model_config
-from gpt_fast.checkpoint.manifest import read_manifest, verify_manifest
+from gpt_fast.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, SafetensorsFile
+from gpt_fast.checkpoint.side_names import side_files_in
 from gpt_fast.config import ModelConfig
 from gpt_fast.model.empty import empty_model
 from gpt_fast.model.parallel import Ranks, shard_block, shard_ends, share_of
@@ -65,6 +67,7 @@ def load_checkpoint(
     directory = weights.parent
     shards = list_shards(weights)
     names = [shard.name for shard in shards]
+    check_listed(directory, weights)
     others = [name for name in read_manifest(directory) if not name.endswith(".safetensors")]
     verify_manifest(directory, others)
     files = [SafetensorsFile(shard) for shard in shards]
@@ -78,6 +81,18 @@ def load_checkpoint(
             prepare_model(model, quantization, where)
         load_tensors(model, where, device=torch.device(device), dtype=dtype, ranks=ranks)
     return Loaded(model.config, largest, model.eval(), directory, weights, quantization)
+
+
+def check_listed(directory: Path, weights: Path) -> None:
+    """Nothing is read that the manifest does not list, and therefore nobody verifies: CheckpointError names it."""
+    read = ["config.json", *side_files_in(directory)]
+    if not weights.is_file():
+        read.append(index_of(weights).name)
+    listed = read_manifest(directory)
+    for name in read:
+        if name not in listed:
+            way_out = "take it away, or convert again with it beside the weights that you convert"
+            raise CheckpointError(directory / name, f"is not in {MANIFEST}: {way_out}")
 
 
 @contextmanager

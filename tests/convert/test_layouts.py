@@ -13,8 +13,8 @@ from test_convert import digests, gpt_fast_state, run_convert, save_bin
 from test_convert_refusals import refuse
 
 from gpt_fast.checkpoint.manifest import verify_manifest
+from gpt_fast.checkpoint.side_names import is_side_file
 from gpt_fast.convert.names import plain_names
-from gpt_fast.convert.side_files import is_side_file
 from gpt_fast.convert.source import open_file
 from support.tiny_models import save, tokenizer_json
 

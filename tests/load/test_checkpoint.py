@@ -15,8 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gpt_fast.checkpoint.directory import FORMAT
-from gpt_fast.checkpoint.manifest import add_to_manifest, hash_file, install, staging, verify_manifest
+from gpt_fast.checkpoint.manifest import (
+    add_to_manifest,
+    hash_file,
+    install,
+    read_manifest,
+    staging,
+    verify_manifest,
+    write_manifest,
+)
 from gpt_fast.checkpoint.safetensors_file import CheckpointError, FileRecord, SafetensorsFile, TensorSpec, write_file
+from gpt_fast.checkpoint.side_names import NAMES
 from gpt_fast.config import ConfigError
 from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.run import convert
@@ -210,6 +219,27 @@ def test_files_outside_the_manifest_are_refused(one: Path) -> None:
     refuse(one / "model_other.safetensors", "is not in manifest.json")
     (one / "generation_config.json").unlink()
     refuse(one, "generation_config.json: no such file")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "additional_chat_templates/tool_use.jinja"])
+def test_nothing_is_read_that_the_manifest_does_not_list(name: str, one: Path) -> None:
+    (one / "additional_chat_templates").mkdir()
+    records = read_manifest(one)
+    records.pop(name, None)
+    write_manifest(one, records, {})
+    (one / name).write_text("{}")
+    refuse(one, f"{name}: is not in manifest.json: take it away, or convert again")
+    (one / name).unlink()
+    (one / "notes.txt").write_text("not read, so no matter")
+    load_checkpoint(one, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_what_says_what_to_read_is_listed_too(name: str, many: Path) -> None:
+    records = read_manifest(many)
+    del records[name]
+    write_manifest(many, records, {})
+    refuse(many, f"{name}: is not in manifest.json")
 
 
 def test_swapped_and_missing_shards(many: Path) -> None:
