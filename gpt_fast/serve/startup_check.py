@@ -132,6 +132,14 @@ def own_frontend_asks_for_token() -> bool:
     return asks_for_token(parse_properties(text), command)
 
 
+def close_key_file() -> None:
+    """Make the keys of the TorchServe that started this process its user's alone: a copy may have been left open."""
+    frontend = own_frontend()
+    keys = Path(frontend.cwd()) / "key_file.json" if frontend else None
+    if keys is not None and keys.is_file() and keys.stat().st_uid == os.geteuid():
+        keys.chmod(0o600)
+
+
 def is_true(value: str) -> bool:
     """Java's Boolean.parseBoolean."""
     return value.lower() == "true"

@@ -101,6 +101,8 @@ class Maker:
             return FORMS[constraint.kind](constraint)
         except ValueError as error:
             raise GuideError(" ".join(str(error).split())) from None
+        except RecursionError:
+            raise GuideError("nested too deeply") from None
 
     def _converted(self, gbnf: str) -> str:
         """As the compiler takes it; in a process that can be stopped."""

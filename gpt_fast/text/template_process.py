@@ -66,7 +66,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, str]:
             return {"content_format": content_format}
         return {"text": joined(template.generate(request["variables"]), request["max_chars"])}
     except Exception as error:  # a template is a program: it may raise anything
-        return {"error": " ".join(str(error).split()) or type(error).__name__}
+        message = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))  # an object's address is nobody's business
+        return {"error": " ".join(message.split()) or type(error).__name__}
 
 
 def joined(chunks: Iterable[str], max_chars: int) -> str:

@@ -1,4 +1,4 @@
-"""Check what TorchServe will be started with, before it is: settings, Java, checkpoint, key file.
+"""Check what TorchServe will be started with, before it is: settings, Java, checkpoint, safety, the machine.
 
 One line per problem; exit code 1 when there is one.
 """
@@ -6,6 +6,7 @@ One line per problem; exit code 1 when there is one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from gpt_fast.serve.startup_check import check_properties
 from gpt_fast.torchserve.archive import checkpoint_of, config_text, resolve_model
 from gpt_fast.torchserve.java import find_java, java_version
 from gpt_fast.torchserve.places import home, nearest
+from gpt_fast.torchserve.posture import check_posture
 
 
 def check_config(config: Path, model: str) -> list[str]:
@@ -32,6 +34,12 @@ def check_config(config: Path, model: str) -> list[str]:
     return [*problems, f"handler.checkpoint_path: no such file or directory (got {path}, allowed a checkpoint)"]
 
 
+def weights_of(config: Path, model: str) -> Path:
+    """The weights file of a yaml that `check_config` has nothing against."""
+    path = checkpoint_of(config_text(config, resolve_model(model, home())), home())
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def check_java() -> list[str]:
     try:
         home = find_java()
@@ -39,13 +47,6 @@ def check_java() -> list[str]:
         return [str(error)]
     print(f"doctor: Java {java_version(Path(home) / 'bin' / 'java')} at {home}")
     return []
-
-
-def check_key_file(path: Path) -> list[str]:
-    """TorchServe's keys are for their owner alone."""
-    if not path.exists() or path.stat().st_mode & 0o077 == 0:
-        return []
-    return [f"{path}: others can read the keys (got mode {path.stat().st_mode & 0o777:o}, allowed 600)"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,12 +66,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Print every problem; the exit status."""
-    problems = [
-        *check_properties(args.properties.read_text(encoding="latin-1")),
-        *check_java(),
-        *check_config(args.config, args.model),
-        *check_key_file(args.run_dir / "key_file.json"),
-    ]
+    properties = args.properties.read_text(encoding="latin-1")
+    problems = [*check_properties(properties), *check_java(), *check_config(args.config, args.model)]
+    if not problems:  # what could not start needs no more advice
+        problems = check_posture(
+            properties,
+            run_dir=args.run_dir,
+            lock=home() / "requirements.lock",
+            checkpoint=weights_of(args.config, args.model),
+            user=os.geteuid(),
+        )
     for problem in problems:
         print(f"doctor: {problem}", file=sys.stderr)
     print(f"doctor: {len(problems)} problem(s)")
