@@ -37,10 +37,7 @@ def refusal_of(headers: Iterable[tuple[str, str]]) -> RequestError | None:
 def is_local(authority: str) -> bool:
     """Whether `host` or `host:port` is a name that only this machine has."""
     found = AUTHORITY.fullmatch(authority)
-    try:
-        return found is not None and is_loopback(found[1])
-    except ValueError:  # brackets around what is no address
-        return False
+    return found is not None and is_loopback(found[1])
 
 
 def foreign(header: str, value: str) -> RequestError:

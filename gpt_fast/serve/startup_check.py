@@ -157,11 +157,15 @@ def is_loopback(address: str) -> bool:
 
 
 def host_of(address: str) -> str:
-    """The host of `http://host:port`, `host:port` or a bare host, IPv6 with or without brackets."""
+    """The host of `http://host:port`, `host:port` or a bare host, IPv6 with or without brackets; "" of what is none."""
     try:
         return str(ipaddress.ip_address(address))
     except ValueError:
+        pass
+    try:
         return urlsplit(address if "//" in address else "//" + address).hostname or ""
+    except ValueError:  # half a bracket
+        return ""
 
 
 def _unescape(text: str) -> str:

@@ -31,7 +31,7 @@ def test_model_config(data):
 
 
 @examples(600)
-@given(data=mutated(files(PROPERTIES)))
+@given(data=mutated([*files(PROPERTIES), b"inference_address=[::1]:1\n"]))
 def test_properties(data):
     text = data.decode("latin-1")
     try:

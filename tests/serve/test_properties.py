@@ -114,6 +114,8 @@ PUBLIC = "inference_address=http://0.0.0.0:8080\n"
         "inference_\\\n   address = http\\://0.0.0.0\\:8080",
         "inference_address\\u003d=x\ninference_addres\\u0073 http://0.0.0.0:8080",
         "inference_address=http://127.0.0.1:8080\r" + PUBLIC,
+        "inference_address=[27.0.0.1",  # half a bracket is no address
+        "inference_address=http://[::1",
     ],
 )
 def test_a_public_address_cannot_hide(text: str) -> None:
