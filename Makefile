@@ -49,7 +49,7 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 	@$(PY) scripts/fetch_model.py
 
 ##@ Develop
-.PHONY: check test fuzz lint lock clean help
+.PHONY: check test fuzz audit sbom lint lock clean help
 check: lint ## Linters, types and quick tests, in under a minute: before every commit
 	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
 
@@ -77,6 +77,17 @@ lint: .venv/.installed-test ## ruff, clang-format and mypy
 
 lock: .venv/.installed-test ## Resolve every extra again into requirements.lock
 	@PIP="$(PIP)" TORCH_SPEC="$(TORCH_SPEC)" scripts/lock.sh
+
+audit: .venv-audit/.installed ## Known flaws of the locked packages; audit-ignore.txt excuses some, until a day
+	@.venv-audit/bin/python scripts/audit.py
+
+sbom: .venv-audit/.installed .venv/.installed-serve ## build/sbom.json (CycloneDX): packages, licences, TorchServe's Java archive
+	@$(PY) scripts/sbom.py .venv-audit/bin
+
+.venv-audit/.installed: requirements-audit.lock
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps -r requirements-audit.lock
+	@touch $@
 
 clean: stop ## Remove what was built; .venv and checkpoints stay
 	rm -rf build model_store .run logs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,3 +20,18 @@ NOTE
 } > "$work/requirements.lock"
 mv "$work/requirements.lock" requirements.lock
 echo "lock: wrote requirements.lock ($(grep -c == requirements.lock) packages)"
+
+# The same versions with the sha256 of every file that the index has of them.
+.venv/bin/pip-compile -q --generate-hashes --strip-extras --allow-unsafe --no-annotate --no-header \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+  --output-file "$work/hashed.txt" requirements.lock
+{
+  cat <<'NOTE'
+# Made by `make lock`: the files that requirements.lock's versions had then, by sha256, for every platform. To install
+# nothing else: torch first, then pip install --no-deps --require-hashes -r requirements-hashed.lock
+# torch is not here, since its build is the machine's: pip has its hash checked by the index alone.
+NOTE
+  sed -e '/^torch==/,/[^\\]$/d' "$work/hashed.txt"
+} > "$work/requirements-hashed.lock"
+mv "$work/requirements-hashed.lock" requirements-hashed.lock
+echo "lock: wrote requirements-hashed.lock"
