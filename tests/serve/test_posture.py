@@ -1,9 +1,11 @@
 """doctor: each thing that makes a server less safe is one line, and a plain one has none."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from gpt_fast.serve import startup_check
 from gpt_fast.serve.startup_check import check_properties
 from gpt_fast.torchserve import posture
 from gpt_fast.torchserve.posture import check_posture
@@ -51,6 +53,17 @@ def test_keys_that_others_can_read(mode, tmp_path):
     assert line.endswith(f"(got mode {mode:o}, allowed 600)")
     (tmp_path / "key_file.json").chmod(0o600)
     assert problems(tmp_path) == []
+
+
+def test_a_start_closes_an_open_key_file(tmp_path, monkeypatch):
+    """TorchServe writes it for its user alone; what a copy or another umask made of it is mended."""
+    keys = tmp_path / "key_file.json"
+    monkeypatch.setattr(startup_check, "own_frontend", lambda: SimpleNamespace(cwd=lambda: str(tmp_path)))
+    startup_check.close_key_file()  # with the token off there is none
+    keys.write_text("{}")
+    keys.chmod(0o644)
+    startup_check.close_key_file()
+    assert keys.stat().st_mode & 0o777 == 0o600
 
 
 def test_root(tmp_path):
