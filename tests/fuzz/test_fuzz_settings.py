@@ -30,7 +30,7 @@ def test_model_config(data):
     assert all(problem and "\n" not in problem for problem in problems)
 
 
-@examples(600)
+@examples(300)
 @given(data=mutated([*files(PROPERTIES), b"inference_address=[::1]:1\n"]))
 def test_properties(data):
     text = data.decode("latin-1")
@@ -54,7 +54,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return root, (root / SUMS).read_bytes()
 
 
-@examples(400)
+@examples(80)
 @given(data=mutated([b"seed"]))
 def test_an_archives_list(archive, data):
     """Of the list, every change is found; so is every change of a file."""
