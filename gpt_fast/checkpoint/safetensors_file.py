@@ -42,7 +42,12 @@ class CheckpointError(ValueError):
 
     def __init__(self, file: Path | str, problem: str, *, tensor: str | None = None) -> None:
         self.file, self.tensor = str(file), tensor
-        super().__init__(f"{file}: " + (f"tensor {tensor}: " if tensor else "") + problem)
+        super().__init__(printable(f"{file}: " + (f"tensor {tensor}: " if tensor else "") + problem))
+
+
+def printable(text: str) -> str:
+    """One line that moves no cursor, though files choose their own names: others' characters are spelled."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class Entry(NamedTuple):

@@ -88,7 +88,7 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a truncated file, a legacy (not zip) file, objects that are not dense tensors.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         problem = "is truncated, or was saved by torch before 1.6: save it again with a current torch"
         raise CheckpointError(path, problem)
     try:
@@ -104,6 +104,13 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(path, f"is not a dense tensor (got {tensor.layout} on {tensor.device})", tensor=name)
     return {name: tensor.detach() for name, tensor in values.items()}
+
+
+def is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # some are known to be bad at the first look
+        return False
 
 
 def check_index(path: Path, shards: Mapping[str, Path], entries: Mapping[tuple[Path, str], object]) -> None:

@@ -53,6 +53,18 @@ def all_of_pth(path: Path) -> None:
         source.read(name).sum()
 
 
+@pytest.mark.parametrize(
+    ("open_it", "kind"), [(all_of_safetensors, "safetensors"), (all_of_gguf, "gguf"), (all_of_pth, "pth")]
+)
+def test_the_corpus_and_every_find(open_it, kind, path):
+    for data in corpus(kind):
+        read_or_refuse(open_it, path, data)
+
+
+def test_a_files_own_names_move_no_cursor():
+    assert str(CheckpointError("a\x1b[2J", "b\nc", tensor="\u202ed")) == "a\\x1b[2J: tensor \\u202ed: b\\nc"
+
+
 @examples(600)
 @given(data=mutated(corpus("safetensors")))
 def test_safetensors(path, data):
