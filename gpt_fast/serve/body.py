@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import Any
 MAX_BODY = 1 << 20  # bytes; TorchServe's own limit answers first where it is lower
 MAX_DEPTH = 64  # lists and objects inside one another
 MAX_DIGITS = 40
+LONG, ZEROS = b"0" * (MAX_DIGITS + 1), bytes.maketrans(b"123456789", b"0" * 9)  # whether a text has such a number
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # half a character, or the escape of one
 GZIP = b"\x1f\x8b"
 REASONS = {
     400: "Bad Request",
@@ -72,8 +76,9 @@ def parse_json(body: object) -> dict[str, Any]:
     value = decode_json(body) if isinstance(body, str) else body
     if not isinstance(value, dict):
         raise RequestError(f"body: must be a JSON object (got {json_kind(value)})")
-    size = check_values(value)
-    if value is body and size > MAX_BODY:
+    if isinstance(body, str) and not SURROGATE.search(body):
+        check_depth(value)
+    elif (size := check_values(value)) > MAX_BODY and value is body:
         raise too_large(size)
     return value
 
@@ -95,11 +100,15 @@ def unpacked(body: bytes) -> bytes:
 
 
 def decode_json(text: str) -> object:
-    """Strict JSON: no NaN, no duplicate keys, no numbers longer than any field needs."""
+    """Strict JSON: numbers are finite and no longer than any field needs, no key is there twice. It may hold what is no
+    text, which only an escape can spell."""
     if len(text) > MAX_BODY:
         raise too_large(len(text))
+    # A list of a hundred thousand token ids is read with Python's lock held: a call for each would take five times.
+    long = LONG in text.encode("utf-8", "surrogatepass").translate(ZEROS)
+    hooks: dict[str, Any] = {"parse_constant": refuse_constant, "parse_float": finite, "object_pairs_hook": unique_keys}
     try:
-        return json.loads(text, parse_constant=refuse_constant, parse_int=whole, object_pairs_hook=unique_keys)
+        return json.loads(text, parse_int=whole if long else None, **hooks)
     except RecursionError:
         raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})") from None
     except json.JSONDecodeError as error:
@@ -121,12 +130,16 @@ def check_values(value: dict[str, Any]) -> int:
         raise RequestError("body: holds a number that is not finite (allowed finite numbers)") from None
     except TypeError:
         raise RequestError("body: holds a value that is not JSON (allowed one JSON object)") from None
+    check_depth(value)
+    return size
+
+
+def check_depth(value: dict[str, Any]) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [child for each in level for child in inside(each) if isinstance(child, dict | list)]
     if level:
         raise RequestError(f"body: nested too deeply (allowed {MAX_DEPTH})")
-    return size
 
 
 def inside(container: dict[str, Any] | list[Any]) -> Any:
@@ -141,6 +154,13 @@ def whole(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise RequestError(f"body: holds a number of {len(digits)} digits (allowed {MAX_DIGITS})")
     return int(digits)
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise RequestError("body: holds a number that is not finite (allowed finite numbers)")
+    return value
 
 
 def refuse_constant(name: str) -> None:

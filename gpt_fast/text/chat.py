@@ -128,7 +128,7 @@ class ChatTemplate:
 
         PromptTooLong for a rendered text of more than max_characters, before it is encoded.
         """
-        request = map_strings({"messages": messages, **options}, lambda text: re.sub(f"[{OPEN}{CLOSE}]", "", text))
+        request = map_strings({"messages": messages, **options}, without_marks)
         named = tuple(token for token in tokenizer.added_tokens if token in self._sources and not token.isspace())
         marked = self._marked(request, tokenizer.control_tokens, (*tokenizer.control_tokens, *named))
         plain = marked == request  # nothing to keep apart
@@ -291,6 +291,10 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [map_strings(item, change) for item in value]
     return value
+
+
+def without_marks(text: str) -> str:
+    return re.sub(f"[{OPEN}{CLOSE}]", "", text) if OPEN in text or CLOSE in text else text
 
 
 def mark_control_tokens(text: str, control_tokens: tuple[str, ...]) -> str:
