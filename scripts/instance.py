@@ -5,6 +5,7 @@ TorchServe's pid file, sockets and unpacked models. Its processes are found by t
 never by a program's name alone.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +24,7 @@ import psutil
 
 from gpt_fast.files import write_text
 from gpt_fast.serve.startup_check import ADDRESSES, STARTUP_ERROR, is_true, parse_properties
-from gpt_fast.torchserve.archive import MODEL_NAME
+from gpt_fast.torchserve.archive import MODEL_NAME, VERSION
 from gpt_fast.torchserve.java import find_java
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,22 @@ class Instance:
     def drain_file(self) -> Path:
         """While this file exists the handler refuses new requests."""
         return self.run_dir / "draining"
+
+    @property
+    def watch_file(self) -> Path:
+        """Which process watches the instance; see `watcher`."""
+        return self.run_dir / "watch.pid"
+
+    def served(self) -> dict[str, Any]:
+        """What is served, as `serve` was told; empty when nothing is meant to run."""
+        try:
+            return json.loads((self.run_dir / "served").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def serve(self, what: dict[str, Any]) -> None:
+        """Note what is served. state: changes with archive and settings; archive: its path; start_seconds."""
+        write_text(self.run_dir / "served", json.dumps(what))
 
     @property
     def properties(self) -> dict[str, str]:
@@ -111,6 +129,31 @@ class Instance:
             return None
         return process if self._owns(process) and alive(process) else None
 
+    def worker_cpu(self) -> dict[int, float]:
+        """Of each worker process, the seconds that it has computed."""
+        found = {}
+        frontend = self.frontend()
+        for process in frontend.children(recursive=True) if frontend else []:
+            try:
+                if alive(process) and any(PROGRAMS[1] in word for word in process.cmdline()):
+                    found[process.pid] = sum(process.cpu_times()[:2])
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return found
+
+    def watcher(self) -> psutil.Process | None:
+        """The process that watches the instance, None when none does."""
+        try:
+            pid, created = self.watch_file.read_text().split()
+            process = psutil.Process(int(pid))
+            return process if process.create_time() == float(created) and alive(process) else None
+        except (OSError, ValueError, psutil.Error):
+            return None
+
+    def watch_here(self) -> None:
+        """Note that this process watches."""
+        write_text(self.watch_file, f"{os.getpid()} {psutil.Process().create_time()}")
+
     # --- ports ---
 
     def url(self, key: str) -> str:
@@ -134,29 +177,55 @@ class Instance:
             return None
         return json.loads((Path(frontend.cwd()) / "key_file.json").read_text())[kind]["key"]
 
-    def workers(self) -> list[dict[str, Any]]:
-        """The model's workers as the management API tells them; none while it does not answer."""
+    def describe(self, *, timeout: float = 5.0) -> dict[str, Any] | None:
+        """The model as the management API tells it; None while it does not answer."""
         url = f"{self.url('management_address')}/models/{MODEL_NAME}"
         try:
-            return json.loads(self._get(url, "management"))[0]["workers"]
-        except (OSError, ValueError, LookupError):
-            return []
+            return json.loads(self._get(url, "management", timeout))[0]
+        except (OSError, ValueError, LookupError, HTTPException):
+            return None
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The model's workers; none while the management API does not answer."""
+        return (self.describe() or {"workers": []})["workers"]
+
+    def health(self, *, timeout: float) -> dict[str, Any] | None:
+        """What a worker says of itself, by the way that requests take; None when it says nothing in time.
+
+        Empty when TorchServe asks for another token: it answers, and nobody may know more.
+        """
+        url = f"{self.url('inference_address')}/predictions/{MODEL_NAME}/{VERSION}/health"
+        try:
+            return json.loads(self._get(url, "inference", timeout))
+        except urllib.error.HTTPError as error:
+            return {} if error.code == 400 else None
+        except (OSError, ValueError, LookupError, HTTPException):
+            return None
 
     def is_ready(self) -> bool:
         """A worker has loaded and warmed the model. (`/ping` is 200 without one.)"""
         return any(worker["status"] == "READY" for worker in self.workers())
 
     def active_requests(self) -> float:
-        """Requests in flight: the handler's own count where it is published, else open client connections."""
+        """Requests in flight, those in TorchServe's queue too; where it does not say, open client connections."""
         connections = self._open_connections()
-        if not connections:
-            return 0
+        described = self.describe() if connections else None
+        if described is None:
+            return connections
+        waiting = described["jobQueueStatus"]["pendingRequests"]
+        if all(worker["status"] != "READY" for worker in described["workers"]):
+            return waiting  # a worker that died has left its last figures, and its clients were told
+        running = self._running_requests()
+        return connections if running is None else waiting + running
+
+    def _running_requests(self) -> float | None:
+        """The handler's own count, None where it publishes none."""
         try:
             text = self._get(f"{self.url('metrics_address')}/metrics", "management")
         except OSError:
-            return connections
+            return None
         counts = re.findall(r"^gpt_fast_num_requests_(?:running|waiting)\{[^\n]*\} ([\d.]+)$", text, re.M)
-        return sum(map(float, counts)) if counts else connections
+        return sum(map(float, counts)) if counts else None
 
     def _open_connections(self) -> int:
         frontend = self.frontend()
@@ -167,11 +236,11 @@ class Instance:
             return 0
         return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
 
-    def _get(self, url: str, kind: str) -> str:
+    def _get(self, url: str, kind: str, timeout: float = 5.0) -> str:
         request = urllib.request.Request(url)
         if key := self.token(kind):
             request.add_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
             return reply.read().decode()
 
     # --- what the worker said ---
@@ -192,6 +261,12 @@ class Instance:
             return None
         match = re.search(r"Failed to load model: (\S+)(?:.*\n(?!\d{4}-)(.*))?", text)
         return None if match is None else f"{match[1]}: {(match[2] or 'no reason given').removesuffix(': null')}"
+
+    def keep_last_logs(self) -> None:
+        """What the worker and TorchServe said until now goes to *.last.log: the next start begins anew."""
+        for name in ("model_log", "console"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.logs / f"{name}.log", self.logs / f"{name}.last.log")
 
     def clean(self) -> None:
         """Remove what a stopped instance leaves: sockets, unpacked models, pid and key file."""

@@ -34,6 +34,7 @@ REPORT_SECONDS = 0.1  # how often figures are exported
 MAX_PIECE = 1 << 20  # characters sent at once: TorchServe ends a worker whose message is over max_response_size
 FAILED = "the server failed on this request"
 CLIENT_ID = "x-client-request-id"
+HEALTH = "health"  # the path that `scripts/serve.py watch` asks
 ADMITTING = 2  # requests parsed and tokenized at a time: a long prompt takes a second, which nobody else waits for
 
 
@@ -233,7 +234,12 @@ class Rounds:
     def run(self, active: Iterable[str], incoming: Mapping[str, Incoming]) -> dict[str, Reply]:
         """Play one round. Requests without a reply get nothing now and stay in flight."""
         self._forget(active)
+        looks = {name: self.health() for name, request in incoming.items() if request.path.strip("/") == HEALTH}
+        if looks:
+            self.service.wake()
         for request_id, request in incoming.items():
+            if request_id in looks:
+                continue
             future = self._pool.submit(self.admit, request)
             self._admitting[request_id] = request, future
             future.add_done_callback(lambda _: self.service.wake())
@@ -243,8 +249,13 @@ class Rounds:
             replies = self._settle() | self._replies()
             if any(reply.more is not True for reply in replies.values()):
                 self._ended = time.monotonic()
-            if replies or time.monotonic() >= end:
-                return replies
+            if replies or looks or time.monotonic() >= end:
+                return replies | looks
+
+    def health(self) -> Reply:
+        """That rounds are played, and how the engine does: an answer without it, whoever is served or waits."""
+        told = {"in_flight": self.service.in_flight(), "step_seconds": round(self.service.step_seconds(), 3)}
+        return Reply(json.dumps({"status": "ok", **told}), None, content_type="application/json")
 
     def description(self) -> Reply:
         """What the management port's `?customized=true` adds to a model's description.
@@ -345,7 +356,9 @@ class Rounds:
             if len(records) == len(exchange.ids):
                 del self._records[request_id], self._unrecorded[request_id]
                 logger.info("request %s", json.dumps(log_fields(exchange.incoming.names(request_id), records)))
-        reporter.state(self.service.gauges(), {"requests_refused_total": self.refused, **self.service.totals()})
+        gauges = self.service.gauges()
+        gauges["num_requests_waiting"] += len(self._admitting)
+        reporter.state(gauges, {"requests_refused_total": self.refused, **self.service.totals()})
 
 
 def with_headers(reply: Reply, incoming: Incoming) -> Reply:

@@ -197,10 +197,14 @@ class Service:
         """Why the engine will not produce anything any more, or None. TorchServe then has to restart the worker."""
         if self.fatal is not None:
             return f"the engine stopped: {self.fatal!r}"
-        since = self._stepping_since
-        if since is not None and time.monotonic() - since > self._hung_after:
+        if self.step_seconds() > self._hung_after:
             return f"one step has taken more than {self._hung_after:g} s"
         return None
+
+    def step_seconds(self) -> float:
+        """How long the step under way has taken; 0 between steps."""
+        since = self._stepping_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def known(self) -> set[str]:
         with self._changed:
@@ -226,6 +230,9 @@ class Service:
 
     def _admit(self) -> None:
         """Run queued calls; block while there is nothing to decode, or nobody left to read it."""
+        if self.engine.idle:
+            self.engine.check_integrity()
+            self._end_forgotten()
         with self._changed:
             silent, last = 0.0, self._last_round
             while not self._changed.wait_for(self._has_work, timeout=LOOK_SECONDS):
@@ -235,8 +242,6 @@ class Service:
             calls, self._inbox = self._inbox, []
         for call in calls:
             call()
-        if self.engine.idle:
-            self.engine.check_integrity()
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or not (self.engine.idle or self._deserted())
@@ -249,6 +254,16 @@ class Service:
         """Free the slots of requests that nobody has read for long; should their round come after all, they fail."""
         for request_id in self._mail:
             self._end(request_id, "error", recorded_as="cancelled")
+
+    def _end_forgotten(self) -> None:
+        """The engine is idle, so whoever still waits for it would wait for ever: an error, now."""
+        with self._changed:
+            if self._inbox:
+                return  # the engine does not know everybody yet
+            for request_id in [name for name, box in self._mail.items() if not box.done]:
+                logger.error("request %s: the engine has lost it", request_id)
+                self._end(request_id, "error", recorded_as="error")
+            self._changed.notify_all()
 
     def _deliver(self, events: list[TextEvent]) -> None:
         with self._changed:

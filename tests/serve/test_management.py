@@ -2,14 +2,21 @@
 
 import concurrent.futures
 import json
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
+from support.paths import ROOT
 from support.server import Response, Server, new_server
 from support.waiting import wait_until
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from watch import STALL_SECONDS
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
@@ -31,6 +38,27 @@ def manage(server: Server, path: str, method: str = "GET") -> tuple[int, str]:
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def watch_lines(server: Server) -> list[str]:
+    return (server.instance.logs / "watch.log").read_text().splitlines()
+
+
+def test_a_busy_server_is_left_alone_by_the_watch(server: Server) -> None:
+    """All slots and places taken for longer than the watch waits, with prompts as long as can be."""
+    pids = set(server.instance.worker_cpu())
+    body = {"prompt": "word " * 300, "max_new_tokens": 60, "ignore_eos": True, "stream": False}
+    statuses: list[int] = []
+
+    def call_again_and_again(client: int) -> None:
+        began = time.monotonic()
+        while time.monotonic() - began < STALL_SECONDS + 2:
+            statuses.append(server.call(body | {"seed": client}).status)
+
+    with concurrent.futures.ThreadPoolExecutor(60) as clients:
+        list(clients.map(call_again_and_again, range(60)))
+    assert {200, 429} == set(statuses)
+    assert pids and pids <= set(server.instance.worker_cpu()) and watch_lines(server) == []
 
 
 def test_a_second_worker_is_refused_and_every_request_answered(server: Server) -> None:
@@ -56,10 +84,15 @@ def test_a_second_worker_is_refused_and_every_request_answered(server: Server) -
     assert json.loads(manage(server, "/models/gpt-fast")[1])[0]["workers"]
 
 
-def test_a_description_is_answered_and_what_it_leaves_behind_is_not_called_ready(server: Server) -> None:
-    """TorchServe 0.12 serves nothing after it: better it ends, and whoever keeps it running starts it anew."""
+def test_a_description_is_answered_and_what_it_blocks_is_started_anew(server: Server) -> None:
+    """TorchServe 0.12 serves nothing after it."""
+    old = server.instance.frontend()
     status, text = manage(server, "/models/gpt-fast?customized=true")
     assert status == 200 and json.loads(text)[0]["customizedMetadata"]["path"]
-    wait_until(lambda: server.instance.frontend() is None)
-    said = [line for line in server.instance.worker_lines() if "blocked by a describe job" in line]
-    assert len(said) == 1
+    wait_until(lambda: watch_lines(server))
+    (line,) = watch_lines(server)
+    assert "TorchServe has ended: started anew, ready after" in line
+    assert old is not None and server.instance.frontend() not in (None, old)
+    said = (server.instance.logs / "model_log.last.log").read_text()
+    assert said.count("blocked by a describe job") == 1
+    assert server.call({"prompt": "The capital of France", "max_new_tokens": 5}).text.startswith(" is Paris")

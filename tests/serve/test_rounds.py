@@ -311,6 +311,39 @@ def test_a_draining_server_ends_what_runs_and_refuses_the_rest(tmp_path):
     assert running.status == 200 and len(running.text) > 10
 
 
+def test_health_is_told_at_once_whatever_waits_or_steps(monkeypatch):
+    rounds = make_rounds(slots=1)
+    frontend, go_on = Frontend(rounds), threading.Event()
+    step = rounds.service.engine.step
+    monkeypatch.setattr(rounds.service.engine, "step", lambda: go_on.wait() and step())
+    clients = [frontend.send(native(3)) for _ in range(5)]
+    frontend.until(lambda: rounds.service.in_flight() == 5 and rounds.service.step_seconds() > 0)
+    last, look = frontend.send(native(4)), frontend.send(b"", "health")
+    frontend.round()
+    told = json.loads(look.text)
+    assert look.status == 200 and told["status"] == "ok" and told["in_flight"] == 5 and told["step_seconds"] > 0
+    go_on.set()
+    frontend.finish(*clients)
+    assert [client.status for client in clients] == [200] * 5
+    frontend.finish(last)
+    assert last.status == 429 and not rounds.knows("id6")
+
+
+def test_what_is_being_admitted_counts_as_waiting(monkeypatch):
+    """Or a drain would cut a request whose long prompt is being encoded."""
+    rounds, go_on = make_rounds(), threading.Event()
+    frontend, admit, figures = Frontend(rounds), rounds.admit, {}
+    rounds.admit = lambda incoming: go_on.wait() and admit(incoming)
+    rounds.admit.confirm = admit.confirm
+    client = frontend.send(native(3))
+    frontend.round()
+    rounds.report(Reporter(lambda kind, name, value, label: figures.update({name: value})))
+    assert figures["num_requests_waiting"] == 1
+    go_on.set()
+    frontend.finish(client)
+    assert client.status == 200
+
+
 # ------------------------------------------------------------------------------------------- company and cancellation
 
 

@@ -9,10 +9,8 @@ import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,27 +20,14 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from instance import Instance, alive, escape, is_listening, render_properties, startup_error
+from instance import alive, escape, render_properties, startup_error
 
 from gpt_fast.serve.startup_check import check_frontend, check_properties, parse_properties
 from gpt_fast.torchserve import archive
 from gpt_fast.torchserve.java import java_version
-from support.server import free_ports
+from support.dummy_server import CONFIG, SHIPPED, DummyServer, dummy_server
 
 BIN = Path(sys.executable).parent
-SHIPPED = (ROOT / "deploy" / "config.properties").read_text()
-CONFIG = {
-    "minWorkers": 1,
-    "maxWorkers": 1,
-    "batchSize": 4,
-    "maxBatchDelay": 1,
-    "responseTimeout": 30,
-    "startupTimeout": 60,
-    "maxRetryTimeoutInSec": 10,
-    "continuousBatching": True,
-    "handler": {"checkpoint_path": "none", "max_num_seqs": 2},
-}
-
 
 # --- settings -------------------------------------------------------------------------------------------------
 
@@ -152,68 +137,10 @@ def test_model_overrides_the_yaml_and_is_resolved(tmp_path):
 # --- a real TorchServe ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Server:
-    """serve.py over an own run directory, ports and archive."""
-
-    home: Path
-    ports: list[int]
-
-    def write(self, *, properties: str = "", **handler: object) -> None:
-        text = SHIPPED
-        for old, new in zip((8080, 8081, 8082, 7070, 7071), self.ports, strict=True):
-            text = text.replace(f":{old}\n", f":{new}\n").replace(f"port={old}\n", f"port={new}\n")
-        (self.home / "config.properties").write_text(text + properties)
-        config = CONFIG | {"handler": CONFIG["handler"] | handler}
-        (self.home / "model_config.yaml").write_text(yaml.safe_dump(config))
-        (self.home / "request.json").write_text('{"n": 3, "pause": 0.05}')
-
-    def archive(self, fmt: str = "tgz", handler: str = "tests/support/dummy_handler.py") -> Path:
-        return archive.build(
-            handler=ROOT / handler,
-            config=self.home / "model_config.yaml",
-            model="",
-            fmt=fmt,
-            store=self.home / "store",
-            work=self.home / "work",
-        )
-
-    def serve(self, command: str, *options: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(command, *options), capture_output=True, text=True, timeout=timeout)
-
-    def command(self, command: str, *options: str) -> list[str]:
-        given = ["--properties", "config.properties", "--request", "request.json", "--run-dir", "run"]
-        paths = [str(self.home / g) if not g.startswith("-") else g for g in given]
-        return [sys.executable, str(ROOT / "scripts/serve.py"), command, *paths, *options]
-
-    def start(self, made: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.serve("start", "--archive", str(made), "--start-seconds", "240", *options, timeout=300)
-
-    @property
-    def instance(self) -> Instance:
-        return Instance((self.home / "run").resolve())
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}/predictions/gpt-fast"
-
-    def curl(self, body: str, *options: str) -> subprocess.Popen[str]:
-        command = ["curl", "-sS", "-N", "--max-time", "60", *options, self.url, "-d", body]
-        command += ["-H", "content-type: application/octet-stream"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def is_gone(self) -> bool:
-        return not self.instance.processes() and not any(map(is_listening, self.ports))
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    home = Path(tempfile.mkdtemp(prefix="gpt-fast-"))
-    made = Server(home=home, ports=free_ports(5))
-    made.write()
-    yield made
-    made.serve("stop", "--drain-seconds", "0")
-    shutil.rmtree(home, ignore_errors=True)
+def server() -> Iterator[DummyServer]:
+    with dummy_server() as made:
+        yield made
 
 
 @pytest.mark.server
@@ -283,6 +210,7 @@ def test_stop_finds_the_orphans_of_a_killed_frontend(server):
     assert server.start(server.archive()).returncode == 0
     java = server.instance.frontend()
     (worker,) = java.children()
+    server.instance.watcher().kill()  # which would start it anew
     worker.send_signal(signal.SIGSTOP)  # it cannot notice that the frontend is gone
     java.kill()
     java.wait(10)
@@ -380,7 +308,7 @@ torchserve --start --ncs --model-store model_store --models gpt-fast=gpt-fast.ta
 """
 
 
-def start_by_hand(server: Server) -> None:
+def start_by_hand(server: DummyServer) -> None:
     shutil.copy(ROOT / "tests/support/dummy_handler.py", server.home)
     archive.stage_bundle(ROOT, server.home / "bundle")
     with open(server.home / "by_hand.log", "w") as log:
@@ -448,7 +376,7 @@ def test_doctor_names_each_problem(server):
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 
 
-def write_real(server: Server, **handler: object) -> Path:
+def write_real(server: DummyServer, **handler: object) -> Path:
     """model_config.yaml with some handler keys changed, request.json as shipped; the archive."""
     config = yaml.safe_load((ROOT / "model_config.yaml").read_text())
     config["handler"] |= handler

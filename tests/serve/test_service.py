@@ -109,3 +109,12 @@ def test_a_hung_engine_is_noticed(monkeypatch):
     service.submit("r0", PROMPT, params(3))
     wait_until(lambda: service.failure() is not None)
     assert "more than 0.05 s" in service.failure()
+
+
+def test_a_request_that_the_engine_lost_is_told(service):
+    service.submit("r0", PROMPT, params(1000))
+    wait_until(lambda: "r0" in service.engine.core.scheduler.running)
+    service._inbox.append(lambda: service.engine.abort("r0"))  # behind the service's back
+    assert collect(service, ["r0"])["r0"][-1].finish_reason == "error"
+    service.submit("r1", PROMPT, params(3))
+    assert len(collect(service, ["r1"])["r1"]) == 3
