@@ -91,6 +91,8 @@ def test_a_rank_that_is_gone_ends_all_and_all_starts_anew(server, rank, sent):
 
 def lose_a_rank(server, rank: int, sent: signal.Signals) -> dict[str, float]:
     """Signal a rank amid a stream: the seconds until its client knew, its group was gone, the next answer came."""
+    if watcher := server.instance.watcher():
+        watcher.kill()  # the ranks are to notice it by themselves
     before, shared = ranks_of(server), set(os.listdir("/dev/shm"))
     connection = server.connect(body("one two", 1000, stream=True))
     response = connection.getresponse()
