@@ -17,7 +17,7 @@ from lifecycle import ServeError, UnderWay, end_processes, launch, locked, wait_
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 2.0  # a server that has time answers in milliseconds
-STALL_SECONDS = 4.0  # no answer for so long, while nothing computes: wedged. As long without a worker: given up
+STALL_SECONDS = 3.0  # no answer for so long, while nothing computes: wedged. As long without a worker: given up
 BUSY_SHARE = 0.1  # of one core; an idle worker uses a hundredth
 CALM_SECONDS = 600.0  # a restart so long ago does not count any more
 DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before each restart in a row; then the watch gives up
