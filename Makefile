@@ -14,6 +14,7 @@ RUN_DIR ?= .run
 DRAIN_SECONDS ?= 60
 WORKERS ?= 2
 START_SECONDS ?= 900
+CHAOS ?=
 # torch is asked for by itself: TORCH_SPEC picks a build, TORCH_INDEX an index that has it (a machine without
 # a GPU: PyTorch's CPU index; otherwise pip takes the CUDA build).
 TORCH_SPEC ?= torch==2.13.0
@@ -74,6 +75,9 @@ lint: .venv/.installed-test ## ruff, clang-format and mypy
 	$(PY) -m ruff format --check .
 	find gpt_fast -name '*.cpp' -o -name '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
+
+chaos: serve ## Kill, stop, flood and starve the server of `make serve`; a table of what was lost. CHAOS=--quick
+	@$(PY) scripts/chaos.py --run-dir "$(RUN_DIR)" $(CHAOS)
 
 lock: .venv/.installed-test ## Resolve every extra again into requirements.lock
 	@PIP="$(PIP)" TORCH_SPEC="$(TORCH_SPEC)" scripts/lock.sh
