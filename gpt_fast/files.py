@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from gpt_fast.config import ConfigError
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time within it, whoever else names the same file; the second waits for the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

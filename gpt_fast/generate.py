@@ -1,8 +1,8 @@
-"""python -m gpt_fast.generate: gpt-fast's command line over the engine.
+"""gpt-fast generate: gpt-fast's own command line over the engine.
 
-python -m gpt_fast.generate --checkpoint_path DIR --prompt "Hello, my name is"
-python -m gpt_fast.generate --checkpoint_path DIR --interactive
-python -m gpt_fast.generate --checkpoint_path DIR --draft_checkpoint_path DRAFT --batch_size N   # how good is it?
+gpt-fast generate --checkpoint_path DIR --prompt "Hello, my name is"
+gpt-fast generate --checkpoint_path DIR --interactive
+gpt-fast generate --checkpoint_path DIR --draft_checkpoint_path DRAFT --batch_size N   # how good is it?
 torchrun --standalone --nproc_per_node=N -m gpt_fast.generate --checkpoint_path DIR ...     # one model on N ranks
 """
 
@@ -18,12 +18,15 @@ from statistics import mean
 from typing import NamedTuple
 
 from gpt_fast.cli.errors import at_least
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.cli.quiet_gc import at_rest
 from gpt_fast.config import EngineConfig, SamplingParams
 
 with at_rest():
     import torch
 
+    from gpt_fast.chat import converse
+    from gpt_fast.convert.named import CHECKPOINT_HELP, checkpoint_to_serve, converted
     from gpt_fast.engine import ranks
     from gpt_fast.engine.fixed_choice import speculating
     from gpt_fast.engine.ranks import Group
@@ -33,37 +36,39 @@ with at_rest():
     from gpt_fast.speculative.speculator import Totals
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_fast.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint_path", required=True, help="a converted checkpoint, or a weights file in it")
-    parser.add_argument("--prompt", default="Hello, my name is")
-    parser.add_argument("--interactive", action="store_true", help="chat with the model's own chat template")
-    parser.add_argument("--num_samples", type=at_least(1), default=5)
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=200)
-    parser.add_argument("--batch_size", type=at_least(1), default=1, help="rows decoded together, each its own seed")
-    parser.add_argument("--top_k", type=int, default=200)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=None, help="row r of sample n draws from seed + n * rows + r")
-    parser.add_argument("--draft_checkpoint_path", default=None, help="a model of the same vocabulary that proposes")
-    parser.add_argument("--speculate_k", type=int, default=5, help="proposals of one step; ngram and auto: at most")
-    parser.add_argument(
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast generate", description=__doc__)
+    flags.add_argument("--checkpoint_path", required=True, help=CHECKPOINT_HELP)
+    flags.add_argument("--prompt", default="Hello, my name is", help="a text to continue")
+    flags.add_argument("--interactive", action="store_true", help="chat with the model's own chat template")
+    flags.add_argument("--num_samples", type=at_least(1), default=5, help="times the prompt is answered")
+    flags.add_argument("--max_new_tokens", type=at_least(1), default=200, help="of an answer")
+    flags.add_argument("--batch_size", type=at_least(1), default=1, help="rows decoded together, each its own seed")
+    flags.add_argument("--top_k", type=int, default=200, help="draw from so many of the likeliest tokens; 0: from all")
+    flags.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this share together")
+    flags.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    flags.add_argument("--seed", type=int, default=None, help="row r of sample n draws from seed + n * rows + r")
+    flags.add_argument("--draft_checkpoint_path", default=None, help="a model of the same vocabulary that proposes")
+    flags.add_argument("--speculate_k", type=int, default=5, help="proposals of one step; ngram and auto: at most")
+    flags.add_argument(
         "--speculate",
         choices=("none", "draft", "ngram", "auto"),
         default=None,
         help="draft (where one is named): in every step, whether or not that pays; ngram, auto (both): where it pays",
     )
-    parser.add_argument("--compile", action="store_true", help="compile decoding")
-    parser.add_argument("--compile_prefill", action="store_true", help="compile the prompt's forward too")
-    parser.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
-    parser.add_argument("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
-    parser.add_argument("--kernels", default="auto", help="auto (fused where there is one), plain")
-    parser.add_argument("--max_seq_len", type=int, default=0, help="0: the model's own, at most 8192")
-    return parser.parse_args(argv)
+    flags.add_argument("--compile", action="store_true", help="compile decoding")
+    flags.add_argument("--compile_prefill", action="store_true", help="compile the prompt's forward too")
+    flags.add_argument("--profile", type=Path, default=None, help="write a Chrome trace of the last sample here")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    flags.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    flags.add_argument("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
+    flags.add_argument("--kernels", default="auto", help="auto (fused where there is one), plain")
+    flags.add_argument("--max_seq_len", type=int, default=0, help="0: the model's own, at most 8192")
+    return flags
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return parser().parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,17 +77,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, group: Group | None) -> None:
     """The command itself, in one process or on rank 0 of a group, whose other ranks compute with it."""
-    config = engine_config(args)
+    config = engine_config(args, quiet=group is not None and not group.leads)
     if group is not None and not group.leads:
         return start_following(config, group)()
     engine = load(config, group)
     with drafting(engine, args):
-        chat(engine, args) if args.interactive else samples(engine, args)
+        converse(engine, sampling(args, sample=0, row=0)) if args.interactive else samples(engine, args)
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
+def engine_config(args: argparse.Namespace, *, quiet: bool = False) -> EngineConfig:
+    """quiet: not to say which of a directory's files is taken."""
+    draft = args.draft_checkpoint_path
     return EngineConfig(
-        checkpoint_path=args.checkpoint_path,
+        checkpoint_path=str(checkpoint_to_serve(args.checkpoint_path, kv_cache=args.kv_cache, quiet=quiet)),
         dtype=args.dtype,
         device=args.device,
         kv_cache=args.kv_cache,
@@ -91,7 +98,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_num_seqs=args.batch_size,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
-        draft_checkpoint_path=args.draft_checkpoint_path,
+        draft_checkpoint_path=None if draft is None else str(converted(draft)),
         speculate=args.speculate,
         speculate_k=args.speculate_k,
     )
@@ -219,42 +226,6 @@ def memory_used(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ------------------------------------------------------------------------------------------ chat
-
-
-def chat(engine: Engine, args: argparse.Namespace) -> None:
-    """A conversation on the terminal. Each turn prefills only what is new: the slot still holds the rest."""
-    print("Type a message; /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line in ("/exit", "/quit"):
-            return
-        if line == "/reset":
-            messages = []
-        elif line:
-            messages.append({"role": "user", "content": line})
-            answer = say(engine, messages, sampling(args, sample=0, row=0))
-            messages.append({"role": "assistant", "content": answer})
-
-
-def say(engine: Engine, messages: list[dict[str, str]], params: SamplingParams) -> str:
-    """Stream one answer to the terminal and return it; Ctrl-C ends it where it stands."""
-    text = ""
-    try:
-        for event in engine.events(engine.encode_chat(messages), params):
-            print(event.text, end="", flush=True)
-            text += event.text
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    print()
-    return text
 
 
 if __name__ == "__main__":

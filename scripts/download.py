@@ -8,31 +8,13 @@ consolidated .pth. The revision is resolved to a commit first and noted in hf/do
 """
 
 import argparse
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from gpt_fast.checkpoint.side_names import is_side_file
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.cli.hub import why_unreachable
 from gpt_fast.convert.hf import DOWNLOADED
+from gpt_fast.convert.hub_files import choose_files
 from gpt_fast.files import write_json
-
-WEIGHTS = (
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
-    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
-    r"consolidated\.\d+\.pth|params\.json",
-)
-
-
-def choose_files(names: Iterable[str]) -> list[str]:
-    """The files to fetch: config, tokenizer, and the first kind of weights there is."""
-    names = list(names)
-    for pattern in WEIGHTS:
-        weights = [name for name in names if re.fullmatch(pattern, name)]
-        if any(name.endswith((".safetensors", ".bin", ".pth")) for name in weights):
-            return sorted({*weights, *(name for name in names if name == "config.json" or is_side_file(name))})
-    raise ValueError(f"no weights at the top of the repository (got {', '.join(sorted(names)) or 'no files'})")
 
 
 def download(repo_id: str, out_dir: Path, *, revision: str | None, token: str | None) -> str:

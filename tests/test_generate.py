@@ -120,7 +120,8 @@ def test_no_proposal_is_said_in_words() -> None:
 @pytest.mark.model
 def test_the_default_models_int4_form_is_a_good_draft_of_it(default_checkpoint: Path, said: Said) -> None:
     draft = default_checkpoint / "model_int4.g32.safetensors"
-    flags = ["--checkpoint_path", default_checkpoint, "--dtype", "bfloat16", "--temperature", 0, "--batch_size", 2]
+    source = default_checkpoint / "model.safetensors"
+    flags = ["--checkpoint_path", source, "--dtype", "bfloat16", "--temperature", 0, "--batch_size", 2]
     flags += ["--num_samples", 1, "--max_new_tokens", 60, "--device", "cpu", "--prompt", "The capital of France is"]
     shown = said(*flags, "--draft_checkpoint_path", draft, "--speculate_k", 4)
     _, mean, places = figures(shown)

@@ -1,12 +1,12 @@
-"""python -m gpt_fast.bench: tables, then one JSON line last. docs/performance.md explains every column.
+"""gpt-fast bench: tables, then one JSON line last. docs/performance.md explains every column.
 
-    python -m gpt_fast.bench --engine --checkpoint_path DIR
-    python -m gpt_fast.bench --engine --http http://127.0.0.1:8080/predictions/gpt-fast --checkpoint_path DIR
-    python -m gpt_fast.bench --gpu --help
-    python -m gpt_fast.bench --stub-collectives --help
-    python -m gpt_fast.bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
+    gpt-fast bench --engine --checkpoint_path DIR
+    gpt-fast bench --engine --http http://127.0.0.1:8080/predictions/gpt-fast --checkpoint_path DIR
+    gpt-fast bench --gpu --help
+    gpt-fast bench --stub-collectives --help
+    gpt-fast bench --engine --checkpoint_path DIR/model_int4.g32.safetensors --gguf FILE \\
         --prompt_len 32 512 --batch_size 1 4 --peer ik_llama.cpp=FOLDER --out benchmarks/NAME.json
-    python -m gpt_fast.bench --engine --checkpoint_path DIR --batch_size 1 16 --peer build=OTHER_CHECKOUT
+    gpt-fast bench --engine --checkpoint_path DIR --batch_size 1 16 --peer build=OTHER_CHECKOUT
 
 Every target runs in a process of its own; for each case one discarded round, then --repeat rounds in which all take
 turns. Figures are medians over segments of 25 decode steps during which other programs used at most 10 % of the CPUs.
@@ -33,6 +33,8 @@ from gpt_fast.bench.remote import Remote
 from gpt_fast.bench.sample import Case, Unavailable
 from gpt_fast.bench.targets import Factory, bandwidth, factories, model_facts
 from gpt_fast.cli.errors import at_least, http_url, one_line_errors
+from gpt_fast.cli.parser import CommandParser
+from gpt_fast.convert.named import CHECKPOINT_HELP, converted
 from gpt_fast.files import write_json
 from gpt_fast.measure import machine
 from gpt_fast.measure.picture import picture_path
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(also=(RuntimeError,)):  # as which a target's error comes out of its process
         if not (args.engine or args.tp > 1 or args.http or args.peer):
             raise ValueError("nothing to measure: give --engine, --tp N, --http URL, --peer NAME, or several")
+        args.checkpoint_path = converted(str(args.checkpoint_path))
         result = measure(args)
         print(report.table(result))
         if args.out:
@@ -64,12 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(result))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument_group("what").add_argument
-    add("--checkpoint_path", required=True, type=Path, help="a converted checkpoint, or a weights file in it")
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast bench", description=__doc__)
+    add = flags.add_argument_group("what").add_argument
+    add("--checkpoint_path", required=True, type=Path, help=CHECKPOINT_HELP)
     add("--engine", action="store_true", help="measure the engine called directly")
     add("--tp", type=at_least(1), default=1, metavar="N", help="measure the engine on N ranks of this machine")
     add("--http", type=http_url, metavar="URL", help="measure a running server that serves the same checkpoint")
@@ -77,10 +78,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     peers = "; ".join(f"{name}{f'=PATH ({what})' if what else ''}" for name, (_, what) in PEERS.items())
     add("--peer", action="append", default=[], type=peer, metavar="NAME[=PATH]", help=f"may be repeated: {peers}")
     add("--gguf", type=Path, help="the same weights for peers that read GGUF")
-    add = parser.add_argument_group("how").add_argument
-    add("--prompt_len", type=at_least(1), nargs="+", default=[32], metavar="N")
+    add = flags.add_argument_group("how").add_argument
+    add("--prompt_len", type=at_least(1), nargs="+", default=[32], metavar="N", help="tokens")
     add("--batch_size", type=at_least(1), nargs="+", default=[1], metavar="N", help="rows decoded together")
-    add("--max_new_tokens", type=at_least(1), default=200)
+    add("--max_new_tokens", type=at_least(1), default=200, help="of every row")
     add("--repeat", type=at_least(1), default=5, help="rounds")
     add("--threads", type=at_least(0), default=0, help="of every target; 0: one a core")
     add("--busy", type=at_least(0), default=0, metavar="N", help="the engine also beside N programs that never rest")
@@ -94,18 +95,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long_prompt", type=at_least(1), metavar="N", help="also a stream's gaps while N tokens prefill beside it")
     add("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it a segment is noisy: dropped")
     add("--probe_gib", type=float, default=1.0, help="buffer of the bandwidth probe; 0: no probe")
-    add = parser.add_argument_group("the engine").add_argument
+    add = flags.add_argument_group("the engine").add_argument
     add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     add("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     add("--kernels", default="auto", help="auto (fused where there is one), plain")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     add("--temperature", type=float, default=0.0, help="of its sampler; 0: the best token, as peers are asked for")
     add("--compile", action="store_true", help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile the prompt's forward too")
-    add = parser.add_argument_group("results").add_argument
+    add = flags.add_argument_group("results").add_argument
     add("--out", type=Path, help="write the JSON here, indented")
     add("--plot", type=picture_path, help="write a picture here (needs matplotlib)")
-    return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
+    return flags
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return parser().parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
 
 
 def peer(value: str) -> tuple[str, Path | None]:

@@ -26,6 +26,7 @@ from gpt_fast.bench import predicted
 from gpt_fast.bench.gpu.models import SHAPES, random_model, rank_config
 from gpt_fast.bench.predicted import DIRECT, FITTED, NCCL, Step
 from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.config import ModelConfig
 from gpt_fast.files import write_json
 from gpt_fast.measure import machine
@@ -55,17 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_fast.bench --stub-collectives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="gpt-fast bench --stub-collectives", description=__doc__)
     add = parser.add_argument
     add("--tp", nargs="+", type=at_least(1), default=[1, 2, 4, 8], metavar="N", help="ranks")
-    add("--models", nargs="+", choices=[*SHAPES], default=["llama-2-7b", "llama-3.1-8b", "llama-2-70b"])
-    add("--formats", nargs="+", choices=[*WEIGHTS], default=[*WEIGHTS])
+    add("--models", nargs="+", choices=[*SHAPES], default=["llama-2-7b", "llama-3.1-8b", "llama-2-70b"], help="shapes")
+    add("--formats", nargs="+", choices=[*WEIGHTS], default=[*WEIGHTS], help="of the weights")
     add("--measure", action="store_true", help="run the share on this machine")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="its")
     add("--threads", type=at_least(1), default=1, help="of the rank on a CPU")
     add("--sum_us", type=float, default=5.0, help="microseconds of one sum over ranks, for the prediction here")
     add("--repeat", type=at_least(1), default=20, help="steps timed; their median counts")

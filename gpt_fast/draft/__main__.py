@@ -1,10 +1,10 @@
-"""python -m gpt_fast.draft: prove that speculation is lossless, choose a draft model, and see what it brings.
+"""gpt-fast draft: prove that speculation is lossless, choose a draft model, and see what it brings.
 
-    python -m gpt_fast.draft verify --checkpoint_path TARGET --draft_checkpoint_path DRAFT
-    python -m gpt_fast.draft report --checkpoint_path TARGET --draft_checkpoint_path DRAFT [DRAFT ...] --plot out.png
-    python -m gpt_fast.draft speed --checkpoint_path TARGET --speculate ngram auto --draft_checkpoint_path DRAFT
-    python -m gpt_fast.draft speed --checkpoint_path TARGET --useless_draft 2
-    python -m gpt_fast.draft random --like TARGET --layers 4 --out_dir DIR
+    gpt-fast draft verify --checkpoint_path TARGET --draft_checkpoint_path DRAFT
+    gpt-fast draft report --checkpoint_path TARGET --draft_checkpoint_path DRAFT [DRAFT ...] --plot out.png
+    gpt-fast draft speed --checkpoint_path TARGET --speculate ngram auto --draft_checkpoint_path DRAFT
+    gpt-fast draft speed --checkpoint_path TARGET --useless_draft 2
+    gpt-fast draft random --like TARGET --layers 4 --out_dir DIR
 
 Without --draft_checkpoint_path they are about prompt lookup. The last line printed is JSON. docs/speculation.md states
 the formulas. verify exits with 1 when a check fails.
@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.config import ConfigError, SamplingParams, check_int
+from gpt_fast.convert.named import CHECKPOINT_HELP, converted
 from gpt_fast.draft.assess import DraftReport, assess_draft
 from gpt_fast.draft.lossless import Check, check_greedy, check_sampled
 from gpt_fast.draft.prompts import SHIPPED, Prompt, read_prompts
@@ -37,21 +39,19 @@ from gpt_fast.measure.stats import FOREIGN_LIMIT
 from gpt_fast.speculative.costs import Choice
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_fast.draft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast draft", description=__doc__)
+    commands = flags.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="prove on these models that speculation is lossless")
     add_common(verify, several_drafts=False)
     verify.add_argument("--answers", type=at_least(2), default=512, help="sampled answers of the distribution tests")
-    verify.add_argument("--temperature", type=float, default=1.0)
-    verify.add_argument("--top_k", type=int, default=0)
-    verify.add_argument("--top_p", type=float, default=1.0)
+    verify.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
+    verify.add_argument("--top_k", type=int, default=0, help="0: all tokens")
+    verify.add_argument("--top_p", type=float, default=1.0, help="share of the likeliest tokens")
     report = commands.add_parser("report", help="what drafts would bring on this machine")
     add_common(report, several_drafts=True)
-    report.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16])
-    report.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    report.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16], help="rows")
+    report.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="each of them")
     report.add_argument("--repeat", type=at_least(1), default=3, help="turns of plain decode and speculation")
     forced = "for models of random weights: accept proposals at this rate, at temperature 1"
     report.add_argument("--synthetic_acceptance", type=float, metavar="A", help=forced)
@@ -62,41 +62,55 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_speed(speed)
     made = commands.add_parser("random", help="write a model of random weights")
     made.add_argument("--like", type=Path, required=True, help="a converted checkpoint: sizes and tokenizer")
-    made.add_argument("--layers", type=at_least(1), required=True)
-    made.add_argument("--out_dir", type=Path, required=True)
-    made.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
+    made.add_argument("--layers", type=at_least(1), required=True, help="how many it has")
+    made.add_argument("--out_dir", type=Path, required=True, help="the checkpoint directory to write")
+    made.add_argument("--seed", type=int, default=0, help="of the weights")
+    return flags
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return parser().parse_args(argv, argparse.Namespace(arguments=sys.argv[1:] if argv is None else argv))
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--speculate", nargs="+", default=["auto"], choices=["ngram", "draft", "auto"])
+    parser.add_argument("--speculate", nargs="+", default=["auto"], choices=["ngram", "draft", "auto"], help="who")
     parser.add_argument("--useless_draft", type=at_least(0), default=0, metavar="LAYERS", help="of random weights")
-    parser.add_argument("--batch_size", type=at_least(1), default=1)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--batch_size", type=at_least(1), default=1, help="rows decoded together")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8], help="each of them")
     parser.add_argument("--repeat", type=at_least(1), default=5, help="rounds, after a discarded one")
     parser.add_argument("--foreign_limit", type=float, default=FOREIGN_LIMIT, help="of the CPUs; above it: dropped")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
 
 
 def add_common(parser: argparse.ArgumentParser, *, several_drafts: bool) -> None:
-    parser.add_argument("--checkpoint_path", required=True, help="the target")
-    parser.add_argument("--draft_checkpoint_path", default=[], nargs="+" if several_drafts else 1)
-    parser.add_argument("--speculate_k", type=int, default=8 if several_drafts else 4)
+    parser.add_argument("--checkpoint_path", required=True, help=f"the target: {CHECKPOINT_HELP}")
+    parser.add_argument("--draft_checkpoint_path", default=[], nargs="+" if several_drafts else 1, help="the draft")
+    parser.add_argument("--speculate_k", type=int, default=8 if several_drafts else 4, help="proposals of a step")
     parser.add_argument("--prompts", type=Path, default=SHIPPED, help='JSON lines of {"category": ..., "prompt": ...}')
     parser.add_argument("--each", type=at_least(0), default=0, help="prompts of a category at most; 0: all")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=64)
-    parser.add_argument("--max_seq_len", type=int, default=1024)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=64, help="of an answer")
+    parser.add_argument("--max_seq_len", type=int, default=1024, help="tokens of prompt and answer")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    parser.add_argument("--threads", type=int, default=0, help="0: one a core")
+    parser.add_argument("--compile", action="store_true", help="compile decoding")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
+        name_checkpoints(args)
         passed = COMMANDS[args.command](args)
     sys.exit(0 if passed else 1)
+
+
+def name_checkpoints(args: argparse.Namespace) -> None:
+    """In place of what the user named, the converted checkpoints."""
+    if args.command == "random":
+        args.like = converted(str(args.like))
+    else:
+        args.checkpoint_path = str(converted(args.checkpoint_path))
+        args.draft_checkpoint_path = [str(converted(draft)) for draft in args.draft_checkpoint_path]
 
 
 def load(args: argparse.Namespace, draft: str | None, *, slots: int, speculate: str = "") -> Engine:

@@ -1,4 +1,4 @@
-"""`python -m gpt_fast.eval`: task scores (--tasks), or a quantized checkpoint against its source (--quality).
+"""gpt-fast eval: task scores (--tasks), or a quantized checkpoint against its source (--quality).
 
 `torchrun --nproc_per_node N -m gpt_fast.eval` does the same with a model held by N ranks (tensor parallelism).
 """
@@ -13,7 +13,9 @@ from typing import Any
 from gpt_fast.checkpoint.directory import WEIGHTS
 from gpt_fast.checkpoint.quality_gate import report_path
 from gpt_fast.cli.errors import refuse_useless
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.config import EngineConfig, check_int
+from gpt_fast.convert.named import CHECKPOINT_HELP, converted
 from gpt_fast.engine import ranks
 from gpt_fast.engine.ranks import Group
 from gpt_fast.eval.quality_report import Passage, make_report, plot, table
@@ -37,20 +39,23 @@ def run(arguments: list[str] | None, group: Group | None) -> None:
         flags.error("give either --checkpoint_path with --tasks, or --quality")
     names, other = (TASK_FLAGS, "--quality") if args.quality is not None else (QUALITY_FLAGS, "--checkpoint_path")
     refuse_useless(flags, arguments, names, why=f"{other} is given")
+    for key, named in [("checkpoint_path", args.checkpoint_path), ("quality", args.quality), ("against", args.against)]:
+        if named is not None:
+            setattr(args, key, converted(str(named)))
     report = run_quality(args, group) if args.quality is not None else run_tasks(args, group)
     if report is not None:
         print(json.dumps(report))
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="python -m gpt_fast.eval", description=__doc__)
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast eval", description=__doc__)
     add = flags.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16; --quality: float32 unless said")
     add("--kv_cache", default="auto", help="auto, float32, bfloat16, float16, int8")
     tasks = flags.add_argument_group("task scores, through lm-evaluation-harness")
     add = tasks.add_argument
-    add("--checkpoint_path", help="a converted checkpoint's directory, or a weights file in it")
+    add("--checkpoint_path", help=CHECKPOINT_HELP)
     add(
         "--tasks",
         nargs="+",
@@ -60,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--limit", type=int, help="documents of each task; all unless said")
     add("--num_fewshot", type=int, help="worked examples before each question; the task's own number unless said")
-    add("--max_seq_length", type=int, default=0, help="tokens of context; the model's own, at most 8192, unless said")
+    add("--max_seq_length", type=int, default=0, help="tokens of context; 0: the model's own, at most 8192")
     add("--batch_size", type=int, default=8, help="rows scored, and requests generated, together")
     add("--compile", action="store_true", help="compile the forward passes")
     quality = flags.add_argument_group("quality of a quantized checkpoint")
@@ -123,7 +128,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any] |
     from gpt_fast.load.engine import load_parts, start_following
 
     config = EngineConfig(
-        checkpoint_path=args.checkpoint_path,
+        checkpoint_path=str(args.checkpoint_path),
         device=args.device,
         dtype=args.dtype,
         max_seq_len=args.max_seq_length,
@@ -141,7 +146,7 @@ def run_tasks(args: argparse.Namespace, group: Group | None) -> dict[str, Any] |
     for task, values in figures.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     path = engine.description.path
-    return {"checkpoint": args.checkpoint_path, "path": path, "limit": args.limit, "results": figures}
+    return {"checkpoint": str(args.checkpoint_path), "path": path, "limit": args.limit, "results": figures}
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

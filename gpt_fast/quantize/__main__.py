@@ -1,19 +1,21 @@
-"""`python -m gpt_fast.quantize`: write a quantized file beside a converted checkpoint."""
+"""gpt-fast quantize: write a quantized file beside a converted checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from gpt_fast.checkpoint.hf_config import load_model_config
 from gpt_fast.cli.errors import one_line_errors, refuse_useless
+from gpt_fast.cli.parser import CommandParser
+from gpt_fast.cli.progress import Bar
+from gpt_fast.convert.named import CHECKPOINT_HELP, converted
 from gpt_fast.convert.quantized import Calibration, Progress, quantize_checkpoint, repack_gguf
-from gpt_fast.measure.texts import Text, calibration_part, default_text, file_text, windows
+from gpt_fast.measure.calibration import LENGTH, WINDOWS, calibration
+from gpt_fast.measure.texts import Text, calibration_part, default_text, file_text
 from gpt_fast.quantize.gptq_model import GPTQOptions
 from gpt_fast.quantize.scheme import QuantizationError
 from gpt_fast.quantize.structure import MODES
@@ -34,17 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     with one_line_errors():
         check_used(arguments, args)
+        args.checkpoint_path = converted(str(args.checkpoint_path))
         with Bar(args.gguf.name if args.gguf else args.mode) as bar:
             path = run(args, bar)
     print(path)
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="python -m gpt_fast.quantize", description=__doc__)
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast quantize", description=__doc__)
     add = flags.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="a converted checkpoint's directory, or its weights file")
+    add("--checkpoint_path", type=Path, required=True, help=CHECKPOINT_HELP)
     add("--mode", "-q", choices=MODES, default="int8", help="int4 rounds to nearest, int4-gptq calibrates on text")
-    add("--groupsize", type=int, default=32, help="inputs that share a scale in int4: 32 (default), 64, 128, 256")
+    add("--groupsize", type=int, default=32, help="inputs that share a scale in int4: 32, 64, 128, 256")
     add("--gguf", type=Path, help="take this file's own Q4_0, Q4_1, Q8_0 blocks, without loss, instead of --mode")
     add("--embedding", choices=("auto", "int8", "keep"), default="auto", help="auto: int8 where the head shares it")
     add("--label", default="_", help="goes between the source's name and the mode in the file's name")
@@ -56,11 +59,11 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[BUILT_IN],
         metavar="TASK",
-        help=f"lm-evaluation-harness tasks, or {BUILT_IN}: the help texts of this Python (default)",
+        help=f"lm-evaluation-harness tasks, or {BUILT_IN}: the help texts of this Python",
     )
     add("--calibration_text", type=Path, help="a UTF-8 file to use instead")
-    add("--calibration_limit", type=int, default=64, help="windows of text")
-    add("--calibration_seq_length", type=int, default=512, help="tokens of a window")
+    add("--calibration_limit", type=int, default=WINDOWS, help="windows of text")
+    add("--calibration_seq_length", type=int, default=LENGTH, help="tokens of a window")
     add("--percdamp", type=float, default=0.01, help="share of the Hessian's mean diagonal added to it")
     add("--blocksize", type=int, default=128, help="columns between updates of the whole matrix")
     add(
@@ -102,21 +105,13 @@ def run(args: argparse.Namespace, progress: Progress) -> Path:
 
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
-    """Tokenize the chosen text with the checkpoint's own tokenizer and cut it into windows."""
-    from gpt_fast.text.load_tokenizer import load_tokenizer
-
+    """Windows of the chosen text."""
     check_range("--calibration_limit", args.calibration_limit, 1, 1 << 20)
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     check_range("--calibration_seq_length", args.calibration_seq_length, 8, load_model_config(directory).max_position)
-    tokenizer = load_tokenizer(directory)
-    text = calibration_text(args)
-    rows = windows(
-        tokenizer.encode(text.content, add_bos=False),
-        length=args.calibration_seq_length,
-        limit=args.calibration_limit,
-        prefix=tokenizer.encode("", add_bos=True),
+    return calibration(
+        directory, calibration_text(args), limit=args.calibration_limit, length=args.calibration_seq_length
     )
-    return Calibration(torch.tensor(rows), text.source, text.sha256)
 
 
 def calibration_text(args: argparse.Namespace) -> Text:
@@ -146,26 +141,6 @@ def parse_device(name: str) -> torch.device:
             f"--device: not on this machine (got {name}, allowed {torch.cuda.device_count()} CUDA devices)"
         )
     return device
-
-
-class Bar:
-    """A progress bar that is drawn when the first bytes are written: a refusal comes without one."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=self.title)
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_fast.checkpoint.choice import choose_weights
 from gpt_fast.cli.errors import text
+from gpt_fast.config import EngineConfig
 from gpt_fast.engine.ranks import Group
 from gpt_fast.llm import Engine
 from gpt_fast.load.engine import load_parts, start_following
@@ -27,6 +29,14 @@ logger = logging.getLogger(__name__)
 SWITCH_SECONDS = 0.0005  # the engine's thread waits that long for Python's lock, 5 ms by default, once or twice a token
 
 
+def with_weights(config: EngineConfig) -> EngineConfig:
+    """With the weights file that a checkpoint's directory means; the log says which it is."""
+    choice = choose_weights(Path(config.checkpoint_path), config.quality, kv_cache=config.kv_cache)
+    if choice.told:
+        logger.info("gpt-fast: %s", choice.told)
+    return dataclasses.replace(config, checkpoint_path=str(choice.weights))
+
+
 def start_serving(
     yaml: Mapping[str, Any] | None, *, root: Path, model_name: str, group: Group | None = None
 ) -> Rounds | None:
@@ -35,6 +45,7 @@ def start_serving(
     Of a group, rank 0 serves and gets the rounds; the others compute with it and have None.
     """
     engine_config, serve_config = read_config(yaml, root=root)
+    engine_config = with_weights(engine_config)
     if not engine_config.threads:
         engine_config = dataclasses.replace(engine_config, threads=serving_threads(group))
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -12,24 +12,25 @@ Nothing is built when nothing changed.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.cli.parser import CommandParser
+from gpt_fast.cli.places import PACKAGE_HOME, home, nearest, shipped
+from gpt_fast.convert.named import converted, pulled
+from gpt_fast.files import locked
 from gpt_fast.serve import frontend_keys
 from gpt_fast.serve.archive_files import write_sums
 from gpt_fast.serve.model_config import problems_of
-from gpt_fast.torchserve.places import PACKAGE_HOME, home, nearest, shipped
 from gpt_fast.torchserve.same_bytes import rewrite_folder, rewrite_tgz
 from gpt_fast.torchserve.served_files import served_files
 
@@ -67,13 +68,27 @@ def stage_bundle(root: Path, bundle: Path, *, handler: Path | None = None, confi
 
 
 def config_text(path: Path, model: str) -> str:
-    """The yaml to ship: the file as it stands, or with handler.checkpoint_path set to `model`."""
+    """The yaml to ship: the file as it stands, or with handler.checkpoint_path set to `model`.
+
+    Where its own checkpoint is a GGUF, published weights or a pulled model's name, to what that is converted to.
+    """
     text = path.read_text(encoding="utf-8")
+    model = model or own_model(text)
     if not model:
         return text
     config = frontend_keys.parse(text)
     config["handler"]["checkpoint_path"] = model
     return yaml.safe_dump(config, sort_keys=False)
+
+
+def own_model(text: str) -> str:
+    """The converted checkpoint of what a yaml names, "" where it can stand as it is; checks come later."""
+    try:
+        named = str(checkpoint_of(text, Path()))
+        resolved = resolve_model(named, home())
+    except ValueError:
+        return ""
+    return "" if resolved == named else resolved
 
 
 def check_config(text: str, *, own_handler: bool) -> None:
@@ -94,15 +109,23 @@ def checkpoint_of(text: str, root: Path) -> Path:
 
 
 def resolve_model(model: str, root: Path) -> str:
-    """MODEL of `make serve`: a checkpoint's path, or org/name of one under checkpoints/; "" stays ""."""
-    if not model or (root / model).exists():
+    """MODEL of `make serve`: a checkpoint's path, org/name under checkpoints/, or a pulled org/name:quant.
+
+    A GGUF and published weights are converted here and now. "" stays "".
+    """
+    if not model:
         return model
-    converted = Path("checkpoints") / model
-    if (root / converted).is_dir():
-        return str(converted)
+    if (root / model).exists():
+        made = converted(str(root / model))
+        return model if made == root / model else str(made)
+    under = Path("checkpoints") / model
+    if (root / under).is_dir():
+        return str(under)
+    if found := pulled(model):
+        return str(found.absolute())
     raise ValueError(
-        f"MODEL: no such checkpoint (got {model}, allowed a directory, a weights file or org/name of one under "
-        f"checkpoints/; scripts/prepare.sh {model} makes one)"
+        f"MODEL: no such checkpoint (got {model}, allowed a directory, a weights file, a GGUF or org/name of one under "
+        f"checkpoints/; gpt-fast pull {model} makes one)"
     )
 
 
@@ -153,20 +176,11 @@ def replace(made: Path, target: Path) -> None:
     os.replace(made, target)
 
 
-@contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """One build at a time in a work directory: the second waits for the first."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def build(*, handler: Path, config: Path, model: str, fmt: str, store: Path, work: Path) -> Path:
     """Stage, archive and put into the store, unless the store's archive was made from the same bytes."""
     text = config_text(config, model)
     check_config(text, own_handler=handler == shipped("handler.py"))
-    with locked(work):
+    with locked(work / "lock"):
         return build_checked(text, handler=handler, fmt=fmt, store=store, work=work)
 
 
@@ -190,26 +204,26 @@ def build_checked(text: str, *, handler: Path, fmt: str, store: Path, work: Path
     return target
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpt-fast archive", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--handler", type=Path, help="a handler of your own instead of the package's")
-    parser.add_argument("--config", type=Path, default=nearest(CONFIG), help="the yaml to serve with")
-    parser.add_argument("--model", default="", help="serve this checkpoint instead of the yaml's")
-    parser.add_argument("--format", choices=["tgz", "no-archive"], default="tgz")
-    parser.add_argument("--model-store", type=Path, default=home() / "model_store")
-    parser.add_argument("--work-dir", type=Path, default=home() / "build" / "archive")
-    parser.add_argument("--bundle-only", action="store_true", help="stage build/bundle/gpt_fast and stop")
-    return parser.parse_args(argv)
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast archive", description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--handler", type=Path, help="a handler of your own instead of the package's")
+    flags.add_argument("--config", type=Path, default=nearest(CONFIG), help="the yaml to serve with")
+    flags.add_argument("--model", default="", help="serve this checkpoint instead of the yaml's")
+    flags.add_argument("--format", choices=["tgz", "no-archive"], default="tgz", help="a packed archive, or a folder")
+    flags.add_argument("--model-store", type=Path, default=home() / "model_store", help="where it goes")
+    flags.add_argument("--work-dir", type=Path, default=home() / "build" / "archive", help="for what it is made from")
+    flags.add_argument("--bundle-only", action="store_true", help="stage build/bundle/gpt_fast and stop")
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors("archive"):
-        run(parse_args(argv))
+        run(parser().parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.bundle_only:
-        with locked(home() / "build"):
+        with locked(home() / "build" / "lock"):
             stage_bundle(PACKAGE_HOME, home() / "build" / "bundle")
         print("bundle: build/bundle/gpt_fast")
         return

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_fast.cli.errors import one_line_errors
+from gpt_fast.cli.parser import CommandParser
+from gpt_fast.cli.places import home, nearest
 from gpt_fast.serve import frontend_keys
 from gpt_fast.serve.model_config import problems_of
 from gpt_fast.serve.startup_check import check_properties
 from gpt_fast.torchserve.archive import checkpoint_of, config_text, resolve_model
 from gpt_fast.torchserve.java import find_java, java_version
-from gpt_fast.torchserve.places import home, nearest
 from gpt_fast.torchserve.posture import check_posture
 
 
@@ -52,16 +53,16 @@ def check_java() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Ends the process with status 1 where there is a problem."""
     with one_line_errors("doctor"):
-        sys.exit(run(parse_args(argv)))
+        sys.exit(run(parser().parse_args(argv)))
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpt-fast doctor", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", type=Path, default=nearest("model_config.yaml"), help="the yaml to serve with")
-    parser.add_argument("--model", default="", help="the checkpoint to serve instead of the yaml's")
-    parser.add_argument("--properties", type=Path, default=nearest("deploy/config.properties"))
-    parser.add_argument("--run-dir", type=Path, default=home() / ".run")
-    return parser.parse_args(argv)
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast doctor", description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--config", type=Path, default=nearest("model_config.yaml"), help="the yaml to serve with")
+    flags.add_argument("--model", default="", help="the checkpoint to serve instead of the yaml's")
+    flags.add_argument("--properties", type=Path, default=nearest("deploy/config.properties"), help="its settings")
+    flags.add_argument("--run-dir", type=Path, default=home() / ".run", help="of the instance")
+    return flags
 
 
 def run(args: argparse.Namespace) -> int:

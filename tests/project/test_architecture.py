@@ -26,7 +26,8 @@ LAYERS = (
     ("engine",),
     ("load", "convert"),
     ("llm", "measure"),
-    ("serve", "generate", "bench", "draft", "eval"),
+    ("chat",),
+    ("serve", "generate", "bench", "draft", "eval", "pull"),
     ("torchserve",),
     (COMMANDS, "handler"),
 )
@@ -52,6 +53,7 @@ SAME_NAME = {
     ("request", "serve.request"): "a request as the engine knows it, and as a client sends it",
     ("engine", "load.engine"): "the package that runs, and what loads it",
     ("checkpoint", "load.checkpoint"): "files on disk, and the model that is read from them",
+    ("chat", "text.chat"): "the command, and the templates that it talks by",
     ("convert.draft", "draft"): "what makes a draft, and the package that assesses it",
     ("bench.peers", "bench.gpu.peers"): "other engines: in a server's place, and on a GPU's",
 }

@@ -20,7 +20,7 @@ from support.quantized import random_model, small_config, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = {"bench", "convert", "draft", "eval", "measure", "torchserve", "generate.py"}
+COMMANDS = {"bench", "convert", "draft", "eval", "measure", "torchserve", "generate.py", "chat.py", "pull.py"}
 OF_QUANTIZING = {"gptq.py", "gptq_model.py", "gptq_streaming.py", "grid_search.py", "__main__.py"}
 SERVE = """
 import json, sys

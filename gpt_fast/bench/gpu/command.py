@@ -19,6 +19,7 @@ from gpt_fast.bench.gpu.ceilings import ceilings
 from gpt_fast.bench.gpu.cold import cold_start
 from gpt_fast.bench.gpu.models import FORMATS, SHAPES, TINY, random_model, rank_config
 from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.config import ModelConfig
 from gpt_fast.files import write_json
 from gpt_fast.measure import machine
@@ -42,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpt_fast.bench --gpu", description=__doc__)
+    parser = CommandParser(prog="gpt-fast bench --gpu", description=__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of rows; all unless given")
-    add("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
-    add("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
+    add("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of rows")
+    add("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES], help="by shape")
+    add("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"], help="of the weights")
     add("--tp", nargs="+", type=at_least(1), default=[1], metavar="N", help="rank 0's share of N; sums are left out")
     add("--kv_cache", nargs="+", choices=("auto", "int8"), default=["auto"], help="auto: as the activations")
-    add("--batch_size", nargs="+", type=at_least(1), default=[1, 4, 16], metavar="N")
+    add("--batch_size", nargs="+", type=at_least(1), default=[1, 4, 16], metavar="N", help="rows")
     add("--context", nargs="+", type=at_least(1), default=[128, 1024, 8192, 32768], metavar="N", help="cached already")
     add("--widths", nargs="+", type=at_least(1), default=[1, 5, 8], metavar="M", help="tokens of a verification")
     add("--prompt", nargs="+", type=at_least(1), default=[512, 4096], metavar="N", help="of a prefill")
     add("--chunk", type=at_least(1), default=512, help="of a prefill, tokens")
     add("--new_tokens", type=at_least(1), default=64, help="of each decode")
     add("--steps", type=at_least(1), default=8, help="tokens of a CUDA graph replay")
-    add("--repeat", type=at_least(1), default=5)
+    add("--repeat", type=at_least(1), default=5, help="rounds")
     add("--probe_gib", type=float, default=4.0, help="buffer of the ceilings")
     add("--peer_dir", type=Path, help="a checkout of meta-pytorch/gpt-fast")
     add("--dry-run", action="store_true", help="a tiny model on the CPU: every code path, no figure worth anything")

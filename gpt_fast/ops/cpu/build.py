@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt_fast.cli.places import cache
 from gpt_fast.files import replacing
 
 SOURCES = Path(__file__).parent / "src"
@@ -100,10 +101,7 @@ def compiler() -> str | None:
 
 
 def cache_dir() -> Path:
-    """$GPT_FAST_CACHE, else gpt_fast under the user's cache directory."""
-    if own := os.environ.get("GPT_FAST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_fast"
+    return cache()
 
 
 def unavailable() -> str | None:

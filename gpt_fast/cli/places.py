@@ -6,6 +6,7 @@ current directory.
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def in_checkout() -> bool:
 def home() -> Path:
     """The folder to work in."""
     return PACKAGE_HOME if in_checkout() else Path.cwd()
+
+
+def cache() -> Path:
+    """For what can be made again: $GPT_FAST_CACHE, else gpt_fast under the user's cache directory."""
+    if own := os.environ.get("GPT_FAST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_fast"
 
 
 def shipped(name: str) -> Path:
