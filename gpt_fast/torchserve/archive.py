@@ -26,7 +26,6 @@ import yaml
 from gpt_fast.cli.errors import one_line_errors
 from gpt_fast.cli.parser import CommandParser
 from gpt_fast.cli.places import PACKAGE_HOME, home, nearest, shipped
-from gpt_fast.convert.named import converted, pulled
 from gpt_fast.files import locked
 from gpt_fast.serve import frontend_keys
 from gpt_fast.serve.archive_files import write_sums
@@ -115,9 +114,14 @@ def resolve_model(model: str, root: Path) -> str:
     """
     if not model:
         return model
-    if (root / model).exists():
-        made = converted(str(root / model))
-        return model if made == root / model else str(made)
+    named = root / model
+    if (named.suffix == ".safetensors" and named.exists()) or (named / "manifest.json").exists():
+        return model
+    from gpt_fast.convert.named import converted, pulled  # which needs torch
+
+    if named.exists():
+        made = converted(str(named))
+        return model if made == named else str(made)
     under = Path("checkpoints") / model
     if (root / under).is_dir():
         return str(under)

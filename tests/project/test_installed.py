@@ -1,0 +1,76 @@
+"""The wheel, built and installed into a virtual environment of its own, used outside the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.model]
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs the installed gpt-fast in an empty folder. What it depends on comes from this environment, torch above all,
+    through a path that brings no editable install along."""
+    home = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(home / "dist"), str(source(home / "src"))]
+    subprocess.run([*pip, *build], check=True, capture_output=True, timeout=300)
+    (wheel,) = (home / "dist").iterdir()
+    venv.create(home / "venv", with_pip=False)
+    python = home / "venv" / "bin" / "python"
+    options = ["install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, "--python", str(python), *options], check=True, capture_output=True, timeout=300)
+    (site,) = (home / "venv" / "lib").glob("python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (home / "empty").mkdir()
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"  # torch-model-archiver's program
+
+    def run(*words: object, typed: str = "") -> subprocess.CompletedProcess[str]:
+        command = [str(home / "venv" / "bin" / "gpt-fast"), *map(str, words)]
+        return subprocess.run(
+            command, cwd=home / "empty", env=environ, input=typed, capture_output=True, text=True, timeout=300
+        )
+
+    return run
+
+
+def source(folder: Path) -> Path:
+    """The files that git knows, as they are now."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        if (name.startswith(("gpt_fast/", "deploy/")) or "/" not in name) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def test_help_archive_and_doctor_need_no_checkout(run: Run, default_checkpoint: Path) -> None:
+    assert "commands:" in run("--help").stdout
+    archived = run("archive", "--model", default_checkpoint)
+    assert archived.returncode == 0 and "built" in archived.stdout, archived.stderr
+    assert "/installed" in archived.stdout and "model_store/gpt-fast.tar.gz" in archived.stdout
+    asked = run("doctor", "--model", default_checkpoint)
+    assert "doctor: Java" in asked.stdout and "Traceback" not in asked.stderr, asked.stderr
+
+
+def test_generate_and_a_chat_turn(run: Run, default_checkpoint: Path) -> None:
+    brief = ["--temperature", 0, "--max_new_tokens", 24, "--max_seq_len", 256]
+    said = run("generate", "--checkpoint_path", default_checkpoint, "--num_samples", 1, *brief,
+               "--prompt", "The capital of France is")  # fmt: skip
+    assert "The capital of France is Paris" in said.stdout, said.stderr
+    assert "takes model_int4.g32.safetensors (its GGUF's own values)" in said.stderr
+    talk = run("chat", "--checkpoint_path", default_checkpoint, *brief, typed="What is the capital of France?\n/exit\n")
+    assert talk.returncode == 0 and "Paris" in talk.stdout, talk.stderr
