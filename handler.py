@@ -12,10 +12,10 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from gpt_fast.engine import ranks
 from gpt_fast.serve.archive_files import check_archive
+from gpt_fast.serve.exchange import Incoming, Reply, client_id_of
 from gpt_fast.serve.foreign_page import refusal_of
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.one_worker import claim_model
-from gpt_fast.serve.rounds import Incoming, Reply, client_id_of
 from gpt_fast.serve.startup import start_serving
 from gpt_fast.serve.startup_check import (
     STARTUP_ERROR,
@@ -64,7 +64,7 @@ class GptFastHandler(BaseHandler):
         self.follows = rounds is None
         if rounds is not None:
             self.rounds = rounds
-            rounds.report_forever(Reporter(self.emit))
+            rounds.desk.report_forever(Reporter(self.emit))
         self.described = ""  # the last describe job
         self.initialized = True
 

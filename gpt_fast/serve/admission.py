@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -16,12 +15,12 @@ from gpt_fast.serve import messages
 from gpt_fast.serve.body import in_words_of, parse_json
 from gpt_fast.serve.chat_style import ChatStyle
 from gpt_fast.serve.endpoints import CHAT, COMPLETION, ENDPOINTS, RESPONSES, TEMPLATE, Fields
+from gpt_fast.serve.exchange import Answer, Incoming, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.messages_answer import MessagesAnswer
 from gpt_fast.serve.page import PAGE_TYPE, chat_page
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
-from gpt_fast.serve.rounds import Answer, Incoming, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.tokenize import EncodeChat, count_message_tokens, detokenize, tokenize, tokenizer_info
 from gpt_fast.text.grammar import Guide, GuideError, Maker
 from gpt_fast.text.tokenizer import PromptTooLong
@@ -44,14 +43,14 @@ class Limits(NamedTuple):
 
 
 class Admit:
-    """Rounds' Admission over one engine. `in_flight` says how many sequences are running or waiting."""
+    """The doors' Admission over one engine. in_flight: how many sequences run or wait; draining: only those may end."""
 
     def __init__(
         self, engine: Engine, *, in_flight: Callable[[], int], limits: Limits, model_names: Sequence[str],
-        drain_file: Path | None,
+        draining: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.engine, self.in_flight, self.limits = engine, in_flight, limits
-        self.model_names, self.drain_file = tuple(model_names), drain_file
+        self.model_names, self.draining = tuple(model_names), draining
         self.created = int(time.time())
         self.page = chat_page()
         self.style = ChatStyle(engine.chat_template, engine.tokenizer)
@@ -103,7 +102,7 @@ class Admit:
     def job(self, path: str, incoming: Incoming) -> Job:
         if path not in ENDPOINTS:
             raise RequestError(f"path: nothing at {json.dumps(path[:100])} (allowed {PATHS})", status=404)
-        if self.drain_file is not None and self.drain_file.exists():
+        if self.draining():
             raise RequestError("the server is stopping", status=503, code="draining")
         self.check_room(1)  # a server that is full says so before it reads
         request = parse_request(
@@ -263,4 +262,4 @@ class Admit:
 def refusal(error: RequestError, *, anthropic: bool) -> Refusal:
     retry = (("Retry-After", "1"),) if error.status in (429, 503) else ()
     body = messages.error_body(error.status, error.message) if anthropic else error.body
-    return Refusal(error.status, REASONS[error.status], body, headers=retry)
+    return Refusal(error.status, REASONS[error.status], body, headers=error.headers + retry)

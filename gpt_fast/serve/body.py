@@ -18,8 +18,11 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # half a character
 GZIP = b"\x1f\x8b"
 REASONS = {
     400: "Bad Request",
+    401: "Unauthorized",
     403: "Forbidden",
     404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
     413: "Content Too Large",
     429: "Too Many Requests",
     503: "Service Unavailable",
@@ -29,9 +32,17 @@ REASONS = {
 class RequestError(Exception):
     """A refused request: an HTTP status and OpenAI's error object. What the client sent is shown shortened."""
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self.message, self.param = middle_cut(message, 600), middle_cut(param, 100) if param else None
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers
         super().__init__(self.message)
 
     @property

@@ -27,7 +27,14 @@ NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "continue_final_message": "messages",
 }
-ERRORS = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def chat_body(fields: Fields) -> tuple[Fields, Names]:

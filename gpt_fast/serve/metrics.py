@@ -10,30 +10,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-SPECULATION_GAUGES = ("spec_decode_draft_acceptance_rate", "spec_decode_mean_accepted_length")
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", *SPECULATION_GAUGES)
-COUNTERS = (
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "prefix_cache_queries_total",
-    "prefix_cache_hits_total",
-    "request_success_total",
-    "requests_cancelled_total",
-    "requests_refused_total",
-    "recompiles_total",
-    "spec_decode_num_drafts_total",
-    "spec_decode_num_draft_tokens_total",
-    "spec_decode_num_accepted_tokens_total",
-    "spec_decode_requests_total",
-)
-HISTOGRAMS = (
-    "time_to_first_token_seconds",
-    "inter_token_latency_seconds",
-    "e2e_request_latency_seconds",
-    "request_queue_time_seconds",
-    "request_prefill_time_seconds",
-    "request_decode_time_seconds",
-)
+SPECULATION_GAUGES = {
+    "spec_decode_draft_acceptance_rate": "Share of all proposed tokens that were accepted.",
+    "spec_decode_mean_accepted_length": "Proposed tokens accepted in a verified block, on average.",
+}
+GAUGES = {  # with what each says, as the doors' metrics endpoints do
+    "num_requests_running": "Sequences that are being decoded.",
+    "num_requests_waiting": "Sequences that wait for a slot.",
+    "kv_cache_usage_perc": "Share of the KV cache's positions that running sequences occupy; 1 is all of it.",
+    **SPECULATION_GAUGES,
+}
+COUNTERS = {
+    "prompt_tokens_total": "Tokens of prompts.",
+    "generation_tokens_total": "Tokens decoded.",
+    "prefix_cache_queries_total": "Tokens of prompts that were looked up in the slots' prefixes.",
+    "prefix_cache_hits_total": "Tokens of prompts that a slot held already.",
+    "request_success_total": "Sequences that ended, by why: stop, length or error.",
+    "requests_cancelled_total": "Sequences dropped because their client had left.",
+    "requests_refused_total": "Requests that were refused.",
+    "recompiles_total": "Compilations since the warm-up: there should be none.",
+    "spec_decode_num_drafts_total": "Blocks of proposed tokens that were verified.",
+    "spec_decode_num_draft_tokens_total": "Tokens proposed.",
+    "spec_decode_num_accepted_tokens_total": "Proposed tokens accepted.",
+    "spec_decode_requests_total": "Sequences that ended, by whether any of their tokens were proposed: on or off.",
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_latency_seconds": "From one token of a sequence to the next, its mean.",
+    "e2e_request_latency_seconds": "From a request's arrival to its end.",
+    "request_queue_time_seconds": "From a request's arrival to its slot.",
+    "request_prefill_time_seconds": "From the slot to the first token.",
+    "request_decode_time_seconds": "From the first token to the end.",
+}
+LABELS = {  # of counters that say more than how many: the label and its values
+    "request_success_total": ("finished_reason", ("stop", "length", "error")),
+    "spec_decode_requests_total": ("speculation", ("on", "off")),
+}
 
 Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
 

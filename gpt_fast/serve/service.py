@@ -1,7 +1,7 @@
-"""The engine on its own thread, and the mailbox between it and TorchServe's rounds.
+"""The engine on its own thread, and the mailboxes between it and a door.
 
-TorchServe calls the handler in rounds; the engine never waits for one. The handler submits requests, cancels the
-ones whose client has gone, and takes what was produced since the last round.
+The engine never waits for a door, which submits requests, cancels the ones whose client has gone, and takes what was
+produced meanwhile: in TorchServe's rounds (`wait`, then `take`), or when it is told of news (`listen`, `take_all`).
 """
 
 from __future__ import annotations
@@ -77,11 +77,20 @@ class Service:
         self._last_round = time.monotonic()
         self._woken = False
         self._records: list[RequestRecord] = []
+        self._listener: Callable[[bool], None] | None = None
+
+    def listen(self, listener: Callable[[bool], None]) -> None:
+        """Have the engine's thread call `listener` when there is something to take.
+
+        It is given whether a request's first or last event is among it, and must return at once. Who listens also
+        learns of clients that leave, so no silence means that they have. Call it while nothing is in flight.
+        """
+        self._listener = listener
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
-    # ------------------------------------------------------------------ the handler's side
+    # ------------------------------------------------------------------ the door's side
 
     def submit(
         self,
@@ -159,12 +168,19 @@ class Service:
     def take(self, request_id: str) -> list[TextEvent]:
         """A request's new events, oldest first. The one with a finish_reason ends it: the id is then forgotten."""
         with self._changed:
-            box = self._mail[request_id]
-            events, box.events = box.events, []
-            box.taken = box.taken or bool(events)
-            if box.done:
-                del self._mail[request_id]
-            return events
+            return self._take(request_id, self._mail[request_id])
+
+    def take_all(self) -> dict[str, list[TextEvent]]:
+        """As `take`, for every request that has something new."""
+        with self._changed:
+            return {name: self._take(name, box) for name, box in list(self._mail.items()) if box.events}
+
+    def _take(self, request_id: str, box: Mailbox) -> list[TextEvent]:
+        events, box.events = box.events, []
+        box.taken = box.taken or bool(events)
+        if box.done:
+            del self._mail[request_id]
+        return events
 
     def take_records(self) -> list[RequestRecord]:
         """The requests that ended since the last call."""
@@ -237,7 +253,7 @@ class Service:
             silent, last = 0.0, self._last_round
             while not self._changed.wait_for(self._has_work, timeout=LOOK_SECONDS):
                 silent, last = silent + LOOK_SECONDS if last == self._last_round else 0.0, self._last_round
-                if silent >= LOST_SECONDS:
+                if silent >= LOST_SECONDS and self._listener is None:
                     self._drop_lost()
             calls, self._inbox = self._inbox, []
         for call in calls:
@@ -247,7 +263,7 @@ class Service:
         return bool(self._inbox) or not (self.engine.idle or self._deserted())
 
     def _deserted(self) -> bool:
-        waiting = any(m.events for m in self._mail.values())
+        waiting = self._listener is None and any(m.events for m in self._mail.values())
         return waiting and time.monotonic() - self._last_round > SILENCE_SECONDS
 
     def _drop_lost(self) -> None:
@@ -260,19 +276,26 @@ class Service:
         with self._changed:
             if self._inbox:
                 return  # the engine does not know everybody yet
-            for request_id in [name for name, box in self._mail.items() if not box.done]:
+            lost = [name for name, box in self._mail.items() if not box.done]
+            for request_id in lost:
                 logger.error("request %s: the engine has lost it", request_id)
                 self._end(request_id, "error", recorded_as="error")
             self._changed.notify_all()
+        if lost and self._listener is not None:
+            self._listener(True)
 
     def _deliver(self, events: list[TextEvent]) -> None:
+        news = urgent = False
         with self._changed:
             for event in events:
                 box = self._mail.get(event.request_id)
                 if box is not None and not box.done:  # else cancelled or cut short while this step ran
+                    news, urgent = True, urgent or not box.taken or event.finish_reason is not None
                     self._hand_over(box, event)
             if self._awaited():
                 self._changed.notify_all()
+        if news and self._listener is not None:
+            self._listener(urgent)
 
     def _add(self, box: Mailbox, request_id: str, prompt: list[int], params: SamplingParams, owner: str) -> None:
         try:

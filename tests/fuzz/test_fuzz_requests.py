@@ -33,7 +33,7 @@ def no_other_process():
 @pytest.fixture(scope="module")
 def admit() -> Admit:
     limits = Limits(max_new_tokens=20, stream=True, max_waiting=4, max_seconds=60.0)
-    return Admit(tiny_engine(), in_flight=lambda: 0, limits=limits, model_names=["gpt-fast"], drain_file=None)
+    return Admit(tiny_engine(), in_flight=lambda: 0, limits=limits, model_names=["gpt-fast"], draining=lambda: False)
 
 
 @examples(400)

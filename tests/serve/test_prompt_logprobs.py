@@ -155,5 +155,5 @@ def test_special_tokens_that_are_spelled_in_a_text_have_their_place_in_it(tmp_pa
 
 def test_an_echo_of_token_ids_is_all_of_their_text(engine):
     """As vLLM tells it, special tokens too: each token has its place."""
-    admit = Admit(engine, in_flight=lambda: 0, limits=LIMITS, model_names=["gpt-fast"], drain_file=None)
+    admit = Admit(engine, in_flight=lambda: 0, limits=LIMITS, model_names=["gpt-fast"], draining=lambda: False)
     assert admit.echo((*b"hi", EOS)) == "hi" + engine.tokenizer.token_bytes(EOS, keep_specials=True).decode()

@@ -10,8 +10,8 @@ from gpt_fast.llm import Engine
 from gpt_fast.serve import messages, responses
 from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.endpoints import ENDPOINTS
+from gpt_fast.serve.exchange import Incoming, Refusal
 from gpt_fast.serve.neutral import IGNORED, NEUTRAL
-from gpt_fast.serve.rounds import Incoming, Refusal
 from gpt_fast.text.grammar_check import Checked
 from support.tiny_engine import tiny_engine
 
@@ -58,7 +58,7 @@ def quick(monkeypatch) -> None:
 def admit() -> Admit:
     engine: Engine = tiny_engine()
     limits = Limits(max_new_tokens=20, stream=True, max_waiting=4, max_seconds=60.0)
-    return Admit(engine, in_flight=lambda: 0, limits=limits, model_names=["gpt-fast"], drain_file=None)
+    return Admit(engine, in_flight=lambda: 0, limits=limits, model_names=["gpt-fast"], draining=lambda: False)
 
 
 def refusal(admit: Admit, path: str, body: object) -> dict | None:

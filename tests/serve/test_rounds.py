@@ -16,9 +16,10 @@ from gpt_fast.serve import metrics
 from gpt_fast.serve import rounds as rounds_module
 from gpt_fast.serve import service as service_module
 from gpt_fast.serve.admission import Admit, Limits
+from gpt_fast.serve.exchange import Incoming, Reply, client_id_of
 from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.model_config import queue_places, read_config
-from gpt_fast.serve.rounds import Incoming, Reply, Rounds, client_id_of
+from gpt_fast.serve.rounds import Rounds
 from gpt_fast.serve.service import Service
 from support.paths import ROOT
 from support.tiny_engine import tiny_engine
@@ -94,12 +95,12 @@ class Frontend:
 
 
 def make_rounds(
-    *, slots: int = 4, limits: Limits = LIMITS, drain_file=None, hung_after: float = 60.0, interval: float = 0.0
+    *, slots: int = 4, limits: Limits = LIMITS, draining=lambda: False, hung_after: float = 60.0, interval: float = 0.0
 ) -> Rounds:
     engine = tiny_engine(slots=slots)
     service = Service(engine, hung_after=hung_after, interval=interval)
     service.start()
-    admit = Admit(engine, in_flight=service.in_flight, limits=limits, model_names=["gpt-fast"], drain_file=drain_file)
+    admit = Admit(engine, in_flight=service.in_flight, limits=limits, model_names=["gpt-fast"], draining=draining)
     return Rounds(service, admit)
 
 
@@ -300,7 +301,7 @@ def test_the_queue_holds_its_bound_when_all_come_in_one_round(monkeypatch):
 
 
 def test_a_draining_server_ends_what_runs_and_refuses_the_rest(tmp_path):
-    rounds = make_rounds(drain_file=tmp_path / "draining")
+    rounds = make_rounds(draining=(tmp_path / "draining").exists)
     frontend = Frontend(rounds)
     running = frontend.send(native(60))
     frontend.until(lambda: running.replies)
@@ -332,12 +333,12 @@ def test_health_is_told_at_once_whatever_waits_or_steps(monkeypatch):
 def test_what_is_being_admitted_counts_as_waiting(monkeypatch):
     """Or a drain would cut a request whose long prompt is being encoded."""
     rounds, go_on = make_rounds(), threading.Event()
-    frontend, admit, figures = Frontend(rounds), rounds.admit, {}
-    rounds.admit = lambda incoming: go_on.wait() and admit(incoming)
-    rounds.admit.confirm = admit.confirm
+    frontend, admit, figures = Frontend(rounds), rounds.desk.admit, {}
+    rounds.desk.admit = lambda incoming: go_on.wait() and admit(incoming)
+    rounds.desk.admit.confirm = admit.confirm
     client = frontend.send(native(3))
     frontend.round()
-    rounds.report(Reporter(lambda kind, name, value, label: figures.update({name: value})))
+    rounds.desk.report(Reporter(lambda kind, name, value, label: figures.update({name: value})))
     assert figures["num_requests_waiting"] == 1
     go_on.set()
     frontend.finish(client)
@@ -534,9 +535,9 @@ def test_figures_and_one_log_line_a_request_without_its_prompt(caplog):
     frontend.round()
     emitted: list[tuple[str, str, float, str]] = []
     reporter = Reporter(lambda *figure: emitted.append(figure))
-    rounds.report(reporter)
+    rounds.desk.report(reporter)
     wait_until(lambda: rounds.service.engine.idle)
-    rounds.report(reporter)
+    rounds.desk.report(reporter)
     lines = [json.loads(r.message.removeprefix("request ")) for r in caplog.records if r.message.startswith("request ")]
     assert sorted(line["request_id"] for line in lines) == ["bad", "gone", "good"]
     by_id = {line["request_id"]: line for line in lines}
@@ -590,7 +591,7 @@ def test_the_clients_own_id_is_in_headers_answers_and_the_log(caplog):
     assert json.loads(asked["whole"].text)["id"] == "cmpl-mine/whole"
     assert {event["id"] for event in asked["stream"].events} == {"cmpl-mine/stream"}
     assert anonymous.replies[0].headers == () and json.loads(anonymous.text)["id"] != "cmpl-"
-    rounds.report(Reporter(lambda *figure: None))
+    rounds.desk.report(Reporter(lambda *figure: None))
     lines = [json.loads(r.message.removeprefix("request ")) for r in caplog.records if r.message.startswith("request ")]
     named = {line.get("client_request_id") for line in lines}
     assert named == {"mine/whole", "mine/stream", "mine/native", "mine/refused", None}

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from gpt_fast.llm import Engine
 from gpt_fast.serve.admission import Admit, Limits
-from gpt_fast.serve.rounds import Incoming, Reply, Rounds, client_id_of
+from gpt_fast.serve.exchange import Incoming, Reply, client_id_of
+from gpt_fast.serve.rounds import Rounds
 from gpt_fast.serve.service import Service
 from support.tiny_engine import tiny_engine
 
@@ -24,7 +25,9 @@ class RoundServer:
         engine = engine or tiny_engine(slots=4)
         service = Service(engine)
         service.start()
-        admit = Admit(engine, in_flight=service.in_flight, limits=LIMITS, model_names=model_names, drain_file=None)
+        admit = Admit(
+            engine, in_flight=service.in_flight, limits=LIMITS, model_names=model_names, draining=lambda: False
+        )
         self.rounds = Rounds(service, admit)
         self.replies: dict[str, queue.Queue[Reply]] = {}
         self.arrived: queue.Queue[tuple[str, Incoming]] = queue.Queue()

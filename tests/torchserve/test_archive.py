@@ -25,7 +25,7 @@ OF_QUANTIZING = {"gptq.py", "gptq_model.py", "gptq_streaming.py", "grid_search.p
 SERVE = """
 import json, sys
 from pathlib import Path
-from gpt_fast.serve.rounds import Incoming
+from gpt_fast.serve.exchange import Incoming
 from gpt_fast.serve.startup import start_serving
 
 here = Path(sys.argv[1])
