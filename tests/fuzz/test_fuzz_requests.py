@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpt_fast.serve.admission import AT_ONCE, Admit, Limits
 from gpt_fast.serve.endpoints import ENDPOINTS
-from gpt_fast.serve.rounds import Incoming, Job, Refusal, Reply
+from gpt_fast.serve.exchange import Incoming, Job, Refusal, Reply
 from gpt_fast.text.grammar_check import Checked
 from support.examples import examples
 from support.mutations import corpus, mutated
