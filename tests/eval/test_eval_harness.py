@@ -216,6 +216,7 @@ def hugging_face_state(directory: Path) -> dict[str, torch.Tensor]:
     return state | {"model.embed_tokens.weight": loaded.model.tok_embeddings.weight}
 
 
+@pytest.mark.nightly
 @pytest.mark.model
 def test_the_default_model_answers_200_questions_as_transformers_does(default_checkpoint):
     from gpt_fast.llm import Engine

@@ -76,7 +76,7 @@ def test_a_ranks_cache_has_its_heads_only():
 # -------------------------------------------------------------------------------------- any shape
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly), 4])
 def odd_shapes(request, tmp_path_factory):
     return run_program(request.param, "odd_models", tmp_path_factory.mktemp("odd"))
 

@@ -522,6 +522,7 @@ def test_ctypes_twins_lie_as_the_structures_do() -> None:
     assert got == expected
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_sanitizers_find_nothing() -> None:
     done = subprocess.run(
