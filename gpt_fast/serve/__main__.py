@@ -1,8 +1,8 @@
-"""python -m gpt_fast.serve: OpenAI's and Anthropic's APIs at http://127.0.0.1:8000/v1, without TorchServe.
+"""gpt-fast serve: OpenAI's and Anthropic's APIs at http://127.0.0.1:8000/v1, without TorchServe.
 
-python -m gpt_fast.serve                                      # what ./model_config.yaml serves, as TorchServe would
-python -m gpt_fast.serve --checkpoint_path DIR --port 9000
-GPT_FAST_API_KEY=... python -m gpt_fast.serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem
+gpt-fast serve                                                # what ./model_config.yaml serves, as TorchServe would
+gpt-fast serve --checkpoint_path DIR --port 9000
+GPT_FAST_API_KEY=... gpt-fast serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem
 torchrun --standalone --nproc_per_node=N -m gpt_fast.serve    # one model on N ranks
 
 Ctrl-C or SIGTERM: running requests end, new ones get 503; a second one ends all.
@@ -15,11 +15,12 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.parser import CommandParser
 from gpt_fast.cli.quiet_gc import at_rest
 from gpt_fast.config import ConfigError, EngineConfig
 from gpt_fast.serve.frontend_keys import parse
@@ -45,11 +46,9 @@ INSTALL = "pip install 'uvicorn>=0.49' 'starlette>=1.0' 'prometheus_client>=0.22
 KEY_VARIABLE = "GPT_FAST_API_KEY"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_fast.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def parser() -> CommandParser:
+    flags = CommandParser(prog="gpt-fast serve", description=__doc__)
+    add = flags.add_argument
     add("--config", type=Path, help=f"TorchServe's model configuration (default: ./{CONFIG} where there is one)")
     add("--host", default="127.0.0.1", help="other than loopback only with a key (default: 127.0.0.1)")
     add("--port", type=port_number, default=8000, help="0: any that is free (default: 8000)")
@@ -64,10 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(*both("ssl-certfile"), type=Path, metavar="PEM", help="serve HTTPS")
     add(*both("ssl-keyfile"), type=Path, metavar="PEM", help="where the certificate's file does not hold the key")
     add(*both("drain-seconds"), type=at_least(0), default=60, help="for running requests to end (default: 60)")
-    model = parser.add_argument_group("instead of the configuration's handler keys (docs/serving.md)")
+    model = flags.add_argument_group("instead of the configuration's handler keys (docs/serving.md)")
     for name, kind in OVERRIDES.items():
-        model.add_argument(f"--{name}", type=kind)
-    return parser.parse_args(argv)
+        model.add_argument(f"--{name}", type=kind, help=f"handler.{name}")
+    return flags
 
 
 def both(name: str) -> tuple[str, str]:
@@ -81,8 +80,8 @@ def port_number(value: str) -> int:
     return int(value)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with one_line_errors():
@@ -121,13 +120,20 @@ def read_configs(args: argparse.Namespace) -> tuple[EngineConfig, ServeConfig]:
     yaml: dict[str, Any] = parse(path.read_text(encoding="utf-8")) if path else dict(DEFAULTS)
     handler = yaml.get("handler")
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
-    given |= {name: str(Path(given[name]).absolute()) for name in PATHS if name in given}
+    given |= {name: checkpoint_of(given[name]) for name in PATHS if name in given}
     if isinstance(handler, dict):
         yaml = yaml | {"handler": handler | given}
         if "checkpoint_path" not in yaml["handler"]:
             raise ConfigError("--checkpoint_path", "is required where there is no ./model_config.yaml")
     root = Path(os.environ.get("GPT_FAST_ROOT") or (path.parent if path else "."))
     return read_config(yaml, root=root)
+
+
+def checkpoint_of(name: str) -> str:
+    """What a flag names, converted where it has to be: a directory, a weights file, a GGUF, a pulled ORG/NAME."""
+    from gpt_fast.convert.named import converted  # all that converts: not for the help
+
+    return str(converted(name).absolute())
 
 
 if __name__ == "__main__":
