@@ -10,17 +10,20 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 
 from gpt_fast.serve.admission import AT_ONCE
+from gpt_fast.serve.asgi import openapi
 from gpt_fast.serve.asgi.door import READ, Door
 from gpt_fast.serve.asgi.guard import Guard, Rules
 from gpt_fast.serve.asgi.prometheus import Counted, Figures
 from gpt_fast.serve.body import RequestError
 from gpt_fast.serve.endpoints import ENDPOINTS
 
-KNOWN = frozenset(("/", "/v1/models", *(f"/{path}" for path in (*READ, *filter(None, ENDPOINTS), *AT_ONCE))))
+KNOWN = frozenset(
+    ("/", "/docs", "/openapi.json", "/v1/models", *(f"/{path}" for path in (*READ, *filter(None, ENDPOINTS), *AT_ONCE)))
+)
 
 
 def build_app(door: Door, figures: Figures, rules: Rules, state: Callable[[], str]) -> Starlette:
@@ -36,9 +39,19 @@ def build_app(door: Door, figures: Figures, rules: Rules, state: Callable[[], st
     def page(request: Request) -> Response:
         return RedirectResponse("chat")  # its files lie beside it
 
+    keys = bool(rules.keys)
+
+    def document(request: Request) -> Response:
+        return JSONResponse(openapi.document(keys=keys))
+
+    def docs(request: Request) -> Response:
+        return HTMLResponse(openapi.page(keys=keys), headers={"content-security-policy": "default-src 'none'"})
+
     return Starlette(
         routes=[
             Route("/", sync(page)),
+            Route("/openapi.json", sync(document)),
+            Route("/docs", sync(docs)),
             Route("/health", sync(health)),
             Route("/metrics", sync(metrics)),
             Mount("/", door),
