@@ -33,6 +33,9 @@ pytestmark = pytest.mark.slow  # starts torchrun's ranks
 BYTES = {"vocab_size": 260, "max_position": 1024, "head_dim": 32, "intermediate_size": 192}
 
 
+FLOATS = "model.safetensors"  # a directory means its smallest file, which rounds otherwise on ranks
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     model = random_model(small_config(**BYTES, n_kv_head=4))
@@ -84,8 +87,9 @@ def test_what_is_done_to_a_cache_is_done_on_every_rank(tmp_path):
 
 @pytest.mark.model
 def test_three_ranks_write_what_one_process_writes(default_checkpoint):
-    flags = ["--checkpoint_path", str(default_checkpoint), "--batch_size", "4", "--num_samples", "1", "--seed", "3",
-             "--max_new_tokens", "24", "--dtype", "float32", "--device", "cpu", "--top_k", "3"]  # fmt: skip
+    flags = ["--checkpoint_path", str(default_checkpoint / FLOATS), "--batch_size", "4", "--num_samples", "1",
+             "--seed", "3", "--max_new_tokens", "24", "--dtype", "float32", "--device", "cpu",
+             "--top_k", "3"]  # fmt: skip
     done = run_ranks(3, "-m", "gpt_fast.generate", *flags)
     alone = subprocess.run([sys.executable, "-m", "gpt_fast.generate", *flags], capture_output=True, text=True)
     assert len(rows_of(done.stdout)) == 4 and rows_of(done.stdout) == rows_of(alone.stdout), done.stderr
@@ -96,8 +100,8 @@ def test_three_ranks_write_what_one_process_writes(default_checkpoint):
 
 def test_generate_on_ranks_says_once_what_one_process_says(checkpoint, tmp_path, capsys):
     profile = tmp_path / "trace.json"
-    flags = ["--checkpoint_path", str(checkpoint), "--num_samples", "2", "--max_new_tokens", "20", "--batch_size", "2",
-             "--dtype", "float32", "--device", "cpu", "--seed", "5"]  # fmt: skip
+    flags = ["--checkpoint_path", str(checkpoint / FLOATS), "--num_samples", "2", "--max_new_tokens", "20",
+             "--batch_size", "2", "--dtype", "float32", "--device", "cpu", "--seed", "5"]  # fmt: skip
     done = run_ranks(2, "-m", "gpt_fast.generate", *flags, "--profile", str(profile))
     assert done.returncode == 0, done.stderr
     generate.main(flags)
@@ -116,8 +120,9 @@ def test_a_conversation_on_ranks_reads_the_terminal_once(checkpoint):
 def test_two_machines_say_what_one_process_says(checkpoint, capsys, monkeypatch):
     """Two agents of two ranks each; the operator names the network they speak through."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    flags = ["--checkpoint_path", str(checkpoint), "--num_samples", "2", "--max_new_tokens", "20", "--batch_size", "2",
-             "--dtype", "float32", "--device", "cpu", "--seed", "5", "--speculate", "ngram"]  # fmt: skip
+    flags = ["--checkpoint_path", str(checkpoint / FLOATS), "--num_samples", "2", "--max_new_tokens", "20",
+             "--batch_size", "2", "--dtype", "float32", "--device", "cpu", "--seed", "5",
+             "--speculate", "ngram"]  # fmt: skip
     agents = two_agents((2, 2), free_ports(1)[0], "-m", "gpt_fast.generate", *flags)
     said = [agent.communicate(timeout=TIMEOUT) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said

@@ -53,7 +53,8 @@ def test_a_bomb_is_one_line(renderer, name):
     assert render(renderer, "{{ messages[0].content }}") == "hi"  # and the next one is answered
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_utime - before.ru_utime < SECONDS + 5  # of processor time: no bomb goes on behind its answer
-    assert used.ru_maxrss < 1 << 20  # KiB
+    # KiB; of the largest child that this process ever had, another test's perhaps
+    assert used.ru_maxrss <= max(before.ru_maxrss, 1 << 20)
 
 
 def test_one_that_is_refused_at_once_is_refused_by_the_checkpoints_loading(renderer):
