@@ -140,9 +140,8 @@ class CpuDecoder:
 
     weights: how float matrices are stored: "bfloat16"; "int8" (a scale a row); "int8_groups" (a scale per 32 inputs,
     GGUF's Q8_0); "int4" (scale and minimum per `group` inputs, with 32 GGUF's Q4_1; the head in int8_groups). Modules
-    of gpt_fast.quantize, not yet packed, keep their own codes. Activations are bfloat16, or beside integer weights
-    integers with a scale per 32 inputs, of 16 bits where they are largest, else of 8 (src/activations.h); sums,
-    residual and attention are float32.
+    of gpt_fast.quantize, not yet packed, keep their own codes. Activations are int8 per 32 inputs beside integer
+    weights, else bfloat16; sums, residual and attention are float32.
     threads: of the forward, the caller's included. pool: another decoder's, to share its threads. isa: one of
     build.ISAS, for tests. choice: of tuning.py, in place of what is best on this machine. link: to the other ranks, for
     a rank's share of a model. The caller's thread is then none of `threads`: the other ranks wait for a step, whether
