@@ -22,21 +22,15 @@ if TYPE_CHECKING:
 
 
 def round_activations(x: Tensor, weights: str) -> Tensor:
-    """What the kernels see of x: bfloat16, or integers with a scale per 32 inputs.
-
-    The scale is max|x| / 127 over the inputs but those of two quads (4 neighbours), of the even and of the odd ones
-    each the largest, whose integers have 16 bits.
-    """
+    """What the kernels see of x: bfloat16, or int8 with scale max|x| / 127 per 32 inputs."""
     if weights == "bfloat16":
         return x.to(torch.bfloat16).float()
     K = x.shape[-1]
     x_Gg = F.pad(x, (0, pack.padding(K, pack.GROUP))).unflatten(-1, (-1, pack.GROUP))
-    size_Gjp = x_Gg.abs().unflatten(-1, (4, 2, 4)).amax(-1)  # of quad 2 j + p
-    first_Gp, second_Gp = size_Gjp.topk(2, -2).values.unbind(-2)
-    reach_G1 = torch.maximum(second_Gp, first_Gp / 256).amax(-1, keepdim=True)
-    inverse = torch.full_like(reach_G1, 127).div(reach_G1)  # 127 / reach would multiply by a reciprocal
-    codes = (x_Gg * torch.where(reach_G1 > 0, inverse, 0)).round()
-    x_BSK: Tensor = (codes * (reach_G1 / 127)).flatten(-2)
+    largest = x_Gg.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127).div(largest)  # 127 / largest would multiply by a reciprocal
+    codes = (x_Gg * torch.where(largest > 0, inverse, 0)).round()
+    x_BSK: Tensor = (codes * (largest / 127)).flatten(-2)
     return x_BSK[..., :K]
 
 

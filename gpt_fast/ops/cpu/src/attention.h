@@ -78,7 +78,7 @@ inline void store_head(int8_t* p, float* scale, const float* x, int head_dim) {
   for (int d = 0; d < head_dim; d += kLanes) top = max(top, abs(load(x + d)));
   const float largest = reduce_max(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
   *scale = largest / 127.0f;
-  for (int d = 0; d < head_dim; d += kLanes) store_low_bytes(p + d, round_i32(load(x + d) * splat(inverse)));
+  for (int d = 0; d < head_dim; d += kLanes) store_i8(p + d, round_i32(load(x + d) * splat(inverse)));
 }
 
 // The running result of one query: `o` is the sum of values weighted by exp2(score - max), `sum` the weights' sum.

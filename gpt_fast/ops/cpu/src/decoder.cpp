@@ -65,9 +65,9 @@ void gf_screen(const Linear* w, const Screen* screen, const float* x, float* est
   Activations exact, coarse;
   const size_t n = size_t(w->cols);
   std::vector<float> exact_input(n), coarse_input(n);
-  const gf::Kind own = w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt;
+  const gf::Kind own = w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8;
   for (const auto& [form, kind, out] :
-       {std::tuple(&exact, own, &exact_input), std::tuple(&coarse, gf::Kind::kInt, &coarse_input)}) {
+       {std::tuple(&exact, own, &exact_input), std::tuple(&coarse, gf::Kind::kInt8, &coarse_input)}) {
     form->resize(kind, 1, w->cols);
     form->put_row(0, x, w->cols);
     form->restore(0, w->cols, out->data());
@@ -92,7 +92,7 @@ const gf::Field* gf_layout(int* count) {
 // y[m] = W x[m], for tests of one matrix: x [rows][cols], y [rows][round_up(w.rows, 32)].
 void gf_linear(const Linear* w, const float* x, int rows, float* y, const gf::Tuning* tuning) {
   Activations a;
-  a.resize(w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt, rows, w->cols);
+  a.resize(w->format == gf::kBf16 ? gf::Kind::kBf16 : gf::Kind::kInt8, rows, w->cols);
   for (int m = 0; m < rows; m++) a.put_row(m, x + size_t(m) * w->cols, w->cols);
   gf::multiply(*w, 0, w->tiles(), a, 0, rows, y, w->tiles() * gf::kLanes, w->q, *tuning);
 }

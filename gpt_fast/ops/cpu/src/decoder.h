@@ -41,7 +41,7 @@ class Decoder final : public Job {
       : model_(model),
         layers_(model.layers, model.layers + model.n_layer),
         pool_(pool),
-        kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt),
+        kind_(model.head.format == kBf16 ? Kind::kBf16 : Kind::kInt8),
         link_(std::move(link)),
         exchanges_(model, link_.get()),
         work_(pool.threads()),

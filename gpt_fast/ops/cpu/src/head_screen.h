@@ -36,7 +36,7 @@ class HeadScreen {
     highest_estimate_.assign(size_t(rows) * plan.head.tile_chunks(), {});
     if (inputs_.size() < size_t(rows)) inputs_.resize(size_t(rows));
     upper_bound_.resize(size_t(rows) * head_.tiles());
-    if (kind_ == Kind::kBf16) coarse_q_.resize(Kind::kInt, rows, head_.cols);
+    if (kind_ == Kind::kBf16) coarse_q_.resize(Kind::kInt8, rows, head_.cols);
     return true;
   }
 

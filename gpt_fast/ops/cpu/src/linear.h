@@ -100,13 +100,14 @@ struct Int8Row {
   Int8Row(const Linear& w, int tile)
       : q(w.q + block_index(tile, w.groups()) * kBlock),
         row_scale(static_cast<const float*>(w.scale) + tile * kLanes) {}
-  static i32x16 signed_sum(i32x16 sum, const Group& x) { return sum + splat_i(x.offset); }
-  i32x16 even(int j) const { return load_i(q + 128 * j); }
-  i32x16 odd(int j) const { return load_i(q + 128 * j + 64); }
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
   template <bool kShare>
   void fetch_scales(int, const Prefetch&) const {}
   void load_scales(int) {}
-  f32x16 add(f32x16 sum, i32x16 block, const Group& x) const { return fma(to_float(block), splat(x.scale), sum); }
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), splat(x.scale(row)[g]), sum);
+  }
   f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
 };
 
@@ -121,17 +122,16 @@ struct Int8Group {
       : q(w.q + block_index(tile, w.groups()) * kBlock),
         half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.groups()) * kLanes),
         groups(w.groups()) {}
-  static i32x16 signed_sum(i32x16 sum, const Group& x) { return sum + splat_i(x.offset); }
-  i32x16 even(int j) const { return load_i(q + 128 * j); }
-  i32x16 odd(int j) const { return load_i(q + 128 * j + 64); }
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const { a = load_i(q + 128 * j), b = load_i(q + 128 * j + 64); }
   // A single block gains nothing by it: scales are a sixteenth of what it reads.
   template <bool kShare>
   void fetch_scales(int g, const Prefetch&) const {
     if constexpr (kShare) prefetch<kToL2>(half + (g + groups) * 2 * kLanes);
   }
   void load_scales(int g) { scale = load_f16(half + g * 2 * kLanes); }
-  f32x16 add(f32x16 sum, i32x16 block, const Group& x) const {
-    return fma(to_float(block), scale * splat(x.scale), sum);
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
   }
   f32x16 finish(f32x16 sum) const { return sum; }
 };
@@ -149,9 +149,11 @@ struct Int4 {
         half(static_cast<const uint16_t*>(w.scale) + block_index(tile, w.scale_groups()) * 2 * kLanes),
         blocks_per_scale(w.group / kGroup),
         groups(w.groups()) {}
-  static i32x16 signed_sum(i32x16 sum, const Group&) { return sum; }
-  i32x16 even(int j) const { return low_nibbles(load_i(q + 64 * j)); }
-  i32x16 odd(int j) const { return high_nibbles(load_i(q + 64 * j)); }
+  static int32_t start(const Activations&, int, int) { return 0; }
+  void vectors(int j, i32x16& a, i32x16& b) const {
+    const i32x16 both = load_i(q + 64 * j);
+    a = low_nibbles(both), b = high_nibbles(both);
+  }
   const uint16_t* scales(int g) const { return half + g / blocks_per_scale * (4 * kLanes); }
   template <bool kShare>
   void fetch_scales(int g, const Prefetch& ahead) const {
@@ -159,9 +161,9 @@ struct Int4 {
     else fetch_lines(ahead.hint, reinterpret_cast<const uint8_t*>(scales(g + int(ahead.distance) / (2 * kBlock))), 64);
   }
   void load_scales(int g) { scale = load_f16(scales(g)), minimum = load_f16(scales(g) + kLanes); }
-  f32x16 add(f32x16 sum, i32x16 block, const Group& x) const {
-    sum = fma(to_float(block), scale * splat(x.scale), sum);
-    return fma(minimum, splat(x.weighted_sum), sum);
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    sum = fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
+    return fma(minimum, splat(x.weighted_sum(row)[g]), sum);
   }
   f32x16 finish(f32x16 sum) const { return sum; }
 };
@@ -185,14 +187,16 @@ struct Levels {
     const auto* after = static_cast<const float*>(w.scale) + size_t(w.tiles()) * kLanes;
     return reinterpret_cast<const int8_t*>(after) + block_index(tile, w.groups()) * kLanes;
   }
-  static i32x16 signed_sum(i32x16 sum, const Group& x) { return sum + splat_i(x.offset); }
-  i32x16 even(int j) const { return look_up(kLevel, low_nibbles(load_i(q + 64 * j))); }
-  i32x16 odd(int j) const { return look_up(kLevel, high_nibbles(load_i(q + 64 * j))); }
+  static int32_t start(const Activations& x, int row, int g) { return x.offset(row)[g]; }
+  void vectors(int j, i32x16& a, i32x16& b) const {
+    const i32x16 both = load_i(q + 64 * j);
+    a = look_up(kLevel, low_nibbles(both)), b = look_up(kLevel, high_nibbles(both));
+  }
   template <bool kShare>
   void fetch_scales(int, const Prefetch&) const {}
   void load_scales(int g) { scale = load_i8(group_scale + g * 2 * kLanes); }
-  f32x16 add(f32x16 sum, i32x16 block, const Group& x) const {
-    return fma(to_float(block), scale * splat(x.scale), sum);
+  f32x16 add(f32x16 sum, i32x16 block, const Activations& x, int row, int g) const {
+    return fma(to_float(block), scale * splat(x.scale(row)[g]), sum);
   }
   f32x16 finish(f32x16 sum) const { return sum * load(row_scale); }
 };
@@ -200,43 +204,37 @@ struct Levels {
 // Products of `MR` rows of x (from `row`) with `NR` tiles: out[m * stride + 16 n + lane]. One tile at a time reads the
 // weights in the order in which they lie; both at once load each input once.
 template <class W, int MR, int NR, bool kShare, int kAtOnce>
-void multiply_integers(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
-                       const Prefetch& ahead) {
+void multiply_int8(W (&w)[NR], int groups, const Activations& x, int row, float* out, int stride,
+                   const Prefetch& ahead) {
   f32x16 sum[MR][NR];
   GF_UNROLL
   for (int m = 0; m < MR; m++) {
     GF_UNROLL
     for (int n = 0; n < NR; n++) sum[m][n] = splat(0.0f);
   }
-  const Group* group[MR];
+  const int8_t* xq[MR];
   GF_UNROLL
-  for (int m = 0; m < MR; m++) group[m] = x.row(row + m);
+  for (int m = 0; m < MR; m++) xq[m] = x.q(row + m);
   for (int g = 0; g < groups; g++) {
     GF_UNROLL
     for (int first = 0; first < NR; first += kAtOnce) {
       i32x16 block[MR][kAtOnce];
       GF_UNROLL
       for (int m = 0; m < MR; m++) {
-        const Wide even = group[m]->even, odd = group[m]->odd;
         GF_UNROLL
-        for (int n = 0; n < kAtOnce; n++) {
-          const W& tile = w[first + n];
-          const i32x16 high = dot4(splat_i(0), tile.even(even.place), splat_i(even.high));
-          const i32x16 both = dot4(high, tile.odd(odd.place), splat_i(odd.high));
-          block[m][n] = W::signed_sum(shift_left<8>(both), *group[m]);
-        }
+        for (int n = 0; n < kAtOnce; n++) block[m][n] = splat_i(W::start(x, row + m, g));
       }
       GF_UNROLL
       for (int j = 0; j < 4; j++) {
         i32x16 a[kAtOnce], b[kAtOnce];
         GF_UNROLL
-        for (int n = 0; n < kAtOnce; n++) a[n] = w[first + n].even(j), b[n] = w[first + n].odd(j);
+        for (int n = 0; n < kAtOnce; n++) w[first + n].vectors(j, a[n], b[n]);
         GF_UNROLL
         for (int m = 0; m < MR; m++) {
-          const i32x16 xa = splat_i(read_as<int32_t>(group[m]->low + 8 * j));
+          const i32x16 xa = splat_i(read_as<int32_t>(xq[m] + 8 * j));
           GF_UNROLL
           for (int n = 0; n < kAtOnce; n++) block[m][n] = dot4(block[m][n], a[n], xa);
-          const i32x16 xb = splat_i(read_as<int32_t>(group[m]->low + 8 * j + 4));
+          const i32x16 xb = splat_i(read_as<int32_t>(xq[m] + 8 * j + 4));
           GF_UNROLL
           for (int n = 0; n < kAtOnce; n++) block[m][n] = dot4(block[m][n], b[n], xb);
         }
@@ -248,12 +246,12 @@ void multiply_integers(W (&w)[NR], int groups, const Activations& x, int row, fl
         tile.template fetch_scales<kShare>(g, ahead);
         tile.load_scales(g);
         GF_UNROLL
-        for (int m = 0; m < MR; m++) sum[m][first + n] = tile.add(sum[m][first + n], block[m][n], *group[m]);
+        for (int m = 0; m < MR; m++) sum[m][first + n] = tile.add(sum[m][first + n], block[m][n], x, row + m, g);
         tile.q += 2 * W::kBlock;
       }
     }
     GF_UNROLL
-    for (int m = 0; m < MR; m++) group[m]++;
+    for (int m = 0; m < MR; m++) xq[m] += kGroup;
   }
   GF_UNROLL
   for (int m = 0; m < MR; m++) {
@@ -317,7 +315,7 @@ void multiply_block(const Linear& w, int tile, const Activations& x, int row, fl
     W at[NR] = {W(w, tile + offset)...};
     if constexpr (W::kBlock == Bf16::kBlock)
       multiply_bf16<W, MR, NR, kShare>(at, w.groups(), x, row, out, stride, ahead);
-    else multiply_integers<W, MR, NR, kShare, kAtOnce>(at, w.groups(), x, row, out, stride, ahead);
+    else multiply_int8<W, MR, NR, kShare, kAtOnce>(at, w.groups(), x, row, out, stride, ahead);
   };
   if constexpr (NR == 1) run(0);
   else run(0, 1);

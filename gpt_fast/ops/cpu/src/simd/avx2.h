@@ -69,29 +69,6 @@ inline int32_t reduce_add(i32x16 a) {
   return _mm256_extract_epi32(_mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1)), 0);
 }
 
-// Each lane: the largest of the four that it is one of, and that of its neighbours, or of those two further.
-inline f32x16 largest_of_quad(f32x16 a) {
-  const auto half = [](__m256 x) {
-    const __m256 pairs = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
-    return _mm256_max_ps(pairs, _mm256_permute_ps(pairs, 0x4e));
-  };
-  return {half(a.lo), half(a.hi)};
-}
-inline f32x16 swap_neighbour_quads(f32x16 a) {
-  return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
-}
-inline f32x16 swap_half_quads(f32x16 a) { return {a.hi, a.lo}; }
-
-inline i32x16 operator+(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-template <int kBits>
-inline i32x16 shift_left(i32x16 a) {
-  return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
-}
-template <int kBits>
-inline i32x16 shift_right(i32x16 a) {  // copies of the sign come in
-  return {_mm256_srai_epi32(a.lo, kBits), _mm256_srai_epi32(a.hi, kBits)};
-}
-
 inline f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline f32x16 as_float(i32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline i32x16 round_i32(f32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
@@ -128,11 +105,9 @@ inline f32x16 load_i8(const int8_t* p) {
   const __m128i bytes = load128(p);
   return to_float({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
 }
-inline void store_low_bytes(int8_t* p, i32x16 a) {
-  const __m256i mask = _mm256_set1_epi32(255);  // packing saturates
-  const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask));
-  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+inline void store_i8(int8_t* p, i32x16 a) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 inline void store_bf16(uint16_t* p, f32x16 a) {  // nearest, ties to even

@@ -40,24 +40,6 @@ inline float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.r); }
 inline int32_t reduce_add(i32x16 a) { return _mm512_reduce_add_epi32(a.r); }
 inline float first_lane(f32x16 a) { return _mm512_cvtss_f32(a.r); }
 
-// Each lane: the largest of the four that it is one of, and that of its neighbours, or of those two further.
-inline f32x16 largest_of_quad(f32x16 a) {
-  const __m512 pairs = _mm512_max_ps(a.r, _mm512_permute_ps(a.r, 0xb1));
-  return {_mm512_max_ps(pairs, _mm512_permute_ps(pairs, 0x4e))};
-}
-inline f32x16 swap_neighbour_quads(f32x16 a) { return {_mm512_shuffle_f32x4(a.r, a.r, 0xb1)}; }
-inline f32x16 swap_half_quads(f32x16 a) { return {_mm512_shuffle_f32x4(a.r, a.r, 0x4e)}; }
-
-inline i32x16 operator+(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.r, b.r)}; }
-template <int kBits>
-inline i32x16 shift_left(i32x16 a) {
-  return {_mm512_slli_epi32(a.r, kBits)};
-}
-template <int kBits>
-inline i32x16 shift_right(i32x16 a) {  // copies of the sign come in
-  return {_mm512_srai_epi32(a.r, kBits)};
-}
-
 inline f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.r)}; }
 inline i32x16 round_i32(f32x16 a) { return {_mm512_cvtps_epi32(a.r)}; }
 inline f32x16 round_nearest(f32x16 a) {
@@ -82,7 +64,7 @@ inline f32x16 load_bf16(const uint16_t* p) {
 inline f32x16 load_i8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-inline void store_low_bytes(int8_t* p, i32x16 a) {
+inline void store_i8(int8_t* p, i32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.r));
 }
 inline void store_bf16(uint16_t* p, f32x16 a) {  // nearest, ties to even
