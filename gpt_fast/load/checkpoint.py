@@ -5,7 +5,7 @@ Weights are mapped from the files, checked and assigned: no second copy in memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +67,9 @@ def load_checkpoint(
     directory = weights.parent
     shards = list_shards(weights)
     names = [shard.name for shard in shards]
-    check_listed(directory, weights)
-    others = [name for name in read_manifest(directory) if not name.endswith(".safetensors")]
+    listed = read_manifest(directory)
+    check_listed(directory, weights, listed)
+    others = [name for name in listed if not name.endswith(".safetensors")]
     verify_manifest(directory, others)
     files = [SafetensorsFile(shard) for shard in shards]
     with verified_meanwhile(directory, names, content=verify):
@@ -83,12 +84,11 @@ def load_checkpoint(
     return Loaded(model.config, largest, model.eval(), directory, weights, quantization)
 
 
-def check_listed(directory: Path, weights: Path) -> None:
+def check_listed(directory: Path, weights: Path, listed: Container[str]) -> None:
     """Nothing is read that the manifest does not list, and therefore nobody verifies: CheckpointError names it."""
     read = ["config.json", *side_files_in(directory)]
     if not weights.is_file():
         read.append(index_of(weights).name)
-    listed = read_manifest(directory)
     for name in read:
         if name not in listed:
             way_out = "take it away, or convert again with it beside the weights that you convert"

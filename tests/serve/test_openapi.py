@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from gpt_fast.serve.admission import AT_ONCE
+from gpt_fast.serve.asgi import door
 from gpt_fast.serve.asgi.guard import Rules
 from gpt_fast.serve.asgi.openapi import POSTED, READ, STREAMED, document
 from gpt_fast.serve.endpoints import ENDPOINTS
@@ -21,8 +22,9 @@ def server():
         yield server
 
 
-def test_every_path_that_takes_a_body_is_described():
+def test_every_path_is_described():
     assert POSTED.keys() - {"predictions/gpt-fast"} == {*filter(None, ENDPOINTS), *AT_ONCE}
+    assert READ.keys() == {"v1/models", *door.READ}
 
 
 @pytest.mark.parametrize("path", POSTED)
