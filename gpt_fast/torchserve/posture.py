@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -79,9 +80,19 @@ def check_versions(lock: Path) -> list[str]:
 
 
 def installed() -> dict[str, str]:
-    """Version by name, as locks spell it."""
-    found = ((each.metadata["Name"], each.version) for each in metadata.distributions())
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name}
+    """Version by name, as locks spell it.
+
+    Of two, the one that an import finds: setuptools puts the folder of its own copies at the end of the path once it is
+    imported, and those belong to it alone.
+    """
+    versions: dict[str, str] = {}
+    for path in sys.path:
+        if Path(path).name == "_vendor":
+            continue
+        for each in metadata.distributions(path=[path]):
+            if name := each.metadata["Name"]:
+                versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
+    return versions
 
 
 def check_disk(run_dir: Path) -> list[str]:

@@ -79,6 +79,21 @@ def test_versions_off_the_lock(tmp_path, monkeypatch):
     assert "(got jinja2 3.1.0 for 3.1.6, allowed what make serve installs)" in line
 
 
+def test_versions_are_of_what_an_import_finds(tmp_path, monkeypatch):
+    """setuptools appends its folder of copies to the path; an environment over another one shadows it."""
+
+    def distribution(folder: str, name: str, version: str) -> str:
+        made = tmp_path / folder / f"{name}-{version}.dist-info"
+        made.mkdir(parents=True)
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        return str(tmp_path / folder)
+
+    mine, under = distribution("mine", "some_wheel", "2"), distribution("under", "Some.Wheel", "1")
+    copies = distribution("setuptools/_vendor", "only_a_copy", "3")
+    monkeypatch.setattr(posture.sys, "path", [mine, under, copies])
+    assert posture.installed() == {"some-wheel": "2"}
+
+
 def test_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(posture, "FREE_BYTES", 1 << 62)
     big = tmp_path / "model.safetensors"
