@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
         )
         config = EngineConfig(
-            checkpoint_path=str(checkpoint_to_serve(args.checkpoint_path, kv_cache=args.kv_cache)),
+            checkpoint_path=str(checkpoint_to_serve(args.checkpoint_path, kv_cache=args.kv_cache, dtype=args.dtype)),
             device=args.device,
             dtype=args.dtype,
             kv_cache=args.kv_cache,

@@ -89,7 +89,9 @@ def engine_config(args: argparse.Namespace, *, quiet: bool = False) -> EngineCon
     """quiet: not to say which of a directory's files is taken."""
     draft = args.draft_checkpoint_path
     return EngineConfig(
-        checkpoint_path=str(checkpoint_to_serve(args.checkpoint_path, kv_cache=args.kv_cache, quiet=quiet)),
+        checkpoint_path=str(
+            checkpoint_to_serve(args.checkpoint_path, kv_cache=args.kv_cache, dtype=args.dtype, quiet=quiet)
+        ),
         dtype=args.dtype,
         device=args.device,
         kv_cache=args.kv_cache,

@@ -25,14 +25,21 @@ class Choice(NamedTuple):
     told: str  # in one line: which file, why, and which smaller ones were passed over
 
 
-def choose_weights(path: Path, thresholds: Mapping[str, float] | None = None, *, kv_cache: str = "auto") -> Choice:
+def choose_weights(
+    path: Path, thresholds: Mapping[str, float] | None = None, *, kv_cache: str = "auto", dtype: str = "auto"
+) -> Choice:
     """The file to serve of a converted directory; a file is taken as it is.
 
-    thresholds: EngineConfig.quality, to which every report is then held; else THRESHOLDS. kv_cache: EngineConfig's.
-    Where no quantized file is allowed it is model.safetensors, as find_weights finds it, or says why it does not.
+    thresholds: EngineConfig.quality, to which every report is then held; else THRESHOLDS. kv_cache, dtype:
+    EngineConfig's. Where no quantized file is allowed it is model.safetensors, as find_weights finds it, or says why it
+    does not. Who names float32 wants nothing rounded; the other two are what quantized weights are computed in as well.
     """
     if not path.is_dir():
         return Choice(find_weights(path), "")
+    if dtype == "float32" and exists(path / WEIGHTS):
+        return Choice(
+            find_weights(path), line(find_weights(path), "dtype float32 asks for weights without rounding", [])
+        )
     passed_over: list[str] = []
     for weights in smaller_files(path):
         allowed, why = verdict(weights, thresholds or {}, kv_cache)

@@ -32,10 +32,15 @@ GROUPSIZE = 32  # of int4 where none is said, as with gpt-fast quantize
 
 
 def checkpoint_to_serve(
-    name: str, *, quality: Mapping[str, float] | None = None, kv_cache: str = "auto", quiet: bool = False
+    name: str,
+    *,
+    quality: Mapping[str, float] | None = None,
+    kv_cache: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
 ) -> Path:
     """The weights file to serve of what is named (checkpoint.choice); unless quiet, which one is said on stderr."""
-    choice = choose_weights(converted(name), quality, kv_cache=kv_cache)
+    choice = choose_weights(converted(name), quality, kv_cache=kv_cache, dtype=dtype)
     if choice.told and not quiet:
         print(choice.told, file=sys.stderr, flush=True)
     return choice.weights

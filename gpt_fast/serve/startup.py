@@ -31,7 +31,8 @@ SWITCH_SECONDS = 0.0005  # the engine's thread waits that long for Python's lock
 
 def with_weights(config: EngineConfig) -> EngineConfig:
     """With the weights file that a checkpoint's directory means; the log says which it is."""
-    choice = choose_weights(Path(config.checkpoint_path), config.quality, kv_cache=config.kv_cache)
+    path = Path(config.checkpoint_path)
+    choice = choose_weights(path, config.quality, kv_cache=config.kv_cache, dtype=config.dtype)
     if choice.told:
         logger.info("gpt-fast: %s", choice.told)
     return dataclasses.replace(config, checkpoint_path=str(choice.weights))

@@ -43,6 +43,16 @@ def test_int8_is_served_unless_its_report_is_bad(directory: Path) -> None:
     assert "perplexity_ratio is worse (got 1.5, allowed at most 1.03)" in choice.told and "\n" not in choice.told
 
 
+def test_who_names_float32_gets_nothing_rounded(directory: Path) -> None:
+    int8 = quantize_checkpoint(directory, mode="int8")
+    choice = choose_weights(directory, dtype="float32")
+    assert choice.weights == directory / "model.safetensors" and "float32 asks for weights without" in choice.told
+    assert choose_weights(int8, dtype="float32").weights == int8  # the file was asked for by its name
+    assert choose_weights(directory, dtype="bfloat16").weights == int8  # what quantized weights are computed in too
+    (directory / "model.safetensors").unlink()
+    assert choose_weights(directory, dtype="float32").weights == int8
+
+
 def test_int4_needs_a_report_that_is_good(directory: Path) -> None:
     int8, int4 = (quantize_checkpoint(directory, mode=mode) for mode in ("int8", "int4"))
     choice = choose_weights(directory)
