@@ -93,7 +93,7 @@ class Target:
 
 
 def workers(target: Target) -> list[psutil.Process]:
-    return [psutil.Process(pid) for pid in target.instance.worker_cpu()]
+    return target.instance.workers_running()
 
 
 def frontend(target: Target) -> list[psutil.Process]:

@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ from gpt_fast.torchserve.java import find_java
 ROOT = Path(__file__).resolve().parents[1]
 MAX_TMP = 80  # a unix socket's path, TEMP/.ts.sock.NNNNN, must stay under 108 bytes
 PROGRAMS = ("org.pytorch.serve.ModelServer", "model_service_worker.py")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """at: seconds of a monotonic clock; the others are seconds of the processes' lives (see Instance.usage)."""
+
+    at: float
+    workers: frozenset[int] = frozenset()  # their process ids
+    computed: float = 0.0
+    waited: float = 0.0
+    frontend_waited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,17 +141,26 @@ class Instance:
             return None
         return process if self._owns(process) and alive(process) else None
 
-    def worker_cpu(self) -> dict[int, float]:
-        """Of each worker process, the seconds that it has computed."""
-        found = {}
+    def workers_running(self) -> list[psutil.Process]:
+        """The worker processes, as the frontend's descendants."""
         frontend = self.frontend()
-        for process in frontend.children(recursive=True) if frontend else []:
-            try:
-                if alive(process) and any(PROGRAMS[1] in word for word in process.cmdline()):
-                    found[process.pid] = sum(process.cpu_times()[:2])
-            except psutil.Error:  # it ended meanwhile
-                continue
-        return found
+        try:
+            found = frontend.children(recursive=True) if frontend else []
+        except psutil.Error:  # it ended meanwhile
+            return []
+        return [process for process in found if is_worker(process)]
+
+    def usage(self) -> Usage:
+        """What the workers have computed until now, and how long they and the frontend have waited for a core."""
+        workers = self.workers_running()
+        frontend = self.frontend()
+        return Usage(
+            at=time.monotonic(),
+            workers=frozenset(process.pid for process in workers),
+            computed=sum(map(cpu_seconds, workers)),
+            waited=sum(map(waited_seconds, workers)),
+            frontend_waited=waited_seconds(frontend) if frontend else 0.0,
+        )
 
     def watcher(self) -> psutil.Process | None:
         """The process that watches the instance, None when none does."""
@@ -276,10 +297,36 @@ class Instance:
 
 
 def alive(process: psutil.Process) -> bool:
+    """A process whose first thread has ended while others still do keeps its memory and its ports: it lives."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
+    except (psutil.Error, OSError):
         return False
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return alive(process) and any(PROGRAMS[1] in word for word in process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    try:
+        return sum(process.cpu_times()[:2])
+    except psutil.Error:
+        return 0.0
+
+
+def waited_seconds(process: psutil.Process) -> float:
+    """How long its threads have waited for a core, all together; 0 where the kernel does not count it."""
+    nanoseconds = 0
+    for file in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            nanoseconds += int(file.read_text().split()[1])
+    return nanoseconds / 1e9
 
 
 def is_listening(port: int) -> bool:

@@ -46,7 +46,7 @@ def watch_lines(server: Server) -> list[str]:
 
 def test_a_busy_server_is_left_alone_by_the_watch(server: Server) -> None:
     """All slots and places taken for longer than the watch waits, with prompts as long as can be."""
-    pids = set(server.instance.worker_cpu())
+    pids = set(server.instance.usage().workers)
     body = {"prompt": "word " * 300, "max_new_tokens": 60, "ignore_eos": True, "stream": False}
     statuses: list[int] = []
 
@@ -58,7 +58,7 @@ def test_a_busy_server_is_left_alone_by_the_watch(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(60) as clients:
         list(clients.map(call_again_and_again, range(60)))
     assert {200, 429} == set(statuses)
-    assert pids and pids <= set(server.instance.worker_cpu()) and watch_lines(server) == []
+    assert pids and pids <= set(server.instance.usage().workers) and watch_lines(server) == []
 
 
 def test_a_second_worker_is_refused_and_every_request_answered(server: Server) -> None:

@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.dummy_server import DummyServer, dummy_server
@@ -19,7 +21,7 @@ from support.waiting import wait_until
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import watch
-from instance import Instance
+from instance import Instance, Usage, alive, cpu_seconds, waited_seconds
 from lifecycle import ServeError
 from watch import STALL_SECONDS, Judge, Sight, Watch, trim
 
@@ -32,32 +34,64 @@ def found(*sights: Sight) -> list[str | None]:
     return [judge.problem(sight) for sight in sights]
 
 
-def unanswered(at: float, *, cpu: float = 0.0, ready: bool | None = True, workers: frozenset[int] = ONE) -> Sight:
-    return Sight(at, ready=ready, workers=workers, cpu=cpu)
+def answered(at: float) -> Sight:
+    return Sight(Usage(at), Usage(at), answered=True)
+
+
+def unanswered(
+    at: float,
+    *,
+    took: float = 0.0,
+    cpu: float = 0.0,
+    starved: float = 0.0,
+    frontend_starved: float = 0.0,
+    ready: bool | None = True,
+    workers: frozenset[int] = ONE,
+) -> Sight:
+    """A look that ended at `at`. cpu, starved: shares of all time until then."""
+
+    def used(at: float) -> Usage:
+        return Usage(at, workers, cpu * at, starved * at, frontend_starved * at)
+
+    return Sight(used(at - took), used(at), ready=ready)
 
 
 def test_an_end_is_seen_at_once():
-    assert found(Sight(0, answered=True), Sight(1, frontend=False)) == [None, "TorchServe has ended"]
+    assert found(answered(0), Sight(Usage(1), Usage(1), frontend=False)) == [None, "TorchServe has ended"]
 
 
 @pytest.mark.parametrize("ready", [True, None])
 def test_silence_while_nothing_computes_is_a_wedge(ready):
-    problems = found(*(unanswered(at, cpu=0.01 * at, ready=ready) for at in range(6)))
+    problems = found(*(unanswered(at, cpu=0.01, starved=0.2, ready=ready) for at in range(6)))
     assert problems == [None] * 3 + ["no request is answered while nothing computes"] * 3
     assert STALL_SECONDS == 3
 
 
-def test_silence_is_none_while_something_computes_or_an_answer_comes():
-    """Full queues, long prompts and long steps: for ever, if need be."""
-    assert not any(found(*(unanswered(at, cpu=0.2 * at) for at in range(1000))))
-    answers = (Sight(at, answered=True) if at % 4 == 3 else unanswered(at) for at in range(100))
-    assert not any(found(*answers))
+def test_one_look_that_took_as_long_is_enough():
+    assert found(answered(0), unanswered(4, took=3)) == [None, "no request is answered while nothing computes"]
+    began_anew = Sight(Usage(1, frozenset({7})), Usage(4, ONE), ready=True)
+    assert found(answered(0), began_anew, unanswered(6)) == [None] * 3
+
+
+def test_a_frontend_that_says_nothing_is_wedged_whatever_its_workers_compute():
+    problems = found(*(unanswered(at, cpu=2.0, starved=2.0, ready=None) for at in range(4)))
+    assert problems == [None] * 3 + ["no request is answered while nothing computes"]
+
+
+@pytest.mark.parametrize(
+    "busy", [{"cpu": 0.2}, {"starved": 0.9}, {"frontend_starved": 0.9}, {"frontend_starved": 0.9, "ready": None}]
+)
+def test_silence_is_none_while_something_computes_or_waits_for_a_core_or_an_answer_comes(busy):
+    """Full queues, long prompts, long steps, a machine that is full of others: for ever, if need be."""
+    assert not any(found(*(unanswered(at, **busy) for at in range(1000))))
+    assert not any(found(*(unanswered(4 * at, took=3, **busy) for at in range(1000))))
+    assert not any(found(*(answered(at) if at % 4 == 3 else unanswered(at) for at in range(100))))
 
 
 def test_a_worker_that_is_replaced_begins_anew_and_may_load_as_long_as_at_the_start():
     died, loads = unanswered(0, ready=False, workers=frozenset()), frozenset({2})
     waited = [unanswered(at, ready=False, workers=loads) for at in (2, 50, 99)]
-    assert not any(found(died, *waited, unanswered(101, workers=loads), Sight(104, answered=True)))
+    assert not any(found(died, *waited, unanswered(101, workers=loads), answered(104)))
     late = unanswered(102, ready=False, workers=loads)
     assert found(died, *waited, late)[-1] == "the worker does not get ready"
 
@@ -86,7 +120,7 @@ def test_restarts_that_do_not_help_end(instance, monkeypatch):
         other.listen()
         with pytest.raises(ServeError, match="TorchServe has ended: given up after 2 restarts; start it with: make"):
             Watch(served, told.append).run()
-    assert [f"(restart {n} of 2 in a row)" in line for n, line in enumerate(told, 1)] == [True, True]
+    assert [f"(try {n} of 2)" in line for n, line in enumerate(told, 1)] == [True, True]
     assert all("port: in use by another program" in line for line in told)
     assert served.served() == {}
 
@@ -111,6 +145,28 @@ def test_a_log_that_has_grown_too_long_begins_anew(tmp_path: Path, monkeypatch):
     assert log.read_text() == "23"
 
 
+def test_a_process_lives_as_long_as_one_of_its_threads(tmp_path: Path):
+    """Killed Java is a zombie by its first thread while others still hold its ports: a start then found them taken."""
+    code = "import ctypes, threading; threading.Thread(target=input).start(); ctypes.CDLL(None).pthread_exit(None)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as left:
+        process = psutil.Process(left.pid)
+        wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert alive(process)
+        left.kill()
+        wait_until(lambda: not alive(process))
+
+
+def test_waiting_for_a_core_is_counted():
+    """Of a process that may run only when nobody else wants its core, which another one does."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.nice(%d)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code % 0]) as first:
+        with subprocess.Popen([sys.executable, "-c", code % 19]) as starved:
+            wait_until(lambda: waited_seconds(psutil.Process(starved.pid)) > 0.3)
+            assert cpu_seconds(psutil.Process(starved.pid)) < waited_seconds(psutil.Process(starved.pid))
+            starved.kill()
+        first.kill()
+
+
 # --- a real TorchServe ----------------------------------------------------------------------------------------
 
 
@@ -133,11 +189,11 @@ def test_a_dead_torchserve_and_a_stopped_worker_are_replaced_and_sigterm_drains(
         wait_until(lambda: len(lines(server)) == 1)
         assert "TorchServe has ended: started anew, ready after" in lines(server)[0] and answers(server)
 
-        (stopped,) = server.instance.worker_cpu()
+        (stopped,) = server.instance.usage().workers
         os.kill(stopped, signal.SIGSTOP)
         wait_until(lambda: len(lines(server)) == 2)
         assert "no request is answered while nothing computes: started anew" in lines(server)[1] and answers(server)
-        assert stopped not in server.instance.worker_cpu()
+        assert stopped not in server.instance.usage().workers
 
         stream = server.curl('{"n": 8, "pause": 0.25}')
         assert stream.stdout is not None and stream.stdout.readline()
@@ -158,7 +214,7 @@ def test_a_drain_ends_or_tells_all_that_run_and_all_that_wait_in_torchserves_que
         waiting = [server.curl('{"n": 1, "pause": 0}', "-w", "%{http_code}") for _ in range(8)]
         wait_until(lambda: server.instance.describe()["jobQueueStatus"]["pendingRequests"] >= 8)
         if worker == "dies":
-            (pid,) = server.instance.worker_cpu()
+            (pid,) = server.instance.usage().workers
             os.kill(pid, signal.SIGKILL)
         stopped = server.serve("stop")
         begun = r"\((8|9) in flight" if worker == "dies" else r"\((16|17) in flight"  # with the watch's own question
