@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write build/sbom.json (CycloneDX): every installed package with its licence, and what TorchServe's Java archive has.
+"""Write build/sbom.json (CycloneDX): every installed package with its licence, what TorchServe's Java archive has, and
+the chat page's libraries.
 
 The archive has lost its own notices, so what is in it is listed here, by hand; a class that no entry accounts for is
 an error. Licences are printed, with how many components have each.
@@ -15,6 +16,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import vendor
 
 ROOT = Path(__file__).resolve().parents[1]
 SBOM = ROOT / "build" / "sbom.json"
@@ -67,6 +70,7 @@ def main() -> int:
     bom = json.loads(SBOM.read_text(encoding="utf-8"))
     with zipfile.ZipFile(jar) as archive:
         bom["components"] += jar_components(archive.namelist())
+    bom["components"] += vendor.components(vendor.read_list())
     for component in bom["components"]:
         component["externalReferences"] = public(component.get("externalReferences", []))
     SBOM.write_text(json.dumps(bom, indent=1) + "\n", encoding="utf-8")

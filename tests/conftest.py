@@ -109,3 +109,23 @@ def default_checkpoint():
     directory = Path(__file__).parents[1] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     assert (directory / "model.safetensors").is_file(), "run `make model` first"
     return directory
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, for tests with support.browser's NEEDS_CHROMIUM."""
+    from support.browser import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tabs(browser, tmp_path):
+    """Pages in it: support.browser.Tabs. What no page may do has not happened when the test ends."""
+    from support.browser import Tabs
+
+    tabs = Tabs(browser, tmp_path / "pictures")
+    yield tabs
+    tabs.close()
+    assert not tabs.wrongs

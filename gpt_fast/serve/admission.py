@@ -17,7 +17,7 @@ from gpt_fast.serve.chat_style import ChatStyle
 from gpt_fast.serve.endpoints import CHAT, COMPLETION, ENDPOINTS, RESPONSES, TEMPLATE, Fields
 from gpt_fast.serve.exchange import Answer, Incoming, Job, Prompt, Refusal, Reply
 from gpt_fast.serve.messages_answer import MessagesAnswer
-from gpt_fast.serve.page import PAGE_TYPE, chat_page
+from gpt_fast.serve.page.assets import chat_page
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, check_entries
 from gpt_fast.serve.request import REASONS, ApiRequest, RequestError, check_model, parse_request
 from gpt_fast.serve.response import JSON, dump, model_card, model_list
@@ -61,8 +61,8 @@ class Admit:
         try:
             if incoming.refused is not None:
                 raise incoming.refused
-            if path == "chat":
-                return Reply(self.page.text, None, content_type=PAGE_TYPE, headers=self.page.headers)
+            if (asset := self.page.get(path)) is not None:
+                return Reply(asset.text, None, content_type=asset.content_type, headers=asset.headers)
             if path.startswith("v1/models"):
                 return Reply(self.models(path), None, content_type=JSON)
             if path == "tokenizer_info":

@@ -48,7 +48,7 @@ def test_the_wheel_holds_all_files_of_the_package(wheel):
     packed = set(wheel.namelist())
     assert {name for name in known.splitlines() if (ROOT / name).is_file()} <= packed
     kinds = {Path(name).suffix for name in packed if name.startswith("gpt_fast/")}
-    assert {".py", ".typed", ".cpp", ".h", ".html", ".yaml", ".jsonl"} <= kinds
+    assert {".py", ".typed", ".cpp", ".h", ".html", ".css", ".js", ".yaml", ".jsonl"} <= kinds
     (license_file,) = [name for name in packed if name.endswith("licenses/LICENSE")]
     text = wheel.read(license_file).decode()
     assert text == (ROOT / "LICENSE").read_text() and "Copyright 2023 Meta" in text and "BSD 3-Clause" in text
@@ -60,7 +60,9 @@ def test_the_wheel_holds_all_files_of_the_package(wheel):
 @pytest.mark.slow
 def test_the_wheel_says_what_it_is(metadata):
     assert metadata["Name"] == "gpt-fast" and metadata["Version"] == gpt_fast.__version__
-    assert metadata["License-Expression"] == "BSD-3-Clause" and metadata["License-File"] == "LICENSE"
+    assert metadata["License-Expression"] == "BSD-3-Clause AND MIT AND Apache-2.0"
+    files = metadata.get_all("License-File")
+    assert files[0] == "LICENSE" and len(files) == 5 and all(name.endswith(".LICENSE.txt") for name in files[1:])
     assert metadata["Requires-Python"] == ">=3.11" and "Typing :: Typed" in metadata.get_all("Classifier")
     assert str(metadata.get_payload()).strip() == PAGE.strip()
 

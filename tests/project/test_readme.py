@@ -105,7 +105,7 @@ def test_the_archiver_line_makes_an_archive_with_the_package(tmp_path):
     (line,) = commands("torch-model-archiver")
     run(shlex.split(line), cwd=tmp_path)
     names = run(["tar", "tzf", "gpt-fast.tar.gz"], cwd=tmp_path).splitlines()
-    for name in ("handler.py", "model_config.yaml", "gpt_fast/engine/core.py", "gpt_fast/serve/chat.html"):
+    for name in ("handler.py", "model_config.yaml", "gpt_fast/engine/core.py", "gpt_fast/serve/page/chat.html"):
         assert f"gpt-fast/{name}" in names
 
 

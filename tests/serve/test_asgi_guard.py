@@ -6,6 +6,7 @@ import pytest
 
 from gpt_fast.serve.asgi.app import KNOWN
 from gpt_fast.serve.asgi.guard import OPEN, Rules, check_origins, check_reach, read_keys
+from gpt_fast.serve.page.assets import chat_page
 from support.asgi_server import AsgiServer
 
 KEY, OTHER_KEY, PAGE = "sk-0123456789", "sk-abcdefghij", "http://app.example:3000"
@@ -53,6 +54,8 @@ def test_without_a_key_it_is_401_in_openais_form(locked, headers):
 def test_every_path_asks_for_the_key_but_those_that_tell_nothing(locked):
     answered = {path for path in KNOWN if locked.call(path, method="GET").status != 401}
     assert answered == {"/" + path for path in OPEN}
+    assert {locked.call(f"/{path}", method="GET").status for path in chat_page()} == {200}
+    assert locked.call("/chat/nothing", method="GET").status == 404
     for path in ("/predictions/gpt-fast", "/predictions/gpt-fast/1.0/v1/models", "/v1/models/gpt-fast", "/other"):
         assert locked.call(path, {}).status == 401
     assert locked.call("/v1/messages", {}).json["error"]["type"] == "authentication_error"

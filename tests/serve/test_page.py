@@ -1,57 +1,103 @@
-"""The chat page's policy: its own script and style run in it and nothing else; and who gets it through the relay."""
+"""The chat page's files and policy: nothing runs in it but its own files; and who gets it through the relay."""
 
-import base64
-import hashlib
 import http.client
 import re
 import threading
 
 import pytest
 
-from gpt_fast.serve.page import PageServer, chat_page
+from gpt_fast.serve.page.assets import PAGE, chat_page, is_of_page
+from gpt_fast.serve.page.relay import PageServer
 
-PAGE = chat_page()
-HEADERS = dict(PAGE.headers)
+ASSETS = chat_page()
+HTML = ASSETS[PAGE]
+HEADERS = dict(HTML.headers)
 POLICY = dict(part.strip().split(" ", 1) for part in HEADERS["Content-Security-Policy"].split(";"))
+SCRIPTS = {path: asset.text for path, asset in ASSETS.items() if path.endswith(".js") and "/vendor/" not in path}
 
 
 def test_nothing_is_allowed_that_is_not_named():
-    assert POLICY["default-src"] == POLICY["frame-ancestors"] == POLICY["base-uri"] == POLICY["form-action"] == "'none'"
+    closed = ("default-src", "frame-ancestors", "base-uri", "form-action")
+    assert {POLICY[name] for name in closed} == {"'none'"}
+    assert {POLICY[name] for name in ("script-src", "style-src", "connect-src")} == {"'self'"}
     assert "unsafe" not in HEADERS["Content-Security-Policy"] and "*" not in HEADERS["Content-Security-Policy"]
+    assert POLICY["trusted-types"] == "dompurify" and POLICY["require-trusted-types-for"] == "'script'"
     assert HEADERS["X-Content-Type-Options"] == "nosniff" and HEADERS["Referrer-Policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("tag", ["script", "style"])
-def test_its_own_code_is_named_by_its_hash(tag):
-    start, end = PAGE.text.index(f"<{tag}>") + len(tag) + 2, PAGE.text.index(f"</{tag}>")
-    digest = hashlib.sha256(PAGE.text[start:end].encode()).digest()
-    assert POLICY[f"{tag}-src"] == f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
 def test_it_has_no_code_that_the_policy_would_stop():
-    html = re.sub(r"<(script|style)>.*?</\1>", "", PAGE.text, flags=re.DOTALL)
-    assert not re.search(r"\s(on\w+|style|src|href|action)\s*=", html)
-    assert "innerHTML" not in PAGE.text and "eval(" not in PAGE.text
+    assert not re.search(r"\s(on\w+|style)\s*=|<style|javascript:", HTML.text)
+    assert re.findall(r"<script[^>]*>", HTML.text) == [f'<script type="module" src="{folder()}/main.js">']
+    for path, text in SCRIPTS.items():
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|setAttribute\(.style", text
+        ), path
+
+
+def folder() -> str:
+    return next(path for path in ASSETS if path.endswith("/main.js")).rsplit("/", 1)[0]
+
+
+def test_what_a_page_names_is_there():
+    """Its links, and every module's imports, as a browser resolves them, from `chat` and from `chat/`."""
+    links = re.findall(r'(?:src|href)="(chat/[^"]*)"', HTML.text)
+    assert len(links) == 2
+    for link in links:
+        assert ASSETS[link] == ASSETS[f"{PAGE}/{link}"]
+    for path, text in SCRIPTS.items():
+        for name in re.findall(r'(?:from|import) "\./([^"]+)"', text):
+            assert f"{path.rsplit('/', 1)[0]}/{name}" in ASSETS, (path, name)
+
+
+def test_its_files_are_kept_for_good_and_the_page_is_not():
+    assert HEADERS["Cache-Control"] == "no-cache"
+    for path, asset in ASSETS.items():
+        assert is_of_page(path)
+        if path != PAGE:
+            assert "immutable" in dict(asset.headers)["Cache-Control"] and re.match(r"chat/(chat/)?[0-9a-f]{16}/", path)
+            assert dict(asset.headers)["X-Content-Type-Options"] == "nosniff"
+            assert asset.content_type.startswith(("text/javascript", "text/css"))
+    assert not is_of_page("chats") and not is_of_page("v1/chat/completions")
 
 
 @pytest.mark.parametrize(
     "headers, status",
     [({}, 200), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403)],
 )
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_the_relay_is_for_this_machine_too(method, headers, status):
+@pytest.mark.parametrize("method, path", [("GET", "/chat"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions")])
+def test_the_relay_is_for_this_machine_too(method, path, headers, status):
     """The server behind it sees the relay's own Host."""
-    pages = PageServer("http://127.0.0.1:1", port=0)  # nobody there: what is let through ends with the connection
-    threading.Thread(target=pages.serve_forever, daemon=True).start()
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", pages.server_port, timeout=10)
-        connection.request(method, "/chat" if method == "GET" else "/v1/chat/completions", "{}", headers)
-        if method == "POST" and status == 200:
+    with relay() as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request(method, path, "{}", headers)
+        if path != "/chat" and status == 200:  # nobody there: what is let through ends with the connection
             with pytest.raises(http.client.RemoteDisconnected):
                 connection.getresponse()
         else:
             assert connection.getresponse().status == status
         connection.close()
-    finally:
-        pages.shutdown()
-        pages.server_close()
+
+
+def test_the_relay_has_the_page_s_files_and_no_others():
+    with relay() as port:
+        for path, asset in [*ASSETS.items(), ("chat/../relay.py", None), (f"{folder()}/relay.py", None)]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", f"/{path}")
+            answer = connection.getresponse()
+            assert answer.status == (404 if asset is None else 200), path
+            if asset is not None:
+                assert answer.read().decode() == asset.text and answer.headers["Content-Type"] == asset.content_type
+            connection.close()
+
+
+class relay:
+    """The page in front of nobody; its port."""
+
+    def __enter__(self) -> int:
+        self.pages = PageServer("http://127.0.0.1:1", port=0)
+        threading.Thread(target=self.pages.serve_forever, daemon=True).start()
+        return self.pages.server_port
+
+    def __exit__(self, *_: object) -> None:
+        self.pages.shutdown()
+        self.pages.server_close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_fast.serve.page.assets import chat_page
 from gpt_fast.text.chat import ChatTemplate
 from support.asgi_server import AsgiServer
 from support.hard_strings import TRL, wheel_member
@@ -43,6 +44,7 @@ GOOD = [
     ("/v1/models/gpt-fast", None),
     ("/tokenizer_info", None),
     ("/chat", None),
+    *((f"/{path}", None) for path in chat_page() if path.endswith(("/main.js", "/page.css"))),
 ]
 BAD = [
     (COMPLETIONS, b"{"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpt_fast.convert.quantized import quantize_checkpoint
+from gpt_fast.serve.page.assets import chat_page
 from gpt_fast.torchserve import archive
 from gpt_fast.torchserve.served_files import imported_modules
 from support.paths import ROOT
@@ -26,6 +27,7 @@ SERVE = """
 import json, sys
 from pathlib import Path
 from gpt_fast.serve.exchange import Incoming
+from gpt_fast.serve.page.assets import chat_page
 from gpt_fast.serve.startup import start_serving
 
 here = Path(sys.argv[1])
@@ -38,6 +40,7 @@ rounds = start_serving(yaml, root=here, model_name="gpt-fast")
 asked = {
     "text": Incoming("", b'{"prompt": "abcabcabc", "max_new_tokens": 9, "stream": false, "ignore_eos": true}'),
     "page": Incoming("chat", b""),
+    "script": Incoming(next(path for path in chat_page() if path.endswith("main.js")), b""),
 }
 active, answers = set(asked), {}
 while active:
@@ -76,7 +79,12 @@ def test_commands_stay_out_and_data_of_what_serves_is_in(unpacked: Path) -> None
     assert not OF_QUANTIZING & {path.name for path in (package / "quantize").iterdir()}
     assert not list(package.rglob("__main__.py"))
     data = {str(path.relative_to(package)) for path in package.rglob("*.*") if path.suffix != ".py"}
-    assert {"serve/chat.html", "ops/cpu/src/decoder.cpp", "ops/cpu/src/decoder.h"} <= data
+    assert {
+        "serve/page/chat.html",
+        "serve/page/vendor/marked.esm.js",
+        "ops/cpu/src/decoder.cpp",
+        "ops/cpu/src/decoder.h",
+    } <= data
     assert not [name for name in data if name.endswith((".jsonl", ".yaml"))]
 
 
@@ -94,7 +102,8 @@ def test_an_answer_and_the_page_come_from_the_archive_alone(unpacked: Path, tmp_
     )
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout.splitlines()[-1])
-    assert answers["page"] == [200, len((ROOT / "gpt_fast/serve/chat.html").read_text(encoding="utf-8"))]
+    assert answers["page"] == [200, len(chat_page()["chat"].text)]
+    assert answers["script"] == [200, len((ROOT / "gpt_fast/serve/page/main.js").read_text(encoding="utf-8"))]
     assert answers["text"][0] == 200 and answers["text"][1] > 0
 
 

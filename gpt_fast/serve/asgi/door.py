@@ -17,13 +17,13 @@ from gpt_fast.serve.body import MAX_BODY, RequestError, too_large
 from gpt_fast.serve.desk import Desk
 from gpt_fast.serve.endpoints import ENDPOINTS
 from gpt_fast.serve.exchange import CLIENT_ID, Incoming, Reply, client_id_of
+from gpt_fast.serve.page.assets import PAGE, is_of_page
 from gpt_fast.serve.startup import Started
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-PAGE = "chat"  # which is at the root, too
 READ = frozenset((PAGE, "tokenizer_info", "health", "metrics"))  # app.py answers most
 BODY_SECONDS = 60.0  # for a body to arrive
 PASSED_OVER = 16 * MAX_BODY  # bytes read of a body that is too large: most clients read an answer only after they wrote
@@ -73,7 +73,7 @@ class Door:
         """As endpoints are named, behind the model's name where it came as TorchServe's paths do."""
         path = path.strip("/")
         if not path.startswith("predictions/"):
-            return path or PAGE
+            return path or PAGE  # which is at the root, too
         _, name, *rest = path.split("/", 3)  # predictions/NAME/VERSION/PATH
         if self.names and name not in self.names:
             allowed = ", ".join(self.names)
@@ -168,7 +168,7 @@ def check_method(path: str, method: str) -> None:
     """What a body is posted to, and what is only read; of other paths admission says that there is nothing."""
     if path in ENDPOINTS or path in AT_ONCE:
         allowed = ["POST"]
-    elif path.startswith("v1/models") or path in READ:
+    elif path.startswith("v1/models") or path in READ or is_of_page(path):
         allowed = ["GET", "HEAD"]
     else:
         return

@@ -13,6 +13,7 @@ from gpt_fast.serve.admission import refusal
 from gpt_fast.serve.asgi.door import Outlet, Receive, Scope, Send
 from gpt_fast.serve.body import RequestError
 from gpt_fast.serve.foreign_page import refusal_of
+from gpt_fast.serve.page.assets import is_of_page
 from gpt_fast.serve.startup_check import is_loopback
 
 # What needs no key: readiness, and pages that hold nothing until their reader gives them the key.
@@ -30,7 +31,8 @@ class Rules:
     def problem(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
         """Why a request may not enter; headers by their names in lower case."""
         if self.keys:
-            return None if path.strip("/") in OPEN or self.has_key(headers) else wrong_key(headers)
+            is_open = path.strip("/") in OPEN or is_of_page(path.strip("/"))
+            return None if is_open or self.has_key(headers) else wrong_key(headers)
         if headers.get("origin") in self.origins:  # a page that may: browsers say that it is another site's
             headers = {name: value for name, value in headers.items() if name not in ("origin", "sec-fetch-site")}
         return refusal_of(headers.items())

@@ -1,4 +1,4 @@
-"""python -m gpt_fast.serve.page: the chat page for a server that asks for a token.
+"""The chat page for a server that asks for a token: python -m gpt_fast.serve.page.
 
 TorchServe with token authorization answers nothing, not even a page, to a browser that cannot send the token yet. This
 serves the same page on loopback and passes its requests on, with the token that the user types into the page. It adds
@@ -8,69 +8,38 @@ no authority of its own: without a token the server refuses.
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 import http.client
-import re
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from gpt_fast.serve.foreign_page import refusal_of
+from gpt_fast.serve.page.assets import chat_page
 
-# The page is one file that runs what is in it, talks to the server it came from, and to nobody else.
-POLICY = (
-    "default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
-PAGE_TYPE = "text/html; charset=utf-8"
 MODEL_PATH = "/predictions/gpt-fast/1.0"
+MODELS, CHAT = "/v1/models", "/v1/chat/completions"
 MAX_BODY = 1 << 20
 
 
-class Page(NamedTuple):
-    text: str
-    headers: tuple[tuple[str, str], ...]
-
-
-def chat_page() -> Page:
-    """The page, and the headers that let nothing but its own script and style run in it."""
-    text = (files("gpt_fast.serve") / "chat.html").read_text(encoding="utf-8")
-    policy = POLICY.format(style=source_of(text, "style"), script=source_of(text, "script"))
-    return Page(
-        text,
-        (
-            ("Content-Security-Policy", policy),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-        ),
-    )
-
-
-def source_of(page: str, tag: str) -> str:
-    """The page's only element of this kind as the policy names it: by what is in it."""
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
 class PageHandler(BaseHTTPRequestHandler):
-    """GET /chat is the page; a POST goes to the server as it is, and its answer comes back as it arrives."""
+    """GET of the page's files is answered here; what asks the model goes to the server as it is, and its answer comes
+    back as it arrives."""
 
     server: PageServer
 
     def do_GET(self) -> None:
         if self.refuses():
             return
-        if self.path != "/chat":
+        if self.path == MODELS:
+            return self.ask("GET", None)
+        asset = self.server.page.get(self.path.strip("/"))
+        if asset is None:
             return self.send_error(404)
-        page = chat_page()
         self.send_response(200)
-        for name, value in (("Content-Type", PAGE_TYPE), *page.headers):
+        for name, value in (("Content-Type", asset.content_type), *asset.headers):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(page.text.encode())
+        self.wfile.write(asset.text.encode())
 
     def refuses(self) -> bool:
         """What the server would refuse; it cannot see behind us."""
@@ -83,13 +52,16 @@ class PageHandler(BaseHTTPRequestHandler):
         if self.refuses():
             return
         length = self.headers.get("Content-Length", "")
-        if self.path != "/v1/chat/completions" or not length.isdigit() or int(length) > MAX_BODY:
+        if self.path != CHAT or not length.isdigit() or int(length) > MAX_BODY:
             return self.send_error(404)
+        self.ask("POST", self.rfile.read(int(length)))
+
+    def ask(self, method: str, body: bytes | None) -> None:
         names = ("Authorization", "Content-Type")
         headers = {name: self.headers[name] for name in names if name in self.headers}
         connection = self.server.connect()
         try:
-            connection.request("POST", MODEL_PATH + self.path, self.rfile.read(int(length)), headers)
+            connection.request(method, MODEL_PATH + self.path, body, headers)
             self.relay(connection.getresponse())
         except (OSError, http.client.HTTPException):  # either side has gone: nothing to say to the other but the end
             self.close_connection = True
@@ -116,7 +88,7 @@ class PageServer(ThreadingHTTPServer):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--server: not an address (got {url!r}, allowed http://HOST:PORT)")
-        self.target = parts
+        self.target, self.page = parts, chat_page()
         super().__init__(("127.0.0.1", port), PageHandler)
 
     def connect(self) -> http.client.HTTPConnection:
@@ -135,7 +107,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         server.serve_forever()
     except KeyboardInterrupt:
         print()
-
-
-if __name__ == "__main__":
-    main()
