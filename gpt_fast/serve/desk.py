@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -22,7 +23,7 @@ from gpt_fast.serve.exchange import (
     log_failure,
     with_headers,
 )
-from gpt_fast.serve.metrics import Reporter, RequestRecord, log_fields
+from gpt_fast.serve.metrics import REFUSED, Reporter, RequestRecord, log_fields
 from gpt_fast.serve.response import server_error
 from gpt_fast.serve.service import Service
 
@@ -39,7 +40,7 @@ class Desk:
 
     def __init__(self, service: Service, admit: Admission) -> None:
         self.service, self.admit = service, admit
-        self.refused = 0
+        self.refused: Counter[str] = Counter()  # by reason
         self._pool = ThreadPoolExecutor(ADMITTING, thread_name_prefix="admit")
         self._reading: set[Future[Job | Reply]] = set()
         self._records: dict[str, list[RequestRecord]] = {}  # of requests some of whose sequences still run
@@ -80,7 +81,7 @@ class Desk:
         return exchange
 
     def _refuse(self, request_id: str, incoming: Incoming, reply: Reply) -> Reply:
-        self.refused += 1
+        self.refused[REFUSED.get(reply.status, REFUSED[400])] += 1
         logger.info("request %s", json.dumps({**incoming.names(request_id), "status": reply.status}))
         return with_headers(reply, incoming)
 
@@ -110,4 +111,4 @@ class Desk:
                 logger.info("request %s", json.dumps(log_fields(exchange.incoming.names(request_id), records)))
         gauges = self.service.gauges()
         gauges["num_requests_waiting"] += len(self._reading)
-        reporter.state(gauges, {"requests_refused_total": self.refused, **self.service.totals()})
+        reporter.state(gauges, self.service.totals(), self.refused)

@@ -27,7 +27,7 @@ COUNTERS = {
     "prefix_cache_hits_total": "Tokens of prompts that a slot held already.",
     "request_success_total": "Sequences that ended, by why: stop, length or error.",
     "requests_cancelled_total": "Sequences dropped because their client had left.",
-    "requests_refused_total": "Requests that were refused.",
+    "requests_refused_total": "Requests that were refused, by why.",
     "recompiles_total": "Compilations since the warm-up: there should be none.",
     "spec_decode_num_drafts_total": "Blocks of proposed tokens that were verified.",
     "spec_decode_num_draft_tokens_total": "Tokens proposed.",
@@ -42,9 +42,45 @@ HISTOGRAMS = {
     "request_prefill_time_seconds": "From the slot to the first token.",
     "request_decode_time_seconds": "From the first token to the end.",
 }
+REFUSED = {  # why a request got no answer, by the status that it got; any other: invalid
+    400: "invalid",
+    403: "foreign_page",
+    404: "not_found",
+    413: "too_large",
+    429: "queue_full",
+    500: "error",
+    503: "draining",
+}
 LABELS = {  # of counters that say more than how many: the label and its values
     "request_success_total": ("finished_reason", ("stop", "length", "error")),
+    "requests_refused_total": ("reason", tuple(REFUSED.values())),
     "spec_decode_requests_total": ("speculation", ("on", "off")),
+}
+
+# What vLLM calls the same figures, behind its prefix "vllm:". Those that are not here say what it has no name for.
+OF_VLLM = {
+    **{
+        name: name
+        for name in (
+            "num_requests_running",
+            "num_requests_waiting",
+            "kv_cache_usage_perc",
+            "prompt_tokens_total",
+            "generation_tokens_total",
+            "prefix_cache_queries_total",
+            "prefix_cache_hits_total",
+            "request_success_total",
+            "spec_decode_num_drafts_total",
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+            "time_to_first_token_seconds",
+            "e2e_request_latency_seconds",
+            "request_queue_time_seconds",
+            "request_prefill_time_seconds",
+            "request_decode_time_seconds",
+        )
+    },
+    "inter_token_latency_seconds": "request_time_per_output_token_seconds",  # vLLM's own of our name has every gap
 }
 
 Emit = Callable[[str, str, float, str], None]  # kind ("gauge", "counter", "histogram"), name, value, label or ""
@@ -150,7 +186,7 @@ class Reporter:
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
         self.gauges: dict[str, float] = {}
-        self.totals: dict[str, float] = {}
+        self.totals: dict[tuple[str, str], float] = {}  # by name and label
 
     def sequence(self, record: RequestRecord) -> None:
         counts: dict[str, float] = {
@@ -169,13 +205,24 @@ class Reporter:
             for name, value in record.durations().items():
                 self.emit("histogram", name, value, "")
 
-    def state(self, gauges: Mapping[str, float], totals: Mapping[str, float]) -> None:
-        """Gauges that have changed, those of speculation among them, and running totals as their increase."""
+    def state(self, gauges: Mapping[str, float], totals: Mapping[str, float], refused: Mapping[str, int]) -> None:
+        """Gauges that have changed, those of speculation among them, and running totals as their increase.
+
+        refused: how many requests, by the reason as REFUSED has it.
+        """
         gauges = {**gauges, **speculation_gauges(totals)}
         for name, value in gauges.items():
             if self.gauges.get(name) != value:
                 self.emit("gauge", name, value, "")
+        self.gauges = gauges
         for name, value in totals.items():
-            if name not in self.totals or value > self.totals[name]:
-                self.emit("counter", name, value - self.totals.get(name, 0.0), "")
-        self.gauges, self.totals = gauges, dict(totals)
+            self._grown(name, value, "")
+        for reason in REFUSED.values():
+            self._grown("requests_refused_total", refused.get(reason, 0), reason)
+
+    def _grown(self, name: str, total: float, label: str) -> None:
+        """The first time also a total of 0: whoever looks at an increase must see where it began."""
+        before = self.totals.get((name, label))
+        if before is None or total > before:
+            self.emit("counter", name, total - (before or 0), label)
+            self.totals[name, label] = total

@@ -37,7 +37,7 @@ class Mailbox:
     prompt_tokens: int
     events: list[TextEvent] = field(default_factory=list)
     done: bool = False
-    taken: bool = False  # the first token has left
+    taken: bool = False  # text has left; the tokens before may have been half a character
     arrival: float = field(default_factory=time.monotonic)
     request: Request | None = None
     first_token: float | None = None
@@ -82,7 +82,7 @@ class Service:
     def listen(self, listener: Callable[[bool], None]) -> None:
         """Have the engine's thread call `listener` when there is something to take.
 
-        It is given whether a request's first or last event is among it, and must return at once. Who listens also
+        It is given whether a request's first text or its end is among it, and must return at once. Who listens also
         learns of clients that leave, so no silence means that they have. Call it while nothing is in flight.
         """
         self._listener = listener
@@ -177,7 +177,7 @@ class Service:
 
     def _take(self, request_id: str, box: Mailbox) -> list[TextEvent]:
         events, box.events = box.events, []
-        box.taken = box.taken or bool(events)
+        box.taken = box.taken or any(event.text for event in events)
         if box.done:
             del self._mail[request_id]
         return events

@@ -67,6 +67,18 @@ def test_a_cancelled_request_frees_its_slot_and_hurts_nobody(service):
     assert len(service.engine.core.scheduler.free) == 4
 
 
+def test_half_a_character_does_not_count_as_the_first_text():
+    """What makes it whole is worth a delivery at once, as any first text is."""
+    service = Service(tiny_engine(), interval=1.0)
+    told: list[bool] = []
+    service.listen(told.append)
+    service.submit("r", PROMPT, params(9))
+    for text in ("", "", "\N{SNOWMAN}", "b"):  # the engine's thread, which is not started, played by hand
+        service._deliver([TextEvent("r", text, 5)])
+        service.take_all()
+    assert told == [True, True, True, False]
+
+
 def test_decoding_pauses_when_no_round_comes(service, monkeypatch):
     monkeypatch.setattr(service_module, "SILENCE_SECONDS", 0.0)  # a tiny engine makes 100 tokens in 50 ms
     service.submit("r0", PROMPT, params(100))

@@ -40,16 +40,16 @@ def test_requests_are_counted_by_whether_they_were_speculated(reporter, emitted)
 
 def test_counters_grow_by_what_is_new_and_gauges_follow(reporter, emitted):
     totals = Totals()
-    reporter.state({}, speculation_totals(totals))
+    reporter.state({}, speculation_totals(totals), {})
     assert {(name, value) for _, name, value, _ in emitted if name.startswith("spec_decode_mean")} == {
         ("spec_decode_mean_accepted_length", 0)
     }
     totals.learn(4, 3)
     totals.learn(4, 0)
     emitted.clear()
-    reporter.state({}, speculation_totals(totals))
+    reporter.state({}, speculation_totals(totals), {})
     totals.learn(4, 3)
-    reporter.state({}, speculation_totals(totals))
+    reporter.state({}, speculation_totals(totals), {})
     assert [figure[1:3] for figure in emitted] == [
         ("spec_decode_draft_acceptance_rate", 0.375),
         ("spec_decode_mean_accepted_length", 1.5),

@@ -14,9 +14,8 @@ from gpt_fast.serve.admission import Admit, Limits
 from gpt_fast.serve.asgi.app import build_app
 from gpt_fast.serve.asgi.door import Door
 from gpt_fast.serve.asgi.guard import Rules
-from gpt_fast.serve.asgi.prometheus import Figures
+from gpt_fast.serve.asgi.prometheus import Figures, FiguresReporter
 from gpt_fast.serve.asgi.uvicorn_server import DrainingServer, listen
-from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.service import Service
 from gpt_fast.serve.startup import Started
 from support.round_server import LIMITS
@@ -51,7 +50,7 @@ class AsgiServer:
         self.service.start()
         self.desk = self.door.open(Started(self.service, self.admit))
         self.figures.name_model("gpt-fast")
-        self.desk.report_forever(Reporter(self.figures.emit))
+        self.desk.report_forever(FiguresReporter(self.figures))
         self.opened.set()
         await self.server.serve(sockets=[self.listener])
 

@@ -14,9 +14,8 @@ from gpt_fast.llm import TextEvent
 from gpt_fast.serve.asgi.app import build_app
 from gpt_fast.serve.asgi.door import Door
 from gpt_fast.serve.asgi.guard import Rules
-from gpt_fast.serve.asgi.prometheus import Figures
+from gpt_fast.serve.asgi.prometheus import Figures, FiguresReporter
 from gpt_fast.serve.asgi.uvicorn_server import DrainingServer, Tls, listen
-from gpt_fast.serve.metrics import Reporter
 from gpt_fast.serve.model_config import ServeConfig
 from gpt_fast.serve.service import Service
 from gpt_fast.serve.startup import Started, start_service
@@ -92,7 +91,7 @@ class Serving:
         self.service = started.service
         desk = self.door.open(started)
         self.figures.name_model(started.admit.model_names[0])
-        desk.report_forever(Reporter(self.figures.emit))
+        desk.report_forever(FiguresReporter(self.figures))
         self.ready = True
         logger.info("ready: %s/v1 serves %s; chat at %s/", url, ", ".join(started.admit.model_names), url)
 
