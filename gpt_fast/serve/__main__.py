@@ -118,6 +118,7 @@ def read_configs(args: argparse.Namespace) -> tuple[EngineConfig, ServeConfig]:
     """The configuration's file, or the defaults where there is none, with what the flags say instead."""
     path = args.config or (CONFIG if CONFIG.is_file() else None)
     yaml: dict[str, Any] = parse(path.read_text(encoding="utf-8")) if path else dict(DEFAULTS)
+    check_ranks(yaml)
     handler = yaml.get("handler")
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     given |= {name: checkpoint_of(given[name]) for name in PATHS if name in given}
@@ -127,6 +128,15 @@ def read_configs(args: argparse.Namespace) -> tuple[EngineConfig, ServeConfig]:
             raise ConfigError("--checkpoint_path", "is required where there is no ./model_config.yaml")
     root = Path(os.environ.get("GPT_FAST_ROOT") or (path.parent if path else "."))
     return read_config(yaml, root=root)
+
+
+def check_ranks(yaml: dict[str, Any]) -> None:
+    """ConfigError for a configuration of ranks where torchrun, which starts them, did not start this process."""
+    if yaml.get("parallelType") and "TORCHELASTIC_RUN_ID" not in os.environ:
+        torchrun = yaml.get("torchrun")
+        count = torchrun.get("nproc-per-node", 2) if isinstance(torchrun, dict) else 2
+        way = f"torchrun --standalone --nproc_per_node={count} -m gpt_fast.serve ..., or a file without it"
+        raise ConfigError("parallelType", f"its ranks are torchrun's to start (got one process, allowed {way})")
 
 
 def checkpoint_of(name: str) -> str:

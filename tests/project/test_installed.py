@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,10 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+class Installed(NamedTuple):
+    """gpt-fast as it was installed, an empty folder and an environment to run it in."""
+
+    program: Path
+    folder: Path
+    environ: dict[str, str]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs the installed gpt-fast in an empty folder. What it depends on comes from this environment, torch above all,
-    through a path that brings no editable install along."""
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """What it depends on comes from this environment, torch above all, through a path that brings no editable install
+    along."""
     home = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(home / "dist"), str(source(home / "src"))]
@@ -38,11 +50,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"  # torch-model-archiver's program
 
+    return Installed(home / "venv" / "bin" / "gpt-fast", home / "empty", environ)
+
+
+@pytest.fixture(scope="module")
+def run(installed: Installed) -> Run:
     def run(*words: object, typed: str = "") -> subprocess.CompletedProcess[str]:
-        command = [str(home / "venv" / "bin" / "gpt-fast"), *map(str, words)]
-        return subprocess.run(
-            command, cwd=home / "empty", env=environ, input=typed, capture_output=True, text=True, timeout=300
-        )
+        command = [str(installed.program), *map(str, words)]
+        place = {"cwd": installed.folder, "env": installed.environ}
+        return subprocess.run(command, **place, input=typed, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -75,3 +91,28 @@ def test_generate_and_a_chat_turn(run: Run, default_checkpoint: Path) -> None:
     source = default_checkpoint / "model.safetensors"  # of the file that is served, rounding decides the words
     talk = run("chat", "--checkpoint_path", source, *brief, typed="What is the capital of France?\n/exit\n")
     assert talk.returncode == 0 and "> The capital of France is Paris." in talk.stdout, talk.stderr
+
+
+@pytest.mark.server
+def test_serve_answers_a_chat_and_stops(installed: Installed, default_checkpoint: Path) -> None:
+    flags = ["--port", "0", "--max_num_seqs", "2", "--max_seq_len", "512"]
+    command = [str(installed.program), "serve", "--checkpoint_path", str(default_checkpoint), *flags]
+    place = {"cwd": installed.folder, "env": installed.environ}
+    process = subprocess.Popen(command, **place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stderr is not None
+        told: list[str] = []
+        for line in process.stderr:  # it ends with the process
+            told.append(line)
+            if line.startswith("ready: "):
+                break
+        (url,) = re.findall(r"^ready: (http\S+)/v1 ", told[-1]) or pytest.fail("".join(told))
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
+        request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body | {"temperature": 0}).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert "Paris" in json.load(answer)["choices"][0]["message"]["content"]
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()

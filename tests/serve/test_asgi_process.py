@@ -11,20 +11,18 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
+import psutil
 import pytest
 
 from gpt_fast.serve.__main__ import main
 from gpt_fast.serve.asgi.uvicorn_server import listen
 from support.paths import ROOT
-from support.server import free_ports
+from support.serve_process import ServeProcess
 from support.waiting import wait_until
 
 MODEL = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model_int4.g32.safetensors"
-SMALL = ["--checkpoint_path", str(MODEL), "--max_num_seqs", "4", "--max_seq_len", "1024"]
+SMALL = ("--checkpoint_path", str(MODEL), "--max_num_seqs", "4", "--max_seq_len", "1024")
 LONG = {"prompt": "Once upon a time", "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -35,55 +33,12 @@ def pause() -> None:
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-class Process:
-    """One server of its own on a free port, in a folder without a model_config.yaml."""
-
-    def __init__(self, folder: Path, *flags: str, tls: ssl.SSLContext | None = None) -> None:
-        self.log = folder / "log"
-        (self.port,) = free_ports(1)
-        self.tls = tls
-        command = [sys.executable, "-m", "gpt_fast.serve", "--port", str(self.port), *SMALL, *flags]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
-            )
-
-    @property
-    def url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://localhost:{self.port}"
-
-    def get(self, path: str) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=10, context=self.tls) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-        except (urllib.error.URLError, ConnectionError):
-            return 0, ""
-
-    def ready(self) -> Process:
-        wait_until(
-            lambda: self.process.poll() is not None or self.get("/health")[0] == 200, meanwhile=lambda: time.sleep(0.1)
-        )
-        assert self.process.poll() is None, self.log.read_text()
-        return self
-
-    def stream(self) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("localhost", self.port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps(LONG).encode())
-        return connection.getresponse()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
-
-
 @pytest.fixture
 def start(tmp_path):
     begun = []
 
-    def start_it(*flags: str, **options) -> Process:
-        begun.append(Process(tmp_path, *flags, **options))
+    def start_it(*flags: str, **options) -> ServeProcess:
+        begun.append(ServeProcess(tmp_path, *SMALL, *flags, **options))
         return begun[-1]
 
     yield start_it
@@ -108,7 +63,7 @@ def test_from_the_first_connection_to_the_last(start):
     drain(server)
 
 
-def official_clients(server: Process) -> None:
+def official_clients(server: ServeProcess) -> None:
     import anthropic
     import openai
 
@@ -131,9 +86,9 @@ def official_clients(server: Process) -> None:
         assert client.messages.count_tokens(model="gpt-fast", messages=question).input_tokens > 5
 
 
-def drain(server: Process) -> None:
+def drain(server: ServeProcess) -> None:
     """SIGTERM: what runs ends whole, what comes gets 503 and when to come again, then the process ends with 0."""
-    running = server.stream()
+    running = server.stream(LONG)
     running.read(1)
     late = http.client.HTTPConnection("localhost", server.port, timeout=60)
     late.connect()
@@ -185,6 +140,53 @@ def test_a_second_signal_cuts_what_runs_over_tls_with_a_key(start, tmp_path):
     assert server.process.wait(30) == 0
 
 
+FAILS = """
+import sys
+from pathlib import Path
+from gpt_fast.llm import Engine
+from gpt_fast.serve.__main__ import main
+step = Engine.step
+def fail(engine):
+    if Path("fail").exists():
+        raise RuntimeError("an illegal memory access")
+    return step(engine)
+Engine.step = fail
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_an_engine_that_fails_for_good_ends_the_server_with_status_1(start, tmp_path):
+    server = start(program=("-c", FAILS)).ready()
+    running = server.stream(LONG | {"max_tokens": 900})
+    running.read(1)
+    (tmp_path / "fail").touch()
+    assert '"server_error"' in running.read().decode()
+    assert server.process.wait(30) == 1
+    assert (
+        server.log.read_text()
+        .rstrip()
+        .endswith(
+            "gpt-fast gives up, to be started again: the engine stopped: RuntimeError('an illegal memory access')"
+        )
+    )
+
+
+@pytest.mark.nightly
+@pytest.mark.server
+@pytest.mark.model
+def test_ranks_serve_one_model_and_end_together(start):
+    program = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gpt_fast.serve")
+    server = start(program=program).ready()
+    told = server.stream(LONG | {"prompt": "The capital of France is", "max_tokens": 8}).read().decode()
+    assert "Paris" in told and told.endswith("data: [DONE]\n\n")
+    ranks = [p for p in psutil.Process(server.process.pid).children() if p.environ().get("LOCAL_RANK") == "1"]
+    ranks[0].kill()
+    assert server.process.wait(60) == 1
+    assert server.get("/health")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -194,6 +196,7 @@ def test_a_second_signal_cuts_what_runs_over_tls_with_a_key(start, tmp_path):
         (["--checkpoint_path", "nowhere", "--ssl-certfile", "nowhere.pem"], "No such file"),
         (["--checkpoint_path", "nowhere", "--ssl-keyfile", "key.pem"], "--ssl-keyfile: needs --ssl-certfile"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--config", str(ROOT / "configs/tensor-parallel-cpu.yaml")], "torchrun --standalone --nproc_per_node=2 -m"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags, says):

@@ -1,7 +1,8 @@
 """Both doors answer alike: one corpus to TorchServe's rounds and to the ASGI door, over engines of the same weights.
 
 Whole answers and refusals are compared byte for byte, streams frame by frame once neighbouring deltas are joined: how
-much text a frame carries is a matter of time at either door. Ids and times are blanked.
+much text a frame carries is a matter of time at either door. Ids and times are blanked. The same corpus also goes to a
+real TorchServe and a real `gpt-fast serve`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import re
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,10 @@ from gpt_fast.serve.page.assets import chat_page
 from gpt_fast.text.chat import ChatTemplate
 from support.asgi_server import AsgiServer
 from support.hard_strings import TRL, wheel_member
+from support.paths import ROOT
 from support.round_server import RoundServer
+from support.serve_process import ServeProcess
+from support.server import shared_server
 from support.tiny_engine import tiny_engine
 
 RECORDED = json.loads((Path(__file__).parent / "client_bodies.json").read_text(encoding="utf-8"))
@@ -53,10 +59,8 @@ BAD = [
     (COMPLETIONS, b"\xff\xfe"),
     (COMPLETIONS, b"[]"),
     (COMPLETIONS, {"prompt": ""}),
-    (COMPLETIONS, {"prompt": [1, 257]}),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}),
     (COMPLETIONS, {"prompt": "x", "model": "other"}),
-    (COMPLETIONS, {"prompt": "x" * 20000}),
     (CHAT, {"messages": []}),
     (CHAT, {"messages": HELLO, "audio": {}}),
     (CHAT, {"messages": HELLO, "n": 99}),
@@ -65,6 +69,10 @@ BAD = [
     ("/tokenize", {}),
     ("/v1/models/other", None),
     ("/v1/nothing", {}),
+]
+BAD_FOR_THE_TINY = [  # which has fewer tokens, of a byte each
+    (COMPLETIONS, {"prompt": [1, 257]}),
+    (COMPLETIONS, {"prompt": "x" * 20000}),
 ]
 GROWS = {"text", "content", "delta", "arguments", "partial_json", "thinking", "reasoning", "reasoning_content"}
 
@@ -84,7 +92,8 @@ def doors():
 def ask(url: str, path: str, body: object) -> tuple[int, str, str]:
     """Status, content type and text."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
-    request = urllib.request.Request(url + path, data, headers={"X-Request-ID": "one-id"})
+    headers = {"X-Request-ID": "one-id", "Content-Type": "application/json"}
+    request = urllib.request.Request(url + path, data, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.headers["content-type"], answer.read().decode()
@@ -96,6 +105,11 @@ def blanked(text: str) -> str:
     """Without what differs from answer to answer."""
     text = re.sub(r'"(call|toolu|msg|fc|rs)_[0-9a-f]{24}"', r'"\1_"', text)
     return re.sub(r'"(created|created_at|sequence_number)": \d+', r'"\1": 0', text)
+
+
+def uncached(text: str) -> str:
+    """Also without what a cache held, which others have filled before."""
+    return re.sub(r'"(cached_tokens|cache_read_input_tokens|input_tokens)": \d+', r'"\1": 0', blanked(text))
 
 
 def told(text: str) -> list[object]:
@@ -134,13 +148,13 @@ def joined(one: object, other: object, key: str = "") -> object:
     return one if one == other else None
 
 
-def check(doors, path: str, body: object) -> int:
+def check(doors, path: str, body: object, *, blank: Callable[[str], str] = blanked) -> int:
     first, second = (ask(url, path, body) for url in doors)
     assert first[:2] == second[:2]
     if first[1].startswith("text/event-stream"):
-        assert told(blanked(first[2])) == told(blanked(second[2]))
+        assert told(blank(first[2])) == told(blank(second[2]))
     else:
-        assert blanked(first[2]) == blanked(second[2])
+        assert blank(first[2]) == blank(second[2])
     return first[0]
 
 
@@ -150,7 +164,7 @@ def test_what_is_answered(doors, path, body):
     assert check(doors, path, body if body is None else settings | body) == 200
 
 
-@pytest.mark.parametrize(("path", "body"), BAD)
+@pytest.mark.parametrize(("path", "body"), [*BAD, *BAD_FOR_THE_TINY])
 def test_what_is_refused(doors, path, body):
     assert check(doors, path, body) in (400, 404)
 
@@ -159,6 +173,55 @@ def test_what_is_refused(doors, path, body):
 def test_what_clients_send(doors, recorded):
     few = {name: 24 for name in ("max_tokens", "max_completion_tokens") if name in recorded["body"]}
     assert check(doors, recorded["path"], recorded["body"] | few | {"seed": 1}) == 200
+
+
+# ------------------------------------------------------------------------------------------- as users run them
+
+
+@pytest.fixture(scope="module")
+def real_doors(tmp_path_factory):
+    """The addresses of a real TorchServe and a real `gpt-fast serve`, of one configuration."""
+    server = shared_server()
+    asgi = ServeProcess(tmp_path_factory.mktemp("asgi"), "--config", str(ROOT / "model_config.yaml"))
+    try:
+        yield f"{server.url}/1.0", asgi.ready().url
+    finally:
+        asgi.end()
+
+
+def fresh(path: str, body: object) -> object:
+    """The request greedy, and its prompt one that neither server's cache has seen: others have used TorchServe."""
+    salt = uuid.uuid4().hex
+    match body, path:
+        case {"prompt": str(prompt)}, "/v1/completions":
+            return body | {"prompt": salt + prompt}
+        case {"prompt": [str(), *_] as prompts}, "/v1/completions":
+            return body | {"prompt": [salt + prompt for prompt in prompts]}
+        case {"messages": [*messages]}, "/v1/chat/completions":
+            return body | {"messages": [{"role": "system", "content": salt}, *messages]}
+        case dict(), "/v1/messages":
+            return body | {"system": salt}
+        case dict(), "/v1/responses":
+            return body | {"instructions": salt}
+    return body
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_the_real_doors(real_doors):
+    """One test for all of it: both servers are there once."""
+    for path, body in GOOD:
+        if path in (COMPLETIONS, CHAT, MESSAGES, RESPONSES):
+            body = {"temperature": 0} | fresh(path, body)
+        assert check(real_doors, path, body, blank=uncached) == 200, (path, body)
+    for path, body in BAD:
+        assert check(real_doors, path, body, blank=uncached) in (400, 404), (path, body)
+    statuses = set()
+    for recorded in RECORDED:
+        few = {name: 12 for name in ("max_tokens", "max_completion_tokens") if name in recorded["body"]}
+        body = recorded["body"] | few | {"temperature": 0}
+        statuses.add(check(real_doors, recorded["path"], body, blank=uncached))
+    assert statuses == {200, 400}  # the default model's chat template has no tools
 
 
 def test_joining_finds_a_difference():
