@@ -95,8 +95,9 @@ def test_generate_and_a_chat_turn(run: Run, default_checkpoint: Path) -> None:
 
 @pytest.mark.server
 def test_serve_answers_a_chat_and_stops(installed: Installed, default_checkpoint: Path) -> None:
+    source = default_checkpoint / "model.safetensors"  # as above
     flags = ["--port", "0", "--max_num_seqs", "2", "--max_seq_len", "512"]
-    command = [str(installed.program), "serve", "--checkpoint_path", str(default_checkpoint), *flags]
+    command = [str(installed.program), "serve", "--checkpoint_path", str(source), *flags]
     place = {"cwd": installed.folder, "env": installed.environ}
     process = subprocess.Popen(command, **place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -107,7 +108,7 @@ def test_serve_answers_a_chat_and_stops(installed: Installed, default_checkpoint
             if line.startswith("ready: "):
                 break
         (url,) = re.findall(r"^ready: (http\S+)/v1 ", told[-1]) or pytest.fail("".join(told))
-        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 24}
         request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body | {"temperature": 0}).encode())
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert "Paris" in json.load(answer)["choices"][0]["message"]["content"]
