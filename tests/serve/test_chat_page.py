@@ -379,6 +379,16 @@ def test_another_conversation_can_begin_while_an_answer_runs(asgi, tabs):
     page.click(f"#conversations a:text-is('{STORY}')")
     page.wait_for_selector(f".user :text-is('{STORY}')")
     assert page.inner_text(".note") == "Stopped." and len(shown(page)[1]) > 0
+    settle(page, max_tokens="")
+    page.click("button:text-is('Regenerate')")
+    wait_until(lambda: asgi.running() == 1)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click(f"[aria-label='Delete {STORY}']")
+    wait_until(lambda: asgi.running() == 0)
+    page.wait_for_timeout(100)
+    page.reload()
+    page.wait_for_selector("#conversations a:text-is('Hello')")
+    assert page.locator("#conversations a").count() == 1  # the answer that was still ending did not bring it back
 
 
 # ------------------------------------------------------------------------------------------- what is kept
@@ -495,6 +505,29 @@ def test_the_server_goes_and_comes_back(tabs, tmp_path):
         tabs.picture(page, "back")
     finally:
         door.kill()
+
+
+@pytest.mark.nightly
+def test_torchserve_dies_and_its_watch_brings_it_back(tabs):
+    server = new_server()
+    try:
+        server.start()
+        page = open_page(tabs, f"{server.url}/1.0/chat")
+        settle(page, max_tokens="", fields='{"ignore_eos": true}')
+        ask(page, STORY, answered=False)
+        wait_until(lambda: len(shown(page)) == 2 and len(shown(page)[1]) > 100)
+        server.instance.frontend().kill()
+        finished(page)
+        assert page.inner_text(".error") == "The connection ended before the answer did"
+        page.wait_for_selector("#status[data-state=gone]")
+        page.wait_for_selector("#status[data-state=here]", timeout=120_000)
+        settle(page)
+        page.click("button:text-is('Regenerate')")
+        finished(page)
+        assert page.locator(".error").count() == 0 and page.inner_text(".versions") == "‹2/2"
+        tabs.picture(page, "torchserve-back")
+    finally:
+        server.stop()
 
 
 @pytest.fixture

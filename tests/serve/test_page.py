@@ -2,6 +2,8 @@
 
 import http.client
 import re
+import socket
+import struct
 import threading
 
 import pytest
@@ -88,6 +90,20 @@ def test_the_relay_has_the_page_s_files_and_no_others():
             if asset is not None:
                 assert answer.read().decode() == asset.text and answer.headers["Content-Type"] == asset.content_type
             connection.close()
+
+
+def test_a_browser_that_leaves_leaves_no_traceback(capfd):
+    with relay() as port:
+        for sent in (b"", b"GET /chat HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            connection.close()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", "/nothing")
+        assert connection.getresponse().status == 404
+        connection.close()
+    assert capfd.readouterr().err == ""
 
 
 class relay:

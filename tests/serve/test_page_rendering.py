@@ -342,6 +342,48 @@ def test_the_policy_stops_what_both_fences_let_through(tabs, url):
     tabs.wrongs.clear()
 
 
+# ------------------------------------------------------------------------------------------- an answer
+
+ANSWER_VIEW = """(m, [node, whole]) => {
+  const one = { all: [node], index: 0 };
+  const view = new m.AnswerView(node, one, {});
+  view.draw({ whole });
+  document.getElementById("log").replaceChildren(view.article);
+  return { busy: view.article.ariaBusy, summary: view.summary.textContent, folded: !view.thinking.open,
+           thinking: !view.thinking.hidden, note: view.note.textContent, figures: view.figures.textContent };
+}"""
+
+
+@pytest.mark.parametrize(
+    ("node", "whole", "expected"),
+    [
+        (
+            {"content": "", "reasoning": "I think", "thought": 2.04},
+            False,
+            {"summary": "Thinking… 2 s", "thinking": True},
+        ),
+        (
+            {"content": "So", "reasoning": "I think", "thought": 2.04},
+            False,
+            {"summary": "Thought for 2.0 s", "busy": "true"},
+        ),
+        ({"content": "So", "end": "stop"}, True, {"thinking": False, "note": "", "busy": "false"}),
+        ({"content": "So", "end": "length", "tokens": 1}, True, {"note": "Max tokens reached.", "figures": "1 token"}),
+        ({"content": "So", "end": "cut"}, True, {"note": "The page was left before the answer ended."}),
+        ({"content": "So", "end": "cut"}, False, {"note": ""}),
+        ({"content": "", "end": "failed", "error": "<b>no</b>"}, True, {"note": "<b>no</b>"}),
+        (
+            {"content": "So", "model": "m", "first": 31.4, "rate": 95.26, "tokens": 128},
+            True,
+            {"figures": "m · first token 31 ms · 95.3 tokens/s · 128 tokens"},
+        ),
+    ],
+)
+def test_an_answer_says_how_it_came(page, node, whole, expected):
+    told = module(page, "message.js").evaluate(ANSWER_VIEW, [node, whole])
+    assert told | expected == told and told["folded"]
+
+
 # ------------------------------------------------------------------------------------------- conversations
 
 

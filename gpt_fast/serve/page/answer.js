@@ -57,6 +57,7 @@ export function figures({ model, first, rate, tokens }) {
 export function shortfall({ end, error }) {
   const reasons = {
     length: "Max tokens reached.",
+    tool_calls: "The model calls a tool, which this page does not show.",
     stopped: "Stopped.",
     cut: "The page was left before the answer ended.",
     failed: error,

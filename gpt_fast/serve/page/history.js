@@ -9,6 +9,7 @@ export class History {
   constructor({ open, tell }) {
     this.open = open;
     this.tell = tell;
+    this.removed = new Set(); // ids: an answer that still ends must not bring its conversation back
     byId("new").addEventListener("click", () => open(null));
     byId("export").addEventListener("click", () => this.guarded(() => this.export()));
     byId("import").addEventListener("click", () => byId("file").click());
@@ -39,6 +40,7 @@ export class History {
   }
 
   save(conversation) {
+    if (this.removed.has(conversation.id)) return undefined;
     return this.guarded(() => store.save(conversation));
   }
 
@@ -48,6 +50,7 @@ export class History {
 
   remove(conversation, current) {
     if (!confirm(`Delete “${title(conversation)}”?`)) return;
+    this.removed.add(conversation.id);
     this.guarded(async () => {
       await store.remove(conversation.id);
       this.open(current ? null : undefined);
@@ -68,7 +71,10 @@ export class History {
     if (!file) return;
     const here = new Map((await store.list()).map((conversation) => [conversation.id, conversation.changed]));
     const newer = imported(await file.text()).filter(({ id, changed }) => !(here.get(id) >= changed));
-    for (const conversation of newer) await store.save(conversation);
+    for (const conversation of newer) {
+      this.removed.delete(conversation.id);
+      await store.save(conversation);
+    }
     this.open(undefined);
     this.tell(`${newer.length} imported`);
   }

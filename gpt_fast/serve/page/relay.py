@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import sys
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 from gpt_fast.serve.foreign_page import refusal_of
@@ -90,6 +92,11 @@ class PageServer(ThreadingHTTPServer):
             raise ValueError(f"--server: not an address (got {url!r}, allowed http://HOST:PORT)")
         self.target, self.page = parts, chat_page()
         super().__init__(("127.0.0.1", port), PageHandler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves in the middle is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self.target.scheme == "https" else http.client.HTTPConnection
