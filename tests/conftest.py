@@ -1,6 +1,7 @@
 """Fixtures the tests share (tiny random models, an engine core over one), and what holds for every test."""
 
 import os
+import re
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny tensors gain nothing from threads
@@ -25,6 +26,19 @@ def pytest_configure():
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     watch_this_process()
+
+
+MODULE_MARKS = re.compile(r"^pytestmark = (\[$.*?^\]|[^\n]+)", re.MULTILINE | re.DOTALL)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A module whose tests are all deselected (-m "not slow and ...") is not imported: some take seconds."""
+    expression = config.option.markexpr
+    if collection_path.suffix != ".py" or not re.fullmatch(r"not \w+( and not \w+)*", expression):
+        return None
+    own = MODULE_MARKS.search(collection_path.read_text(encoding="utf-8"))
+    marks = set(re.findall(r"pytest\.mark\.(\w+)", own[1])) if own else set()
+    return True if marks & set(re.findall(r"not (\w+)", expression)) else None
 
 
 TINY = {

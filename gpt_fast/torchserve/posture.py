@@ -64,9 +64,10 @@ def check_user(user: int) -> list[str]:
 
 def check_versions(lock: Path) -> list[str]:
     """What is installed is what was tested. A build's tag (+cpu) is no other version."""
-    if not lock.is_file():
+    text = lock.read_text(encoding="utf-8") if lock.is_file() else ""
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", text, re.MULTILINE))
+    if not pinned:
         return []
-    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
     other = [
         f"{name} {got.partition('+')[0]} for {pinned[name]}"
         for name, got in installed().items()

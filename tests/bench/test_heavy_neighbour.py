@@ -32,6 +32,7 @@ def test_a_body_is_as_large_as_may_be_and_never_the_same(kind):
     assert (first[0] != second[0]) == (kind != "token ids")  # which are too many, and looked up nowhere
 
 
+@pytest.mark.slow
 def test_the_table_of_a_run():
     with RoundServer(tiny_engine(slots=4, max_seq_len=512)) as server:
         arguments = ["--url", server.url, "--kinds", "text", "regex", "--streams", "2", "--max_new_tokens", "200"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import cache_utils, masking_utils, modeling_rope_utils
+from transformers import modeling_rope_utils
 
 from gpt_fast.checkpoint.hf_config import FAMILIES, FIXED, INERT, model_config_from_hf, passed_over
 from gpt_fast.config import ConfigError
@@ -91,13 +91,12 @@ def constants(nodes: list[Any]) -> Iterator[str]:
 @functools.cache
 def keys_read(architecture: str) -> frozenset[str]:
     """What transformers reads of an architecture's config.json, in its class, its module and what modules share."""
+    from transformers import cache_utils, masking_utils  # 3 s: not for every collection of tests
+
     model_class = getattr(transformers, architecture)
     config_class = model_class.config_class
     modules = (inspect.getmodule(model_class), masking_utils, cache_utils, modeling_rope_utils)
-    sources = [inspect.getsource(module) for module in modules]
-    names = {
-        name for source in sources for name in (*attributes(source, "config"), *attributes(source, "layer_config"))
-    }
+    names = set().union(*map(read_of_config, modules))
     names = {name for name in names if not callable(getattr(config_class, name, None))}
     names |= {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
     popped = {"rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
@@ -118,6 +117,7 @@ def properties(config_class: type) -> set[str]:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.slow
 def test_every_key_that_transformers_reads_is_known(architecture: str) -> None:
     recorder = Recorder(values_of(architecture))
     model_config_from_hf(recorder)

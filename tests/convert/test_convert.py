@@ -23,6 +23,7 @@ from gpt_fast.convert.hf import open_job
 from gpt_fast.convert.names import half_to_interleaved
 from gpt_fast.convert.run import convert
 from gpt_fast.load.checkpoint import load_checkpoint
+from support.examples import rest_slow
 from support.paths import ROOT
 from support.tiny_models import SIZES, logits, make, save, tokenizer_json
 from support.tokenizer_files import SIZE, sentencepiece_file
@@ -122,7 +123,7 @@ def shuffle_shards(source: Path, out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha-tied", "mixtral", "phi3"])
+@pytest.mark.parametrize("family", rest_slow(["llama-gqa", "llama-mha-tied", "mixtral", "phi3"]))
 @pytest.mark.parametrize("shards", [1, 3])
 def test_bin_files_give_the_safetensors_bytes(family: str, shards: int, tmp_path: Path) -> None:
     save(family, tmp_path / "hf")

@@ -78,7 +78,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     unwanted = {"pytorch_model.bin": b"x", "README.md": b"x", "modeling_tiny.py": b"x", "original/params.json": b"{}"}
     handler = type("Handler", (Hub,), {"files": files | unwanted, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     env = {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",

@@ -16,6 +16,7 @@ from gpt_fast.checkpoint.manifest import verify_manifest
 from gpt_fast.checkpoint.side_names import is_side_file
 from gpt_fast.convert.names import plain_names
 from gpt_fast.convert.source import open_file
+from support.examples import rest_slow
 from support.tiny_models import save, tokenizer_json
 
 WEIGHTS = "model.safetensors"
@@ -55,7 +56,7 @@ def rename_tensors(hf: Path, rename: Rename) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", RENAMED)
+@pytest.mark.parametrize("kind", rest_slow(RENAMED, quick=3))
 def test_names_that_wrappers_give(kind: str, hf: Path) -> None:
     tensors = rename_tensors(hf, RENAMED[kind])
     same(hf)

@@ -183,6 +183,7 @@ def test_two_quantized_files_can_be_compared_on_a_text_of_ones_own(checkpoints, 
     assert report["perplexity_ratio"] != 1
 
 
+@pytest.mark.slow
 def test_the_gate(checkpoints):
     int8, _ = checkpoints
     main(["--quality", str(int8), *FLAGS])

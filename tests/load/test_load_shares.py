@@ -14,6 +14,7 @@ from gpt_fast.load.checkpoint import load_checkpoint
 from gpt_fast.load.sizes import build_cache
 from gpt_fast.model.empty import empty_model
 from gpt_fast.model.parallel import Ranks, shard
+from support.examples import rest_slow
 from support.quantized import FAMILIES, random_model, small_config, write_checkpoint
 from support.ranks import run_program
 
@@ -21,8 +22,8 @@ SHAPE = {"vocab_size": 259, "head_dim": 32, "n_head": 6, "n_kv_head": 2, "interm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["int8", None, "int4"])
+@pytest.mark.parametrize("dtype", rest_slow([torch.bfloat16, None]))
 def test_a_share_read_from_the_file_is_the_share_of_the_whole_model(tmp_path, family, mode, dtype):
     model = random_model(small_config(**SHAPE | FAMILIES[family]))
     path = write_checkpoint(tmp_path / "whole", model, tokenizer=True)

@@ -34,7 +34,7 @@ from support.cpu_models import (
     small_model,
 )
 from support.cpu_ranks import links, share_decoders, together
-from support.examples import examples
+from support.examples import examples, rest_slow
 from support.paths import SUPPORT
 from support.quantized import quantized_model
 from support.ranks import run_ranks
@@ -98,20 +98,20 @@ def assert_shares_compute_the_whole(
     assert_rounded_alike(first, expected, known)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_ranks_compute_what_one_decoder_computes(shape: str, kind: str) -> None:
     assert_shares_compute_the_whole(partial(model_of, kind, **SHAPES[shape]), kind, 2, [100, 1, 5, 1, 43])
 
 
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", rest_slow([3, 4]))
 @pytest.mark.parametrize("cache_type", [torch.bfloat16, torch.int8])
 def test_more_ranks_and_narrow_caches(size: int, cache_type: torch.dtype) -> None:
     make = partial(model_of, "int8", n_head=2 * size, n_kv_head=size)
     assert_shares_compute_the_whole(make, "int8", size, [40, 1, 19], cache_type)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 @pytest.mark.parametrize(
     ("size", "shape"),
     [

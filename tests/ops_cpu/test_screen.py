@@ -21,7 +21,7 @@ from gpt_fast.ops.cpu.tuning import DEFAULT
 from gpt_fast.ops.cpu.weights import Packer
 from support import cpu_twin
 from support.cpu_models import new_cache, random_tokens, small_model
-from support.examples import examples
+from support.examples import examples, rest_slow
 
 pytestmark = [
     pytest.mark.skipif(build.unavailable() is not None, reason="no compiler, or a processor without kernels"),
@@ -98,7 +98,7 @@ def head_and_input(seed: int, N: int, K: int, *, outliers: float, spread: float)
     return w_NK, x_K
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", rest_slow(ISAS))
 @pytest.mark.parametrize("weights", FORMATS)
 @examples(25)
 @given(
@@ -174,7 +174,7 @@ def decoder(model: torch.nn.Module, weights: str, isa: str | None = None) -> Cpu
     return fused
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", rest_slow(ISAS))
 @pytest.mark.parametrize("weights", [*FORMATS, "int4"])
 @pytest.mark.parametrize("rows", [1, 4, 7, 9])
 def test_best_is_the_whole_heads(weights: str, rows: int, isa: str) -> None:

@@ -1,6 +1,7 @@
 """The layering holds: imports point one way, the core needs torch alone, and it stays small enough to read."""
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -73,6 +74,7 @@ MODULES = modules()
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
+@functools.cache
 def imports(name):
     """Every absolute module name an import statement of the module names, at any depth, TYPE_CHECKING included."""
     out = set()
@@ -87,6 +89,7 @@ def imports(name):
     return out
 
 
+@functools.cache
 def own_imports(name):
     """Imports of this package's modules, without the package's name."""
     short = {i.removeprefix("gpt_fast.") for i in imports(name) if i.startswith("gpt_fast.")}
@@ -108,11 +111,15 @@ def tops(name):
     return {i.split(".")[0] for i in imports(name)}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_point_down(name):
+def upward_imports(name):
     others = {i for i in own_imports(name) if member(i) == COMMANDS or member(i) != member(name)}
-    upward = {i for i in others if layer(i) >= layer(name)}
-    assert not upward, f"{name} imports {sorted(upward)}, which do not stand below it"
+    return sorted(i for i in others if layer(i) >= layer(name))
+
+
+def test_imports_point_down():
+    upward = {name: upward_imports(name) for name in sorted(MODULES)}
+    wrong = {name: found for name, found in upward.items() if found}
+    assert not wrong, "modules that import what does not stand below them"
 
 
 def test_no_import_cycles():
@@ -144,7 +151,8 @@ def inner_objects(tree):
     """Lines that use the runner or the scheduler of a core, or keep it under a name of their own: `core.runner.x`."""
     kept = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Assign)]
     kept += [part for node in kept if isinstance(node, ast.Tuple) for part in node.elts]
-    return sorted({node.lineno for node in kept if re.search(r"\bcore\.(runner|scheduler)$", ast.unparse(node))})
+    inner = [node for node in kept if isinstance(node, ast.Attribute) and node.attr in ("runner", "scheduler")]
+    return sorted({node.lineno for node in inner if re.search(r"\bcore\.\w+$", ast.unparse(node))})
 
 
 def test_inner_objects_are_found():
@@ -152,10 +160,10 @@ def test_inner_objects_are_found():
     assert inner_objects(ast.parse(code)) == [1, 2]
 
 
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith("engine.")))
-def test_nobody_reaches_through_the_core(name):
+def test_nobody_reaches_through_the_core():
     """What others need of its parts are methods of EngineCore and Engine, or functions of a Runner given to them."""
-    assert not inner_objects(TREES[name])
+    found = {name: inner_objects(tree) for name, tree in TREES.items() if not name.startswith("engine.")}
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize("name", [n for n in CORE if n in MODULES])

@@ -25,7 +25,7 @@ from gpt_fast.quantize import (
 )
 from gpt_fast.quantize.rtn import dequantize_weight, quantize_weight, sqnr_db
 from gpt_fast.quantize.structure import apply_schemes, plan, stored_tensors
-from support.examples import examples
+from support.examples import examples, rest_slow
 from support.quantized import (
     FAMILIES,
     dequantized_model,
@@ -162,7 +162,7 @@ def test_regrouping_changes_no_value(columns, groupsize, even):
 
 # ------------------------------------------------------------------------------------------ fast ops
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def assert_near(got, x, weight, scheme):
@@ -183,7 +183,7 @@ def assert_near(got, x, weight, scheme):
     assert (off <= 1.01 * roundings * (x.double().abs() @ parts_NK.T)).all(), len(x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", rest_slow(DTYPES), ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 16), (3, 64), (17, 48), (50, 80), (96, 576), (33, 31)])
 def test_fast_int8_matches_the_plain_op(rows, columns, dtype):
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_fast_int8_matches_the_plain_op(rows, columns, dtype):
         assert_near(got, x, tensors, INT8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", rest_slow(DTYPES), ids=str)
 @pytest.mark.parametrize("groupsize", GROUPSIZES)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 64), (48, 96), (96, 576), (32, 256), (17, 64), (16, 50)])
 def test_fast_int4_matches_the_plain_op(rows, columns, groupsize, dtype):

@@ -46,7 +46,7 @@ def server(engine):
 
 @pytest.fixture(scope="module")
 def client(server):
-    import anthropic  # 2.7 s: not for every collection of tests
+    import anthropic  # 2.7 s, so who asks with it is slow
 
     return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
 
@@ -60,6 +60,7 @@ def ask(**fields):
     return {"model": "gpt-fast", "max_tokens": 40, "messages": USER, "extra_body": GREEDY} | fields
 
 
+@pytest.mark.slow
 def test_a_message_whole_and_streamed(client, engine):
     whole = client.messages.create(**ask(system="Be short."))
     assert (whole.type, whole.role, whole.model) == ("message", "assistant", "gpt-fast") and whole.id.startswith("msg_")
@@ -80,6 +81,7 @@ def test_a_message_whole_and_streamed(client, engine):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_answer_is_the_chats(client, server):
     chat = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
     system = [{"role": "system", "content": "Be short."}]
@@ -91,6 +93,7 @@ def test_the_answer_is_the_chats(client, server):
     assert response.output_text == said.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_why_it_stopped(client):
     assert client.messages.create(**ask(max_tokens=3)).stop_reason == "max_tokens"
     text = client.messages.create(**ask()).content[0].text
@@ -102,6 +105,7 @@ def test_why_it_stopped(client):
     assert (streamed.stop_reason, streamed.stop_sequence) == ("stop_sequence", stops[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
 def test_a_tool_is_used_whole_and_streamed(client, choice):
     asked = ask(tools=[WEATHER], tool_choice=choice | {"disable_parallel_tool_use": True}, max_tokens=200)
@@ -114,6 +118,7 @@ def test_a_tool_is_used_whole_and_streamed(client, choice):
     assert message.stop_reason == "tool_use" and [each.input for each in message.content] == [block.input]
 
 
+@pytest.mark.slow
 def test_the_next_turn_takes_the_use_and_its_result(client):
     first = client.messages.create(**ask(tools=[WEATHER], tool_choice={"type": "any"}, max_tokens=200))
     result = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": [{"type": "text", "text": "3 C"}]}
@@ -122,12 +127,14 @@ def test_the_next_turn_takes_the_use_and_its_result(client):
     assert prompt_tokens(answer) > prompt_tokens(first) + len("3 C")
 
 
+@pytest.mark.slow
 def test_counted_tokens_are_those_of_the_message(client):
     asked = {"model": "gpt-fast", "messages": USER, "system": "Be short.", "tools": [WEATHER]}
     counted = client.messages.count_tokens(**asked)
     assert counted.input_tokens == prompt_tokens(client.messages.create(**asked, max_tokens=1))
 
 
+@pytest.mark.slow
 def test_an_answer_that_the_client_began_goes_on(client, engine):
     began = [*USER, {"role": "assistant", "content": "It is"}]
     answer = client.messages.create(**ask(messages=began, max_tokens=2))
@@ -135,6 +142,7 @@ def test_an_answer_that_the_client_began_goes_on(client, engine):
     assert prompt_tokens(answer) == len(tokens)
 
 
+@pytest.mark.slow
 def test_errors_are_anthropics(client):
     import anthropic
 
@@ -178,6 +186,7 @@ LONG = "x" * 300
 USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -248,6 +257,7 @@ def test_results_and_text_keep_their_order():
     ]
 
 
+@pytest.mark.slow
 def test_a_schema_is_kept(client):
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     form = {"format": {"type": "json_schema", "schema": schema}}

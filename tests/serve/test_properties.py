@@ -128,6 +128,7 @@ def test_a_malformed_escape_is_one_line() -> None:
     assert problem.startswith("malformed \\u escape")
 
 
+@pytest.mark.slow  # starts a Java process
 def test_the_shipped_file_is_read_alike(java: subprocess.Popen[str]) -> None:
     text = (Path(__file__).parents[2] / "deploy" / "config.properties").read_text(encoding="latin-1")
     assert ask(java, text) == parse_properties(text)

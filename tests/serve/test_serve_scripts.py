@@ -109,6 +109,7 @@ def test_java_versions(tmp_path):
     assert java_version(tmp_path / "absent") == 0
 
 
+@pytest.mark.slow
 def test_java_comes_from_the_wheel_when_the_machine_has_none():
     code = "from gpt_fast.torchserve.java import *; h = find_java(); print(h, java_version(Path(h) / 'bin' / 'java'))"
     environ = {"PATH": str(ROOT / "deploy"), "PYTHONPATH": str(ROOT)}
@@ -362,6 +363,7 @@ def test_sourcing_refuses_unsafe_settings(server):
     assert "went on" not in refused.stdout
 
 
+@pytest.mark.slow
 def test_doctor_names_each_problem(server):
     command = [sys.executable, ROOT / "scripts/doctor.py", "--properties", server.home / "config.properties"]
     command += ["--config", server.home / "model_config.yaml", "--run-dir", server.home / "run"]

@@ -15,7 +15,7 @@ from gpt_fast.speculative.ngram import NGramIndex, NGramProposer
 from gpt_fast.speculative.proposer import Offer
 from gpt_fast.speculative.speculator import Speculator, Totals
 from gpt_fast.speculative.verify import Proposal
-from support.examples import examples
+from support.examples import examples, rest_slow
 
 # ---------------------------------------------------------------------------------------- controller
 
@@ -86,7 +86,7 @@ def simulate(
 
 
 @pytest.mark.parametrize("c", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", rest_slow(range(3)))
 def test_a_useless_draft_costs_at_most_three_percent(c, seed):
     machine = Machine(c=c, v=0.08, seed=seed)
     spent, plain, _, chosen = simulate(machine, lambda *_: 0.01, requests=20, tokens=100, lag=200, seed=seed)
@@ -113,7 +113,7 @@ def test_whatever_the_machine_speculation_is_never_slower(c, v, rate, noise, dri
     assert spent / plain < 1.03
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", rest_slow(range(4)))
 @pytest.mark.parametrize("gain", [0.8, 0.9, 0.95, 1.0, 1.05])
 def test_near_break_even_noise_is_not_taken_for_gain(gain, seed):
     """A draft whose largest k has `gain` of plain decode's speed: whichever cost was last measured too low, it is not

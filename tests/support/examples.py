@@ -1,9 +1,12 @@
-"""How many examples a property is tried with: a test says how many it wants, and Hypothesis's profile scales that."""
+"""How many examples a property or a family of cases is tried with: a test says how many it wants, `make check` takes
+fewer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 QUICK = 10
@@ -24,3 +27,9 @@ def examples(count: int, base: settings | None = None, **more: Any) -> settings:
     profile = settings.get_current_profile_name()
     scaled = {"quick": min(count, QUICK), "nightly": count * NIGHTLY}.get(profile, count)
     return settings(base, max_examples=scaled, **more)
+
+
+def rest_slow(values: Iterable[Any], quick: int = 1) -> list[Any]:
+    """For parametrize: the first `quick` values are of `make check`, the others, that differ little, of `make test`."""
+    values = list(values)
+    return [*values[:quick], *(pytest.param(value, marks=pytest.mark.slow) for value in values[quick:])]

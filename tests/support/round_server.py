@@ -30,11 +30,11 @@ class RoundServer:
         )
         self.rounds = Rounds(service, admit)
         self.replies: dict[str, queue.Queue[Reply]] = {}
-        self.arrived: queue.Queue[tuple[str, Incoming]] = queue.Queue()
+        self.arrived: queue.Queue[tuple[str, Incoming] | None] = queue.Queue()  # None: no more will come
         self.ids = itertools.count()
         self.stopped = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.threads = [threading.Thread(target=run, daemon=True) for run in (self.server.serve_forever, self._play)]
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._serve, self._play)]
         self.url = f"http://127.0.0.1:{self.server.server_port}/predictions/gpt-fast"
 
     def __enter__(self) -> RoundServer:
@@ -44,6 +44,7 @@ class RoundServer:
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
+        self.arrived.put(None)
         self.server.shutdown()
         self.server.server_close()
         for thread in self.threads:
@@ -55,13 +56,20 @@ class RoundServer:
         self.arrived.put((name, Incoming(path, body, client_id_of(headers))))
         return self.replies[name]
 
+    def _serve(self) -> None:
+        self.server.serve_forever(poll_interval=0.01)  # how long its end may take
+
+    def _arrivals(self, *, wait: bool) -> dict[str, Incoming]:
+        """What has come since; waiting for the first, as TorchServe does when nothing is in flight."""
+        found = [self.arrived.get()] if wait else []
+        while not self.arrived.empty():
+            found.append(self.arrived.get())
+        return dict(each for each in found if each is not None)
+
     def _play(self) -> None:
         active: set[str] = set()
         while not self.stopped.is_set():
-            incoming = {}
-            while not self.arrived.empty():
-                name, request = self.arrived.get()
-                incoming[name] = request
+            incoming = self._arrivals(wait=not active)
             active |= set(incoming)
             for name, reply in self.rounds.run(sorted(active), incoming).items():
                 self.replies[name].put(reply)

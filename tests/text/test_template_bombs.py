@@ -57,6 +57,7 @@ def test_a_bomb_is_one_line(renderer, name):
     assert used.ru_maxrss <= max(before.ru_maxrss, 1 << 20)
 
 
+@pytest.mark.slow
 def test_one_that_is_refused_at_once_is_refused_by_the_checkpoints_loading(renderer):
     with pytest.raises(ChatTemplateError, match=r"^chat template: takes too (long|much) \(allowed [^\n]+\)$"):
         ChatTemplate("{{ 10**100000000 }}")

@@ -6,6 +6,7 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +144,9 @@ def index_tensor(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+@functools.cache
 def load_library(isa: str | None = None) -> ctypes.CDLL:
-    """The compiled library with its functions' types set. Raises build.BuildError."""
+    """The compiled library with its functions' types set: built or found once a process. Raises build.BuildError."""
     library = build.load_library(isa)
     library.gf_pool_create.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_bool)
     library.gf_pool_create.restype = c_void_p
