@@ -50,12 +50,12 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 	@$(PY) scripts/fetch_model.py
 
 ##@ Develop
-.PHONY: check test nightly fuzz audit sbom lint lock clean help
+.PHONY: docs check test nightly fuzz audit sbom lint lock clean help
 check: lint ## Linters, types and quick tests, a minute and a half: before every commit
 	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
 
 # Servers are measured, so they have the machine for themselves.
-test: lint model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
+test: lint docs model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
 	$(PYTEST_SPREAD) -m "not server and not nightly" --durations=20
 	$(PY) -m pytest -m server --durations=20
 
@@ -72,6 +72,9 @@ build/downloads/.test-files: .venv/.installed-serve
 fuzz: .venv/.installed-test ## Every parser and the scheduler, 50 times as many examples as CI: nightly
 	$(PYTEST_SPREAD) --hypothesis-profile=nightly tests/fuzz tests/text/test_stream.py tests/engine/test_scheduler.py \
 		tests/serve/test_requests.py tests/serve/test_properties.py
+
+docs: .venv/.installed-test ## The pages as a site in build/site; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 lint: .venv/.installed-test ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

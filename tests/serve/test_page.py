@@ -111,7 +111,7 @@ class relay:
 
     def __enter__(self) -> int:
         self.pages = PageServer("http://127.0.0.1:1", port=0)
-        threading.Thread(target=self.pages.serve_forever, daemon=True).start()
+        threading.Thread(target=self.pages.serve_forever, args=(0.01,), daemon=True).start()
         return self.pages.server_port
 
     def __exit__(self, *_: object) -> None:
