@@ -30,6 +30,7 @@ from gpt_fast.load.sizes import (
     torch_dtype,
     weight_bytes_per_step,
 )
+from gpt_fast.model import huge_pages
 from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Forward
 from gpt_fast.speculative.controller import Controller
@@ -92,6 +93,7 @@ def load_parts(config: EngineConfig, group: Group | None = None) -> Parts:
     if path.warm_up:
         runner.warm_up()
     torch.set_num_threads(path.torch_threads)
+    huge_pages.populate(cache.buffers())
     description = EngineDescription(
         checkpoint=str(loaded.weights_file),
         quantization=(loaded.quantization or {}).get("mode", "none"),
@@ -150,6 +152,7 @@ def lead(share: Share, group: Group | None) -> tuple[Forward, Forward, KVCache]:
 def start_following(config: EngineConfig, group: Group) -> Callable[[], None]:
     """Load this rank's share of the engine that rank 0 loads; what is returned computes it until rank 0 ends."""
     share = load_share(config, group)
+    huge_pages.populate(share.cache.buffers())
 
     def run() -> None:
         torch.set_num_threads(share.path.torch_threads)  # of the thread that runs this
@@ -201,6 +204,7 @@ def load_draft(config: EngineConfig, cache: KVCache, target: ModelPath, threads:
     )
     if path.warm_up:
         runner.warm_up()
+    huge_pages.populate(draft_cache.buffers())
     return runner
 
 
