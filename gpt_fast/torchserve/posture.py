@@ -13,6 +13,7 @@ from pathlib import Path
 from gpt_fast.serve.startup_check import is_true, parse_properties
 
 FREE_BYTES = 500 << 20  # logs of three kinds, six files of 20 MB each, and an unpacked archive
+CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 SHOWN = 3  # packages off the lock that are named
 
 
@@ -57,9 +58,16 @@ def check_key_file(path: Path) -> list[str]:
 
 
 def check_user(user: int) -> list[str]:
-    if user != 0:
+    """Root of a container is root of what is in it, and most images have no other user."""
+    if user != 0 or in_container():
         return []
     return ["user: a flaw in the server would be a flaw in the machine (got root, allowed any other user)"]
+
+
+def in_container() -> bool:
+    """Docker, Podman, Kubernetes and systemd-nspawn say so."""
+    told = any(Path(mark).exists() for mark in CONTAINER_MARKS)
+    return told or not {"container", "KUBERNETES_SERVICE_HOST"}.isdisjoint(os.environ)
 
 
 def check_versions(lock: Path) -> list[str]:

@@ -66,9 +66,18 @@ def test_a_start_closes_an_open_key_file(tmp_path, monkeypatch):
     assert keys.stat().st_mode & 0o777 == 0o600
 
 
-def test_root(tmp_path):
+def test_root_outside_a_container(tmp_path, monkeypatch):
+    mark = tmp_path / ".dockerenv"
+    monkeypatch.setattr(posture, "CONTAINER_MARKS", (str(mark),))
+    for name in ("container", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
     (line,) = problems(tmp_path, user=0)
     assert line.startswith("user: ") and "(got root, allowed any other user)" in line
+    mark.touch()
+    assert problems(tmp_path, user=0) == []
+    mark.unlink()
+    monkeypatch.setenv("container", "podman")
+    assert problems(tmp_path, user=0) == []
 
 
 def test_versions_off_the_lock(tmp_path, monkeypatch):

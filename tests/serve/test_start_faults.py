@@ -19,14 +19,20 @@ def server() -> Iterator[DummyServer]:
         yield made
 
 
-def refused(server: DummyServer, *, environ: dict[str, str] | None = None, disk_full: bool = False) -> str:
-    """What `serve.py start` says for its failure."""
+def refused(
+    server: DummyServer,
+    *,
+    environ: dict[str, str] | None = None,
+    disk_full: bool = False,
+    program: tuple[str, ...] = (),
+) -> str:
+    """What `serve.py start` says for its failure. program: what runs it."""
 
     def no_byte_more() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
     failed = subprocess.run(
-        server.command("start", "--archive", str(server.home / "archive.tar.gz")),
+        [*program, *server.command("start", "--archive", str(server.home / "archive.tar.gz"))],
         env=os.environ | (environ or {}),
         preexec_fn=no_byte_more if disk_full else None,
         capture_output=True,
@@ -61,3 +67,17 @@ def test_two_at_once(server):
 def test_a_folder_that_is_a_file(server):
     server.instance.run_dir.write_text("")
     assert str(server.instance.run_dir) in refused(server)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_read_only(server, there):
+    """Modes do not stop root, who therefore gives up what lets it pass."""
+    run = server.instance.run_dir
+    if there:
+        run.mkdir()
+    (run if there else run.parent).chmod(0o500)
+    plain = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+    try:
+        assert "Permission denied" in refused(server, program=plain if os.geteuid() == 0 else ())
+    finally:
+        (run if there else run.parent).chmod(0o700)
