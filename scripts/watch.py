@@ -147,6 +147,8 @@ class Watch:
                     raise ServeError(f"{problem}: given up after {self.failures} restarts; start it with: make serve")
                 self.failures += 1
                 self.tell(f"{problem}: {self.restart()}")
+                if is_well(self.instance.health(timeout=ASK_SECONDS)):
+                    self.failures = 0  # whatever happens before the next look
         except UnderWay:
             return  # somebody starts or stops it by hand
         self.judge = Judge(self.served["start_seconds"])
