@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Faults and floods against the server that `make serve` left running; prints a table: case, tried, survived, lost.
 
+Floods, drops, slow readers and soak also against the door without TorchServe (--url http://127.0.0.1:8000).
+
     python scripts/chaos.py                       all but the soak, some 15 minutes; --quick: 6
     python scripts/chaos.py --only flood drop     some of: see CASES below
     python scripts/chaos.py --only soak --minutes 480
@@ -21,12 +23,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
-from instance import ROOT, Instance
+from instance import ROOT, Instance, fetch, requests_in_flight
 
 from gpt_fast.bench.client import Answer, NativeApi, ask, post
-from gpt_fast.cli.errors import at_least, one_line_errors
+from gpt_fast.cli.errors import at_least, http_url, one_line_errors
 
 PROMPT = "The history of the city begins"
 HANG_SECONDS = 120.0
@@ -61,18 +64,46 @@ class Tally:
         self.lost += not holds
 
 
-class Target:
-    """The served instance, and what its prompts are answered with."""
+@dataclass(frozen=True)
+class SecondDoor:
+    """`gpt-fast serve`: of it, what floods ask an Instance for."""
 
-    def __init__(self, instance: Instance, *, quick: bool, minutes: float) -> None:
-        self.instance, self.quick, self.minutes = instance, quick, minutes
-        self.url = f"{instance.url('inference_address')}/predictions/gpt-fast"
+    root: str
+
+    def token(self, kind: str) -> str:
+        return os.environ.get("GPT_FAST_API_KEY", "")
+
+    def active_requests(self) -> float:
+        return requests_in_flight(fetch(f"{self.root}/metrics", self.token("metrics"), 5.0)) or 0.0
+
+    def workers_running(self) -> list[psutil.Process]:
+        port = urlsplit(self.root).port
+        listen = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+        return [psutil.Process(c.pid) for c in listen if c.pid]
+
+
+class Target:
+    """What is served, by either door, and what its prompts are answered with. instance: with TorchServe only."""
+
+    def __init__(self, door: Instance | SecondDoor, *, quick: bool, minutes: float) -> None:
+        self.door, self.quick, self.minutes = door, quick, minutes
+        self.url = (
+            f"{door.root if isinstance(door, SecondDoor) else door.url('inference_address')}/predictions/gpt-fast"
+        )
         self.expected: dict[int, str] = {}
 
+    @property
+    def instance(self) -> Instance:
+        if isinstance(self.door, SecondDoor):
+            raise RuntimeError("--url: nothing starts this door anew (got a fault, allowed floods: see --help)")
+        return self.door
+
+    @property
+    def token(self) -> str:
+        return self.door.token("inference") or ""
+
     async def ask(self, tokens: int, *, timeout: float = HANG_SECONDS) -> Answer:
-        return await ask(
-            self.url, NativeApi(), PROMPT, tokens, token=self.instance.token("inference") or "", timeout=timeout
-        )
+        return await ask(self.url, NativeApi(), PROMPT, tokens, token=self.token, timeout=timeout)
 
     async def oracle(self, tokens: int) -> str:
         if tokens not in self.expected:
@@ -93,7 +124,7 @@ class Target:
 
 
 def workers(target: Target) -> list[psutil.Process]:
-    return target.instance.workers_running()
+    return target.door.workers_running()
 
 
 def frontend(target: Target) -> list[psutil.Process]:
@@ -184,18 +215,16 @@ async def drop(target: Target) -> Tally:
     async def leave() -> None:
         with suppress(TimeoutError, OSError, EOFError):
             async with asyncio.timeout(0.05):
-                async for _ in post(
-                    target.url, NativeApi().body(PROMPT, 300), target.instance.token("inference") or ""
-                ):
+                async for _ in post(target.url, NativeApi().body(PROMPT, 300), target.token):
                     return
 
     for _ in range(20):
         await asyncio.gather(*(leave() for _ in range(50)))
     tally.count([await stream], expected, cut_allowed=False)
     begin = time.monotonic()
-    while target.instance.active_requests() and time.monotonic() - begin < 30:
+    while target.door.active_requests() and time.monotonic() - begin < 30:
         await asyncio.sleep(0.1)
-    tally.must(not target.instance.active_requests(), f"slots free {time.monotonic() - begin:.1f} s after 1,000 left")
+    tally.must(not target.door.active_requests(), f"slots free {time.monotonic() - begin:.1f} s after 1,000 left")
     tally.count([await target.ask(300)], expected, cut_allowed=False)
     return tally
 
@@ -205,7 +234,7 @@ async def slow(target: Target) -> Tally:
     tally, expected = Tally(), await target.oracle(300)
 
     async def dawdle() -> None:
-        async for _ in post(target.url, NativeApi().body(PROMPT, 1000), target.instance.token("inference") or ""):
+        async for _ in post(target.url, NativeApi().body(PROMPT, 1000), target.token):
             await asyncio.sleep(1)
 
     dawdlers = [asyncio.create_task(dawdle()) for _ in range(8)]
@@ -243,6 +272,9 @@ CASES: dict[str, Callable[[Target], Awaitable[Tally]]] = {
 }
 
 
+FLOODS = ("flood", "overload", "drop", "slow-readers", "soak")
+
+
 async def run(target: Target, names: list[str]) -> int:
     print(f"{'case':<16} {'tried':>6} {'survived':>8} {'lost':>5}")
     lost = 0
@@ -257,17 +289,25 @@ async def run(target: Target, names: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=ROOT / ".run", help="of the instance")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[name for name in CASES if name != "soak"])
+    parser.add_argument("--only", nargs="+", choices=CASES, help="default: all but the soak")
     parser.add_argument("--quick", action="store_true", help="fewer kills, a shorter overload")
     parser.add_argument("--minutes", type=at_least(1), default=30, help="of the soak")
+    parser.add_argument("--url", type=http_url, help="of the door without TorchServe; then floods only")
     args = parser.parse_args()
+    names = args.only or [name for name in (FLOODS if args.url else CASES) if name != "soak"]
+    with one_line_errors("chaos", also=(RuntimeError,)):
+        target = Target(chosen_door(args), quick=args.quick, minutes=args.minutes)
+        print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        return int(asyncio.run(run(target, names)) > 0)
+
+
+def chosen_door(args: argparse.Namespace) -> Instance | SecondDoor:
+    if args.url:
+        return SecondDoor(args.url.rstrip("/"))
     instance = Instance(args.run_dir.resolve())
     if not instance.watcher():
-        print(f"chaos: nothing is served and watched in {instance.run_dir}; start it with: make serve", file=sys.stderr)
-        return 1
-    with one_line_errors(also=(RuntimeError,)):
-        print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-        return int(asyncio.run(run(Target(instance, quick=args.quick, minutes=args.minutes), args.only)) > 0)
+        raise ValueError(f"nothing is served and watched in {instance.run_dir}; start it with: make serve")
+    return instance
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ class Instance:
         return [port for port in self.ports() if is_listening(port)]
 
     def token(self, kind: str) -> str | None:
-        """The key for `inference` or `management` calls, None when the token is off."""
+        """The key for `inference` or `management` calls, or `API` to renew them; None when the token is off."""
         frontend = self.frontend()
         if is_true(self.properties.get("disable_token_authorization", "")) or frontend is None:
             return None
@@ -245,8 +245,7 @@ class Instance:
             text = self._get(f"{self.url('metrics_address')}/metrics", "management")
         except OSError:
             return None
-        counts = re.findall(r"^gpt_fast_num_requests_(?:running|waiting)\{[^\n]*\} ([\d.]+)$", text, re.M)
-        return sum(map(float, counts)) if counts else None
+        return requests_in_flight(text)
 
     def _open_connections(self) -> int:
         frontend = self.frontend()
@@ -258,11 +257,17 @@ class Instance:
         return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
 
     def _get(self, url: str, kind: str, timeout: float = 5.0) -> str:
-        request = urllib.request.Request(url)
-        if key := self.token(kind):
-            request.add_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            return reply.read().decode()
+        try:
+            return fetch(url, self.token(kind), timeout)
+        except urllib.error.HTTPError as error:
+            if error.code != 400 or not self.token(kind):
+                raise
+        self._renew(kind, timeout)
+        return fetch(url, self.token(kind), timeout)
+
+    def _renew(self, kind: str, timeout: float) -> None:
+        """Have TorchServe write a new key of a kind that it takes no longer: keys expire, but the one that asks."""
+        fetch(f"{self.url('management_address')}/token?type={kind}", self.token("API"), timeout)
 
     # --- what the worker said ---
 
@@ -294,6 +299,18 @@ class Instance:
         shutil.rmtree(self.tmp, ignore_errors=True)
         for name in ("draining", "key_file.json", "served"):
             (self.run_dir / name).unlink(missing_ok=True)
+
+
+def requests_in_flight(metrics: str) -> float | None:
+    """The handler's own count in Prometheus' text; None where there is none."""
+    counts = re.findall(r"^gpt_fast_num_requests_(?:running|waiting)\{[^\n]*\} ([\d.]+)$", metrics, re.M)
+    return sum(map(float, counts)) if counts else None
+
+
+def fetch(url: str, key: str | None, timeout: float) -> str:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    with urllib.request.urlopen(request, timeout=timeout) as reply:
+        return reply.read().decode()
 
 
 def alive(process: psutil.Process) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -54,3 +55,18 @@ def test_openais_client_has_it_as_api_key(server: Server, key: str) -> None:
     assert client.responses.create(model="gpt-fast", input="Hi", max_output_tokens=2).output_text
     with pytest.raises(openai.BadRequestError, match="Token Authorization failed"):
         openai.OpenAI(base_url=server.base_url, api_key="x", max_retries=0, timeout=120).models.list()
+
+
+def test_the_watch_renews_a_key_that_expired(server: Server, key: str) -> None:
+    """It would take the refusal for an answer, and see no wedge: keys expire after a day."""
+    file = server.instance.run_dir / "key_file.json"
+    keys = json.loads(file.read_text())
+    for kind in ("inference", "management"):  # what TorchServe says to these, it says to expired ones
+        keys[kind]["key"] = "expired"
+    file.write_text(json.dumps(keys))
+    health = server.instance.health(timeout=60)
+    assert health is not None and health["status"] == "ok" and server.instance.is_ready()
+    new = server.instance.token("inference")
+    assert new not in ("expired", key)
+    body = {"prompt": "Hi", "max_new_tokens": 2}
+    assert server.call(body, headers={"Authorization": f"Bearer {new}"}).status == 200
