@@ -1,7 +1,7 @@
 """What rank 0 tells the other ranks to do next, as int64 numbers: no pickle, nothing to decide.
 
-A message is a few numbers of head and the batch's tensors behind them. It goes through gloo, on GPUs too: among the
-ranks of one machine as among machines.
+A message is a few numbers of head and the batch's tensors behind them. It goes through gloo, on GPUs too, among the
+ranks of one machine as among machines; or, where those of one machine share memory, through that.
 
 Shapes: B rows, S tokens of a row.
 """
@@ -9,7 +9,7 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from gpt_fast.model.cache import KVCache
 from gpt_fast.model.forward import Batch
 
 INLINE = 128  # numbers that go in one message: all of a decode of 29 rows; what is longer takes a second one
-HEAD = 11  # numbers before the tensors
+HEAD = 10  # numbers before the tensors
 
 
 class Op(IntEnum):
@@ -48,23 +48,57 @@ class Plan(NamedTuple):
     tensors: Tensor  # [N], the batch's, one behind the other
 
 
-class Plans:
-    """One way, rank 0 to all others, in order. A rank that waits uses no processor."""
+class Channel(Protocol):
+    """One way, rank 0 to all others, in order. A rank that waits uses no processor. Messages are int64 [n]."""
+
+    def send(self, message: Tensor) -> None:
+        """Rank 0: returns when it is on its way."""
+
+    def receive(self) -> Tensor:
+        """The others: the next message, however long it takes."""
+
+
+class Broadcast:
+    """A Channel through a process group on the CPU: INLINE numbers at first, then what is left."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
+
+    def send(self, message: Tensor) -> None:
+        padded = torch.zeros(max(INLINE, 1 + len(message)), dtype=torch.int64)
+        padded[0], padded[1 : 1 + len(message)] = len(message), message
+        self._pass(padded[:INLINE])
+        if len(padded) > INLINE:
+            self._pass(padded[INLINE:])
+
+    def receive(self) -> Tensor:
+        first = self._pass(torch.empty(INLINE, dtype=torch.int64))
+        count = int(first[0])
+        if 1 + count > INLINE:
+            first = torch.cat((first, self._pass(torch.empty(1 + count - INLINE, dtype=torch.int64))))
+        return first[1 : 1 + count]
+
+    def _pass(self, message: Tensor) -> Tensor:
+        dist.broadcast(message, src=0, group=self.group)
+        return message
+
+
+class Plans:
+    """What rank 0 tells, through one channel at a time: that of `group`, unless there is a better one."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.everywhere: Channel = Broadcast(group)
+        self.channel: Channel = self.everywhere
         self.awaited = False  # whether the others follow, i.e. wait for the next message
+
+    def through(self, channel: Channel | None) -> None:
+        """From now on; all ranks alike, while none waits. None: as at first."""
+        self.channel = channel or self.everywhere
 
     def tell(self, op: Op, *numbers: int, tensors: tuple[Tensor, ...] = ()) -> None:
         """Rank 0: returns when it is on its way. tensors: int64, on any one device."""
-        body = torch.cat([tensor.flatten() for tensor in tensors]).cpu() if tensors else torch.empty(0).long()
-        head = [len(body), op, *numbers]
-        message = torch.empty(max(INLINE, HEAD + len(body)), dtype=torch.int64)
-        message[:HEAD] = torch.tensor(head + [0] * (HEAD - len(head)))
-        message[HEAD : HEAD + len(body)] = body
-        self._broadcast(message[:INLINE])
-        if len(message) > INLINE:
-            self._broadcast(message[INLINE:])
+        head = torch.tensor([op, *numbers, *[0] * (HEAD - 1 - len(numbers))])
+        self.channel.send(torch.cat([head, *(tensor.flatten().cpu() for tensor in tensors)]))
 
     def end(self) -> None:
         """Rank 0: let the others go on, if they follow."""
@@ -74,17 +108,9 @@ class Plans:
 
     def hear(self) -> Plan:
         """The others: the next message."""
-        message = torch.empty(INLINE, dtype=torch.int64)
-        self._broadcast(message)
-        count, op, *numbers = message[:HEAD].tolist()
-        if HEAD + count > INLINE:
-            rest = torch.empty(HEAD + count - INLINE, dtype=torch.int64)
-            self._broadcast(rest)
-            message = torch.cat((message, rest))
-        return Plan(Op(op), numbers, message[HEAD : HEAD + count])
-
-    def _broadcast(self, message: Tensor) -> None:
-        dist.broadcast(message, src=0, group=self.group)
+        message = self.channel.receive()
+        op, *numbers = message[:HEAD].tolist()
+        return Plan(Op(op), numbers, message[HEAD:])
 
     def tell_step(
         self, op: Op, forward: int, cache: int, batch: Batch, *, after: bool = False, best_only: bool = False

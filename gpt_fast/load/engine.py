@@ -18,6 +18,7 @@ from gpt_fast.engine.lead import Leader, follow
 from gpt_fast.engine.overlap_runner import OverlapRunner
 from gpt_fast.engine.ranks import Group
 from gpt_fast.engine.runner import Runner, buckets, chunk_sizes
+from gpt_fast.load import cores
 from gpt_fast.load.checkpoint import Loaded, load_checkpoint
 from gpt_fast.load.description import EngineDescription
 from gpt_fast.load.path import ModelPath, choose_path
@@ -125,6 +126,8 @@ def load_share(config: EngineConfig, group: Group | None) -> Share:
         raise ConfigError("compile", "compiled shares of a model gave wrong tokens on ranks", got=True, allowed="false")
     device = choose_device(config.device, group)
     threads = config.threads or cores_of(group)
+    if group is not None and device.type == "cpu":
+        cores.settle(group)
     torch.set_num_threads(threads)
     loaded = load_model(config.checkpoint_path, device=device, dtype=config.dtype, group=group)
     max_seq_len = choose_max_seq_len(config, loaded.config)
@@ -137,6 +140,7 @@ def load_share(config: EngineConfig, group: Group | None) -> Share:
         dtypes = (name_of(t.dtype) for t in (loaded.model.norm.weight, cache.k_LNHTD))
         shape = f"{cache.slots} slots of {max_seq_len} positions"
         group.agree(f"{weights_sha256(loaded.weights_file)[:16]}, {'/'.join(dtypes)}, {shape}, {path.name}")
+        group.plans.through(path.link)
     return Share(loaded, cache, path, threads, weight_bytes)
 
 

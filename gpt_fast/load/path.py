@@ -44,6 +44,7 @@ class ModelPath(NamedTuple):
     runner: makes the Runner that suits it. budget: makes its chunk budget from the chunks' sizes; None: it has none.
     greedy_saves: bytes of weights that a greedy step of few rows leaves out.
     tuning: what was chosen for this processor, and how; "" where there is no choice.
+    link: where it meets the other ranks of this machine, if it does.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ModelPath(NamedTuple):
     budget: Callable[[list[int]], Budget] | None = ChunkBudget
     greedy_saves: int = 0
     tuning: str = ""
+    link: Link | None = None
 
 
 def choose_path(
@@ -167,6 +169,7 @@ def cpu_path(loaded: Loaded, threads: int, *, beside: ModelPath | None, group: G
         budget=JoinedBudget,
         greedy_saves=fused.greedy_saves,
         tuning=str(fused.tuned),
+        link=link,
     )
 
 

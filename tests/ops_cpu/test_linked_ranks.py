@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -223,6 +224,44 @@ def test_the_best_of_equals_is_the_first_and_nan_is_none() -> None:
     for best, logits in together([partial(step, share) for share in share_decoders(make, 2, weights="bfloat16")]):
         assert torch.equal(best[:-1], logits[:-1].argmax(-1)) and best[-1] == -1
         assert (best == 5).any()
+
+
+# ------------------------------------------------------------------------------------------ what rank 0 tells
+
+
+def test_all_ranks_hear_all_messages_in_order() -> None:
+    """Messages that are empty, and one that is longer than the memory for them, which ranks read at their own pace."""
+    numbers = random.Random(0)
+    sizes = [0, 1, 200_000, *(numbers.randrange(400) for _ in range(2000))]
+    messages = [torch.arange(size) * (2**40 + 1) - index for index, size in enumerate(sizes)]
+    leader, *others = links(3)
+
+    def tell() -> list[torch.Tensor]:
+        for message in messages:
+            leader.send(message)
+        return messages
+
+    def hear(link: Link) -> list[torch.Tensor]:
+        return [link.receive() for _ in messages]
+
+    _, *heard = together([tell, *(partial(hear, link) for link in others)])
+    for found in heard:
+        assert all(torch.equal(one, other) for one, other in zip(found, messages, strict=True))
+
+
+def test_a_rank_that_hears_nothing_more_ends_the_link() -> None:
+    leader, reader, _ = links(3, seconds=0.5)
+    full = torch.zeros(60_000, dtype=torch.int64)
+    leader.send(full)
+    assert torch.equal(reader.receive(), full)
+    reason = "rank 2 did not take part in a step for 0.5 s"
+    assert together([partial(lost, partial(leader.send, full)), partial(lost, reader.receive)]) == [reason] * 2
+
+
+def test_a_rank_that_waits_for_word_is_told_of_the_links_end() -> None:
+    leader, other = links(2)
+    threading.Timer(0.2, leader.give_up).start()
+    assert lost(other.receive) == "the ranks gave up"
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong

@@ -1,4 +1,5 @@
-"""Link: shared memory where the decoders of one machine's ranks meet (src/link.h says how).
+"""Link: shared memory where the decoders of one machine's ranks meet (src/link.h says how), and where rank 0 tells the
+others what comes next (src/mailbox.h).
 
 The memory has no name: it is gone with the last process that holds it, however that ends.
 """
@@ -9,6 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gpt_fast.model.parallel import Ranks
 from gpt_fast.ops.cpu.build import BuildError
@@ -62,6 +64,22 @@ class Link:
         """Wait for all ranks, as a sum of nothing does, `count` times; no step may run. Raises RanksLost."""
         if not self.library.gf_link_meet(self.handle, count):
             self.check()
+
+    def send(self, message: Tensor) -> None:
+        """Rank 0: leave a message, int64 [n], to all other ranks, in order. Raises RanksLost."""
+        numbers = torch.cat((torch.tensor([len(message)]), message))
+        if not self.library.gf_link_send(self.handle, numbers.data_ptr(), len(numbers)):
+            self.check()
+
+    def receive(self) -> Tensor:
+        """The others: the next message, however long it takes. Raises RanksLost."""
+        return self._numbers(int(self._numbers(1)))
+
+    def _numbers(self, count: int) -> Tensor:
+        numbers = torch.empty(count, dtype=torch.int64)
+        if not self.library.gf_link_receive(self.handle, numbers.data_ptr(), count):
+            self.check()
+        return numbers
 
     def check(self) -> None:
         """Raises RanksLost where the link has ended, with the reason."""

@@ -161,6 +161,8 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     library.gf_link_end.restype = c_int32
     library.gf_link_meet.argtypes = (c_void_p, ctypes.c_int)
     library.gf_link_meet.restype = ctypes.c_bool
+    library.gf_link_send.argtypes = library.gf_link_receive.argtypes = (c_void_p, c_void_p, ctypes.c_uint32)
+    library.gf_link_send.restype = library.gf_link_receive.restype = ctypes.c_bool
     library.gf_decoder_create.argtypes = (POINTER(ModelWeights), c_void_p, c_void_p)
     library.gf_decoder_create.restype = c_void_p
     library.gf_decoder_destroy.argtypes = (c_void_p,)

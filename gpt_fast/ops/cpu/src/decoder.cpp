@@ -24,7 +24,7 @@ Pool* gf_pool_create(int threads, int spin_microseconds, bool apart) {
 }
 void gf_pool_destroy(Pool* pool) { delete pool; }
 
-size_t gf_link_bytes(int ranks, size_t part_bytes) { return gf::Link::bytes(ranks, part_bytes); }
+size_t gf_link_bytes(int ranks, size_t part_bytes) { return SharedLink::bytes(ranks, part_bytes); }
 // Over the memory that a file holds; null: it cannot be mapped.
 LinkHandle* gf_link_create(int file, int rank, int ranks, size_t part_bytes, double seconds, int spin_microseconds) {
   LinkHandle link = SharedLink::open(file, rank, ranks, part_bytes, seconds, gf::pauses_in(spin_microseconds));
@@ -40,6 +40,14 @@ bool gf_link_meet(LinkHandle* handle, int count) {
   for (int i = 1; i <= count; i++)
     if (!link.meet(before + uint32_t(i))) return false;
   return true;
+}
+
+// What rank 0 tells the others; false: the link has ended.
+bool gf_link_send(LinkHandle* link, const int64_t* numbers, uint32_t count) {
+  return (*link)->mailbox.send(numbers, count);
+}
+bool gf_link_receive(LinkHandle* link, int64_t* numbers, uint32_t count) {
+  return (*link)->mailbox.receive(numbers, count);
 }
 
 // link: null, or to the other ranks of the model.

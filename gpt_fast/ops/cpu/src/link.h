@@ -9,20 +9,13 @@
 // arrive in time ends the link for all, for good: nobody spins for ever.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <thread>
 
+#include "counter.h"
 #include "simd.h"
-
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace gf {
 
@@ -48,6 +41,7 @@ class Link {
 
   int rank() const { return rank_; }
   int ranks() const { return ranks_; }
+  std::chrono::duration<double> patience() const { return patience_; }
   size_t part_bytes() const { return part_bytes_; }
 
   // The number before those of the next `count` exchanges. Whoever begins a step takes them.
@@ -84,25 +78,17 @@ class Link {
   static constexpr std::chrono::seconds kStart{600};      // for a rank's first arrival: it may still load its weights
   static constexpr std::chrono::milliseconds kSleep{20};  // at a time, so that a link's end is noticed
 
-  struct alignas(64) Place {
-    std::atomic<uint32_t> arrived{0};  // at which exchange; the number wraps around after some days
-    std::atomic<uint32_t> sleepers{0};
-  };
   struct Shared {
     alignas(64) std::atomic<int32_t> end{kOpen};
-    Place places[kMaxRanks];
+    Counter arrived[kMaxRanks];  // at which exchange; the number wraps around after some days
   };
-  static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(Shared) % 4096 == 0);
+  static_assert(sizeof(Shared) % 4096 == 0);
 
-  bool has_arrived(int rank, uint32_t exchange) const {
-    return int32_t(shared_->places[rank].arrived.load(std::memory_order_acquire) - exchange) >= 0;
-  }
+  bool has_arrived(int rank, uint32_t exchange) const { return shared_->arrived[rank].reached(exchange); }
 
   void arrive(uint32_t exchange) {
-    Place& mine = shared_->places[rank_];
-    if (mine.arrived.load(std::memory_order_relaxed) == exchange) return;
-    mine.arrived.store(exchange);  // sequentially consistent: a sleeper is either seen here or sees this
-    if (mine.sleepers.load() > 0) wake(mine.arrived);
+    Counter& mine = shared_->arrived[rank_];
+    if (mine.value.load(std::memory_order_relaxed) != exchange) mine.move_to(exchange);
   }
 
   bool wait_for(int rank, uint32_t exchange) {
@@ -110,34 +96,16 @@ class Link {
       if (has_arrived(rank, exchange)) return true;
       pause();
     }
-    Place& place = shared_->places[rank];
-    const bool is_new = place.arrived.load(std::memory_order_relaxed) == 0;
+    Counter& theirs = shared_->arrived[rank];
+    const bool is_new = theirs.value.load(std::memory_order_relaxed) == 0;
     const auto limit = Clock::now() + std::chrono::duration_cast<Clock::duration>(is_new ? kStart : patience_);
     while (!has_arrived(rank, exchange)) {
       if (end()) return false;
       if (Clock::now() > limit) return end_with(1 + rank), false;
-      place.sleepers.fetch_add(1);
-      const uint32_t seen = place.arrived.load();
-      if (int32_t(seen - exchange) < 0) sleep_while(place.arrived, seen);
-      place.sleepers.fetch_sub(1);
+      theirs.sleep_until(exchange, kSleep);
     }
     return true;
   }
-
-#if defined(__linux__)
-  static void wake(std::atomic<uint32_t>& word) {
-    syscall(SYS_futex, &word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-  }
-  static void sleep_while(std::atomic<uint32_t>& word, uint32_t seen) {
-    const timespec time{0, std::chrono::nanoseconds(kSleep).count()};
-    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &time, nullptr, 0);
-  }
-#else
-  static void wake(std::atomic<uint32_t>&) {}
-  static void sleep_while(std::atomic<uint32_t>&, uint32_t) {
-    std::this_thread::sleep_for(std::chrono::microseconds(100));
-  }
-#endif
 
   Shared* const shared_;
   std::byte* const parts_;

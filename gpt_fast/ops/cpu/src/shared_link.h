@@ -1,4 +1,4 @@
-// A link in memory that a file holds, which the processes of one machine map.
+// A link and a mailbox in memory that a file holds, which the processes of one machine map.
 #pragma once
 
 #include <sys/mman.h>
@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "link.h"
+#include "mailbox.h"
 
 namespace gf {
 
@@ -15,21 +16,26 @@ class SharedLink {
 
  public:
   Link link;
+  Mailbox mailbox;
+
+  static size_t bytes(int ranks, size_t part_bytes) { return Mailbox::bytes() + Link::bytes(ranks, part_bytes); }
 
   // Null: it cannot be mapped, and errno says why. Its decoders own it with whoever opened it.
   static std::shared_ptr<SharedLink> open(int file, int rank, int ranks, size_t part_bytes, double seconds, int spins) {
-    const size_t bytes = Link::bytes(ranks, part_bytes);
+    const size_t bytes = SharedLink::bytes(ranks, part_bytes);
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (memory == MAP_FAILED) return nullptr;
+    auto* const rest = static_cast<std::byte*>(memory) + Mailbox::bytes();
     return std::shared_ptr<SharedLink>(
-        new SharedLink(memory, bytes, Link(memory, rank, ranks, part_bytes, seconds, spins)));
+        new SharedLink(memory, bytes, Link(rest, rank, ranks, part_bytes, seconds, spins)));
   }
 
   SharedLink(const SharedLink&) = delete;
   ~SharedLink() { munmap(memory_, bytes_); }
 
  private:
-  SharedLink(void* memory, size_t bytes, const Link& link_in) : memory_(memory), bytes_(bytes), link(link_in) {}
+  SharedLink(void* memory, size_t bytes, const Link& link_in)
+      : memory_(memory), bytes_(bytes), link(link_in), mailbox(memory, link) {}
 };
 
 }  // namespace gf
