@@ -20,6 +20,9 @@ CHAOS ?=
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 
+# Where it is set, every run would compile each test and module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c requirements.lock
 PYTEST_SPREAD := $(PY) -m pytest -n $(WORKERS) --dist loadfile

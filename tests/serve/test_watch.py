@@ -114,6 +114,7 @@ def test_restarts_that_do_not_help_end(instance, monkeypatch):
     served.serve({"state": "", "archive": "none.tar.gz", "start_seconds": 1})
     monkeypatch.setattr(watch, "DELAYS", (0.0, 0.0))
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "ASK_SECONDS", 0.2)  # who has the port does not answer
     told: list[str] = []
     with socket.socket() as other:
         other.bind(("127.0.0.1", ports[0]))
