@@ -472,12 +472,26 @@ def test_processor_choice() -> None:
     assert build.supported_isas("x86_64", frozenset(avx2)) == ["avx2"]
     assert build.supported_isas("x86_64", frozenset({"sse2"})) == []
     assert build.supported_isas("aarch64", build.AVX512_VNNI | avx2) == []
+    graviton2 = {"fp", "asimd", "evtstrm", "aes", "fphp", "asimdhp", "asimdrdm", "asimddp"}
+    assert build.supported_isas("aarch64", frozenset(graviton2)) == ["neon"]
+    assert build.supported_isas("aarch64", frozenset(graviton2 | {"i8mm", "bf16"})) == ["neon_i8mm", "neon"]
+    assert build.supported_isas("aarch64", frozenset({"fp", "asimd"})) == []  # a Cortex-A72
+    assert build.supported_isas("x86_64", frozenset(graviton2)) == []
+
+
+def test_an_arm_processor_is_told_apart_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its system gives no model's name: what is tuned to one must not be taken for another."""
+    told = {"Features": "asimd asimddp", "CPU implementer": "0x41", "CPU part": "0xd40", "CPU revision": "1"}
+    monkeypatch.setattr(build, "cpuinfo", lambda: told)
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.processor() == "aarch64 (implementer 0x41, part 0xd40, revision 1)"
+    assert build.isas_here() == ["neon"]
 
 
 def test_a_processor_without_a_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
     assert build.unavailable() == (
-        "this riscv64 processor has none of the instruction sets avx512_bf16, avx512, avx2_vnni, avx2"
+        "this riscv64 processor has none of the instruction sets avx512_bf16, avx512, avx2_vnni, avx2, neon_i8mm, neon"
     )
 
 
@@ -486,7 +500,7 @@ def test_the_librarys_key_is_of_its_own_sources(monkeypatch: pytest.MonkeyPatch,
     shutil.copytree(build.SOURCES, sources)
     monkeypatch.setattr(build, "SOURCES", sources)
     names = {path.relative_to(sources.resolve()).as_posix() for path in build.sources_of(build.LIBRARY_SOURCE)}
-    assert names >= {"decoder.cpp", "decoder.h", "simd.h", "simd/avx512.h", "simd/avx2.h", "simd/x86.h"}
+    assert names >= {"decoder.cpp", "decoder.h", "simd.h", "simd/avx512.h", "simd/avx2.h", "simd/x86.h", "simd/neon.h"}
     before = build.source_key("avx2")
     (sources / "check.cpp").write_text("// changed")
     assert build.source_key("avx2") == before

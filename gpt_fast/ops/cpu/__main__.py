@@ -32,11 +32,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where --tune writes its table as JSON")
     parser.add_argument("--sanitize", action="store_true", help="build check.cpp with each sanitizer and run it")
     arguments = parser.parse_args()
+    print(instruction_sets())
     if reason := build.unavailable():
         print(f"no fused CPU decoder here: {reason}")
         return 1
     isa = build.isas_here()[0]
-    print(f"{build.processor()}: instruction set {isa}, compiler {build.compiler()}, cache {build.cache_dir()}")
+    print(f"compiler {build.compiler()}, cache {build.cache_dir()}")
     from gpt_fast.ops.cpu import tuning_report
 
     for line in tuning_report.kept_choices():
@@ -44,6 +45,17 @@ def main() -> int:
     if arguments.tune:
         tuning_report.run(arguments.threads, arguments.rounds, arguments.out)
     return max(sanitize(isa, which) for which in SANITIZERS) if arguments.sanitize else 0
+
+
+def instruction_sets() -> str:
+    """The set that is used, those that are compiled, those the processor has, and all that there are kernels for."""
+    supported = build.isas_here()
+    compiled = [isa for isa in supported if build.compiler() and build.library_path(isa).exists()]
+    return (
+        f"{build.processor()}: instruction set {supported[0] if supported else 'none'} is used"
+        f" (compiled: {', '.join(compiled) or 'none yet'}; supported here: {', '.join(supported) or 'none'};"
+        f" there are kernels for: {', '.join(build.ISAS)})"
+    )
 
 
 def sanitize(isa: str, which: str) -> int:

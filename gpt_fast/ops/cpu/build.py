@@ -46,6 +46,8 @@ class InstructionSet(NamedTuple):
 X86 = ("x86_64", "AMD64")
 AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
 AVX2 = frozenset({"avx2", "fma", "f16c"})
+ARM = ("aarch64",)
+DOT_PRODUCT = frozenset({"asimd", "asimddp"})
 ISAS = {  # best first
     "avx512_bf16": InstructionSet(
         X86, AVX512_VNNI | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
@@ -53,6 +55,8 @@ ISAS = {  # best first
     "avx512": InstructionSet(X86, AVX512_VNNI, ("-march=x86-64-v4", "-mavx512vnni")),
     "avx2_vnni": InstructionSet(X86, AVX2 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
     "avx2": InstructionSet(X86, AVX2, ("-march=x86-64-v3",)),
+    "neon_i8mm": InstructionSet(ARM, DOT_PRODUCT | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",)),
+    "neon": InstructionSet(ARM, DOT_PRODUCT, ("-march=armv8.2-a+dotprod",)),
 }
 
 
@@ -78,8 +82,9 @@ def cpu_features() -> frozenset[str]:
 def processor() -> str:
     """The processor's name, with the numbers that tell apart what virtual machines give one name."""
     info = cpuinfo()
+    x86, arm = ("cpu family", "model", "stepping"), ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
     numbers = ", ".join(
-        f"{key.removeprefix('cpu ')} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info
+        f"{key[4:] if key[:3].lower() == 'cpu' else key} {info[key]}" for key in x86 + arm if key in info
     )
     return f"{info.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
@@ -107,7 +112,8 @@ def cache_dir() -> Path:
 def unavailable() -> str | None:
     """Why no library can be built here, or None."""
     if not isas_here():
-        return f"this {platform.machine()} processor has none of the instruction sets {', '.join(ISAS)}"
+        known = [name for name, isa in ISAS.items() if platform.machine() in isa.machines]
+        return f"this {platform.machine()} processor has none of the instruction sets {', '.join(known or ISAS)}"
     return None if compiler() else "no C++ compiler found (looked for $CXX, g++, clang++)"
 
 
@@ -119,13 +125,18 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     if reason := unavailable():
         raise BuildError(reason)
     isa = isa or isas_here()[0]
-    path = cache_dir() / f"decoder-{isa}-{source_key(isa)}.so"
+    path = library_path(isa)
     try:
         if not path.exists():
             build(path, isa)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot use the cache {path.parent} (set GPT_FAST_CACHE): {error}") from error
+
+
+def library_path(isa: str) -> Path:
+    """Where the library of these sources, options and compiler is kept, built or not."""
+    return cache_dir() / f"decoder-{isa}-{source_key(isa)}.so"
 
 
 def source_key(isa: str) -> str:

@@ -250,6 +250,13 @@ bool check_pool(int threads, int spins) {
   return fine;
 }
 
+// FNV-1a of the bits, so that the runs of two instruction sets can be compared.
+unsigned digest(const std::vector<float>& values) {
+  uint32_t hash = 2166136261u;
+  for (const float& v : values) hash = (hash ^ gf::read_as<uint32_t>(&v)) * 16777619u;
+  return hash;
+}
+
 bool check(int format, gf::CacheType type) {
   RandomModel model(format);
   const std::vector<float> expected = run(model, 1, 1, false, type);
@@ -264,7 +271,7 @@ bool check(int format, gf::CacheType type) {
     fine = fine && run_greedily(model, threads, true, nullptr).logits == plain.logits;
     if (screen.weights.rows) fine = fine && run_greedily(model, threads, threads != 2, &screen).best == plain.best;
   }
-  std::printf("format %d, cache %d: %s\n", format, int(type), fine ? "fine" : "DIFFERS");
+  std::printf("format %d, cache %d: %s, logits %08x\n", format, int(type), fine ? "fine" : "DIFFERS", digest(expected));
   return fine;
 }
 

@@ -27,7 +27,7 @@ inline void embed_row(const ModelWeights& model, int row, float* x) {
   switch (model.embedding_type) {
     case 0: return embed_as(full, model.dim, row, x, [](float v) { return v; });
     case 1: return embed_as(half, model.dim, row, x, [](uint16_t v) { return bf16_to_float(v); });
-    case 2: return embed_as(half, model.dim, row, x, [](uint16_t v) { return float(read_as<_Float16>(&v)); });
+    case 2: return embed_as(half, model.dim, row, x, [](uint16_t v) { return float(read_as<float16>(&v)); });
     default: return embed_int8(model, row, x);
   }
 }

@@ -35,7 +35,7 @@ inline void unpack_group(const Linear& w, int tile, int g, float (*out)[kLanes])
         continue;
       }
       const float scale = w.format == kInt8Row ? static_cast<const float*>(w.scale)[tile * kLanes + lane]
-                                               : float(static_cast<const _Float16*>(w.scale)[block * kLanes + lane]);
+                                               : float(static_cast<const float16*>(w.scale)[block * kLanes + lane]);
       out[i][lane] = scale * float(int(q[(i / 4 * kLanes + lane) * 4 + i % 4]) - 128);
     }
 }

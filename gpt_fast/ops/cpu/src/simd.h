@@ -3,7 +3,8 @@
 // so (build with -ffp-contract=off): that is what makes a row's result the same bits in every kernel.
 //
 // simd/ holds one file an instruction set, and nothing outside it knows any. Such a file defines f32x16 and i32x16,
-// kVectorRegisters, the functions that simd/avx512.h has, prefetch<Hint>() and pause(); build.py's table names it too.
+// kVectorRegisters, float16, the functions that simd/avx512.h has, prefetch<Hint>() and pause(); build.py's table names
+// it too.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +56,8 @@ inline uint16_t float_to_bf16(float value) {  // nearest, ties to even
 #include "simd/avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "simd/avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#include "simd/neon.h"
 #else
 #error "no file of simd/ is for the instruction set that the compiler was told"
 #endif

@@ -7,6 +7,8 @@
 
 namespace gf {
 
+using float16 = _Float16;
+
 // As assembly: gcc takes a function of nothing but prefetches for one without effect, and drops it.
 template <Hint kHint>
 inline void prefetch(const void* p) {
