@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("serve.__main__", "OpenAI's and Anthropic's APIs on a port, without TorchServe"),
+    "batch": Command("batch.__main__", "a file of requests, answered in one go, each once"),
     "chat": Command("chat", "talk with a model on the terminal"),
     "generate": Command("generate", "continue a prompt, with figures; also with a draft, or on many ranks"),
     "pull": Command("pull", "fetch a model from the Hugging Face Hub or its cache, convert and quantize it"),

@@ -116,7 +116,7 @@ class Admit:
             prompts = self.prompts(request)
         self.check_room(len(prompts))
         seconds = min(request.timeout or self.limits.max_seconds, self.limits.max_seconds)
-        return Job(self.answer(request, prompts, incoming.client_id), prompts, owner=request.owner, seconds=seconds)
+        return Job(self.answer(request, prompts, incoming), prompts, owner=request.owner, seconds=seconds)
 
     # ---------------------------------------------------------------------------------------- prompts
 
@@ -213,14 +213,15 @@ class Admit:
 
     # ---------------------------------------------------------------------------------------- answers
 
-    def answer(self, request: ApiRequest, prompts: list[Prompt], answer_id: str) -> Answer:
+    def answer(self, request: ApiRequest, prompts: list[Prompt], incoming: Incoming) -> Answer:
         if not request.endpoint.openai:
             return request.endpoint.answer(stream=request.stream)
         texts = [self.echo(prompt) if request.echo else "" for prompt in request.prompts or ("",)]
         texts = [text for text in texts for _ in range(request.n)]
         options: dict[str, Any] = {
             "model": self.model_names[0],
-            "answer_id": answer_id,
+            "answer_id": incoming.client_id,
+            "stamp": incoming.stamp(),
             "stream": request.stream,
             "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts[:: request.n]),
             "choices": texts,

@@ -10,12 +10,13 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from gpt_fast.config import SamplingParams
 from gpt_fast.serve.body import RequestError
+from gpt_fast.serve.stamp import Stamp, fresh
 
 if TYPE_CHECKING:
     from gpt_fast.llm import TextEvent
@@ -92,7 +93,7 @@ class Incoming:
     """A request's first round: the path behind the model's name, and the body as TorchServe hands it over.
 
     client_id: the client's own id for it, "" where it has none; see `client_id_of`. refused: why its headers alone
-    keep it from being answered.
+    keep it from being answered. stamp: makes its answer's.
     one_message: its answer must be one message, which is also the last: TorchServe 0.12 ends a call of Predictions with
     the first, and takes the client of StreamPredictions for gone after any but the last.
     """
@@ -102,6 +103,7 @@ class Incoming:
     client_id: str = ""
     one_message: bool = False
     refused: RequestError | None = None
+    stamp: Callable[[], Stamp] = fresh
     arrival: float = field(default_factory=time.monotonic)
 
     @property

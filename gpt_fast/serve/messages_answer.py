@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import uuid
 from typing import Any
 
 from gpt_fast.serve.messages import error_body
 from gpt_fast.serve.reasoning import Reasoning
 from gpt_fast.serve.response import FAILED, ChatAnswer, Choice, Row, dump
+from gpt_fast.serve.stamp import Stamp
 from gpt_fast.serve.tool_calls import Piece, ToolCall
 
 Fields = dict[str, Any]
@@ -37,7 +37,7 @@ class MessagesAnswer(ChatAnswer):
             return [*self.opened("thinking"), self.delta_of({"type": "thinking_delta", "thinking": piece.text})]
         return [
             *self.close(),
-            self.start({**call_block(piece), "input": {}}),
+            self.start({**call_block(piece, self.stamp), "input": {}}),
             self.delta_of({"type": "input_json_delta", "partial_json": piece.arguments}),
             self.stop(),
         ]
@@ -69,7 +69,7 @@ class MessagesAnswer(ChatAnswer):
         if choice.finish_reason == "error":
             return self.broken(FAILED["message"] or "") if self.stream else self.error_body(FAILED["message"] or "")
         if not self.stream:
-            content = blocks(self.pieces(choice, choice.text))
+            content = blocks(self.pieces(choice, choice.text), self.stamp)
             return dump(self.message(choice, content, **ending(choice)))
         usage = {"output_tokens": choice.tokens}
         last = [frame("message_delta", delta=ending(choice), usage=usage), frame("message_stop")]
@@ -111,12 +111,12 @@ def ending(choice: Choice) -> dict[str, str | None]:
     return {"stop_reason": reason, "stop_sequence": choice.stop if reason == "stop_sequence" else None}
 
 
-def blocks(pieces: list[Piece | Reasoning]) -> list[Fields]:
+def blocks(pieces: list[Piece | Reasoning], stamp: Stamp) -> list[Fields]:
     """The content of a whole message: neighbouring text is one block."""
     content: list[Fields] = []
     for piece in pieces:
         if isinstance(piece, ToolCall):
-            content.append({**call_block(piece), "input": json.loads(piece.arguments)})
+            content.append({**call_block(piece, stamp), "input": json.loads(piece.arguments)})
             continue
         kind, text = ("thinking", piece.text) if isinstance(piece, Reasoning) else ("text", piece)
         if content and content[-1]["type"] == kind:
@@ -130,8 +130,8 @@ def text_block(kind: str, text: str) -> Fields:
     return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})
 
 
-def call_block(call: ToolCall) -> Fields:
-    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+def call_block(call: ToolCall, stamp: Stamp) -> Fields:
+    return {"type": "tool_use", "id": stamp.new_id("toolu"), "name": call.name}
 
 
 def frame(kind: str, **fields: Any) -> str:

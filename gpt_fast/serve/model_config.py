@@ -28,6 +28,7 @@ RENAMED = {  # keys of TorchServe's gpt_fast example, and what became of them
 }
 
 MAX_NAME = 256  # characters
+MODEL_NAME = "gpt-fast"  # of a model that the configuration gives no served_model_name
 
 
 def some_names(key: str, value: object) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from gpt_fast.request import Logprobs
 from gpt_fast.serve.prompt_logprobs import PromptLogprobs, token_name
 from gpt_fast.serve.reasoning import Reasoning, ReasoningParser
+from gpt_fast.serve.stamp import Stamp, fresh
 from gpt_fast.serve.tool_calls import CallParser, Piece, TextOnly, ToolCall
 
 TEXT = "text/plain; charset=utf-8"
@@ -133,11 +132,13 @@ class OpenAIAnswer(ABC):
         continuous_usage: bool = False,
         told: PromptLogprobs | None = None,
         answer_id: str = "",
+        stamp: Stamp | None = None,
     ) -> None:
         """choices: the text each begins with ("" without echo), n for each prompt. continuous_usage: usage so far in
         every chunk.
 
-        told: what of their prompts' tokens. answer_id: what the answer's id says behind its prefix; "" for a fresh one.
+        told: what of their prompts' tokens. answer_id: what the answer's id says behind its prefix; "" for the
+        stamp's. stamp: a fresh one by default.
         """
         self.stream, self.model = stream, model
         self.content_type = SSE if stream else JSON
@@ -145,9 +146,10 @@ class OpenAIAnswer(ABC):
         self.n, self.continuous_usage = n, continuous_usage
         self.wants_logprobs, self.token_bytes, self.told = wants_logprobs, token_bytes, told
         self.choices = [Choice(echo=text) for text in choices]
+        self.stamp = stamp or fresh()
         self.head = {
-            "id": f"{self.prefix}{answer_id or uuid.uuid4().hex}",
-            "created": int(time.time()),
+            "id": f"{self.prefix}{answer_id or self.stamp.new_hex()}",
+            "created": self.stamp.created,
             "model": model,
         }
 
@@ -355,13 +357,12 @@ class ChatAnswer(OpenAIAnswer):
     def may_call(self, choice: Choice) -> bool:
         return self.parallel or choice.calls == 0
 
-    @staticmethod
-    def call_deltas(choice: Choice, call: ToolCall) -> list[dict[str, Any]]:
+    def call_deltas(self, choice: Choice, call: ToolCall) -> list[dict[str, Any]]:
         """What a stream has not told yet of its current call."""
         chunks: list[dict[str, Any]] = []
         if choice.sent is None:
             choice.sent = 0
-            chunks.append({"index": choice.calls, **call_body(ToolCall(call.name, ""))})
+            chunks.append({"index": choice.calls, **call_body(ToolCall(call.name, ""), self.stamp)})
         if rest := call.arguments[choice.sent :]:
             choice.sent += len(rest)
             chunks.append({"index": choice.calls, "function": {"arguments": rest}})
@@ -379,7 +380,7 @@ class ChatAnswer(OpenAIAnswer):
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         message |= named(said.reasoning)
         if said.calls:
-            message["tool_calls"] = [call_body(call) for call in said.calls]
+            message["tool_calls"] = [call_body(call, self.stamp) for call in said.calls]
         if said.calls or said.reasoning:
             message["content"] = said.content or None
         return {
@@ -434,9 +435,9 @@ def end_call(choice: Choice) -> None:
     choice.calls, choice.sent = choice.calls + 1, None
 
 
-def call_body(call: ToolCall) -> dict[str, Any]:
+def call_body(call: ToolCall, stamp: Stamp) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": stamp.new_id("call"), "type": "function", "function": function}
 
 
 def finish_reason(choice: Choice) -> str | None:

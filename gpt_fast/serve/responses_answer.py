@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,10 +63,10 @@ class ResponsesAnswer(ChatAnswer):
 
     def open(self, kind: str) -> list[str]:
         """Begin a message, or the reasoning before it."""
-        item: Fields = {"id": new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant"}
+        item: Fields = {"id": self.stamp.new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant"}
         part: Fields = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         if kind == "reasoning":
-            item = {"id": new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": []}
+            item = {"id": self.stamp.new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": []}
             part = {"type": "reasoning_text", "text": ""}
         self.text = item | {"content": [part]}
         self.items.append(self.text)
@@ -98,10 +97,10 @@ class ResponsesAnswer(ChatAnswer):
 
     def call(self, call: ToolCall) -> list[str]:
         item = {
-            "id": new_id("fc"),
+            "id": self.stamp.new_id("fc"),
             "type": "function_call",
             "status": "completed",
-            "call_id": new_id("call"),
+            "call_id": self.stamp.new_id("call"),
             "name": call.name,
             "arguments": call.arguments,
         }
@@ -182,7 +181,3 @@ class ResponsesAnswer(ChatAnswer):
 
 
 TOOL: Fields = {"description": None, "parameters": None, "strict": None}
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex[:24]}"

@@ -29,7 +29,7 @@ LAYERS = (
     ("llm", "measure"),
     ("chat",),
     ("serve", "generate", "bench", "draft", "eval", "pull"),
-    ("torchserve",),
+    ("torchserve", "batch"),
     (COMMANDS, "handler"),
 )
 CORE = (

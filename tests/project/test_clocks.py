@@ -10,7 +10,7 @@ from support.paths import ROOT
 WALL = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
 TOLD = {  # read to be told to somebody, or because a date is what counts
     "gpt_fast/serve/admission.py": "when a model was made: /models says it",
-    "gpt_fast/serve/response.py": "an answer's `created`",
+    "gpt_fast/serve/stamp.py": "an answer's `created`",
     "gpt_fast/text/template_process.py": "chat templates ask for today's date",
     "gpt_fast/bench/gpu/cold.py": "compared between two processes, by the command that measures starts",
     "scripts/audit.py": "a flaw is excused until a day",

@@ -16,13 +16,12 @@ from gpt_fast.serve.asgi.door import Door
 from gpt_fast.serve.asgi.guard import Rules
 from gpt_fast.serve.asgi.prometheus import Figures, FiguresReporter
 from gpt_fast.serve.asgi.uvicorn_server import DrainingServer, Tls, listen
-from gpt_fast.serve.model_config import ServeConfig
+from gpt_fast.serve.model_config import MODEL_NAME, ServeConfig
 from gpt_fast.serve.service import Service
 from gpt_fast.serve.startup import Started, start_service
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "gpt-fast"  # where the configuration has no served_model_name
 BUSY_INTERVAL = 0.05  # seconds between a stream's chunks where the engine computes on every core
 PROBE = "probe"
 

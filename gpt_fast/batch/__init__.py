@@ -1,0 +1,1 @@
+"""Many requests from a file, answered as fast as the engine goes, each once."""
