@@ -16,6 +16,7 @@ from gpt_fast.batch.answering import Answering, Plan
 from gpt_fast.batch.crew import Counter, trade_over
 from gpt_fast.batch.dealer import Dealer
 from gpt_fast.batch.journal import Journal
+from gpt_fast.llm import Engine
 from support.tiny_engine import tiny_engine
 
 PLAN = Plan("ab" * 32, 5, {"max_tokens": 9}, ("gpt-fast",))
@@ -56,7 +57,9 @@ def answered(tmp_path, *, slots=4, numbers=None, workers=1) -> list[str]:
             Answering(tiny_engine(slots=slots), PLAN, partial(dealer.trade, "one")).run()
         else:
             with Counter(dealer) as counter:
-                threads = [threading.Thread(target=serve, args=(counter, f"w{i}", slots)) for i in range(workers)]
+                # Not in the threads: they draw their weights from torch's one generator.
+                engines = [tiny_engine(slots=slots) for _ in range(workers)]
+                threads = [threading.Thread(target=serve, args=(counter, f"w{i}", e)) for i, e in enumerate(engines)]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
@@ -65,11 +68,11 @@ def answered(tmp_path, *, slots=4, numbers=None, workers=1) -> list[str]:
         return list(journal.lines())
 
 
-def serve(counter: Counter, name: str, slots: int) -> None:
+def serve(counter: Counter, name: str, engine: Engine) -> None:
     from multiprocessing.connection import Client
 
     with Client(counter.address, authkey=counter.key) as connection:
-        Answering(tiny_engine(slots=slots), PLAN, trade_over(connection, name)).run()
+        Answering(engine, PLAN, trade_over(connection, name)).run()
 
 
 @pytest.fixture(scope="module")
