@@ -60,7 +60,7 @@ check: lint ## Linters, types and quick tests, a minute and a half: before every
 # Servers are measured, so they have the machine for themselves.
 test: lint docs model build/downloads/.test-files ## All that CI runs: linters, types, tests (with a real TorchServe)
 	$(PYTEST_SPREAD) -m "not server and not nightly" --durations=20
-	$(PY) -m pytest -m server --durations=20
+	$(PY) -m pytest -m "server and not nightly" --durations=20
 
 nightly: lint model build/downloads/.test-files ## What takes too long for every change: sanitizers, 200 questions, more shapes
 	$(PY) -m pytest -m nightly --durations=20
