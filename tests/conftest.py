@@ -125,9 +125,12 @@ def default_checkpoint():
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium, for tests with support.browser's NEEDS_CHROMIUM."""
+    """A headless Chromium, for tests with support.browser's NEEDS_CHROMIUM.
+
+    It ends with its module: until then this thread counts as inside an event loop, so no test can start one.
+    """
     from support.browser import chromium
 
     with chromium() as started:
