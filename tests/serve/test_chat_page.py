@@ -31,7 +31,7 @@ from support.waiting import wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.model, *NEEDS_CHROMIUM]
 
-MODEL = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model_int8.safetensors"
+MODEL = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model_int4.g32.safetensors"
 STORY = "Write a very long story about the sea."
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

