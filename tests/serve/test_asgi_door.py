@@ -79,6 +79,7 @@ def test_several_choices_stream_together(server):
         assert "".join(piece["text"] for piece in pieces) == choice["text"]
 
 
+@pytest.mark.slow
 def test_many_clients_get_what_each_gets_alone(server):
     bodies = [completion(40, prompt=f"prompt {n}", temperature=1.0, seed=n, stream=bool(n % 2)) for n in range(24)]
     expected = [server.call(COMPLETIONS, body | {"stream": False}).json["choices"][0]["text"] for body in bodies]

@@ -164,6 +164,7 @@ def test_the_pieces_are_told_apart():
     assert Said.of([Reasoning("a"), "b", Reasoning("c"), ToolCall("d", "{}")]) == ("ac", "b", [ToolCall("d", "{}")])
 
 
+@pytest.mark.slow
 def test_reasoning_is_a_block_of_a_message(thinker):
     import anthropic  # 2.7 s: not for every collection of tests
 

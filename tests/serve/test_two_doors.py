@@ -169,6 +169,7 @@ def test_what_is_refused(doors, path, body):
     assert check(doors, path, body) in (400, 404)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda each: each["client"])
 def test_what_clients_send(doors, recorded):
     few = {name: 24 for name in ("max_tokens", "max_completion_tokens") if name in recorded["body"]}
