@@ -54,7 +54,7 @@ model: .venv/.installed-serve ## Put the default model into checkpoints/
 
 ##@ Develop
 .PHONY: docs check test nightly fuzz audit sbom lint lock clean help
-check: lint ## Linters, types and quick tests, a minute and a half: before every commit
+check: lint ## Linters, types and quick tests, a minute: before every commit
 	$(PYTEST_SPREAD) -q -m "not slow and not server and not model" --hypothesis-profile=quick
 
 # Servers are measured, so they have the machine for themselves.
