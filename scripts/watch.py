@@ -2,9 +2,8 @@
 
 A server that computes is left alone, however long its queue, its prompts or its steps, and one that waits for a
 processor too: only one that answers nothing while it neither computes nor waits is taken for wedged, TorchServe and its
-workers each by what they have to answer. Steps that compute
-for ever are the worker's own to find (`hung_seconds`), and a worker that died is TorchServe's to start, as long as it
-does.
+workers each by what they have to answer. Steps that compute for ever are the worker's own to find (`hung_seconds`), and
+a worker that died is TorchServe's to start, as long as it does.
 """
 
 import os

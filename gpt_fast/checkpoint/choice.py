@@ -36,18 +36,16 @@ def choose_weights(
     """
     if not path.is_dir():
         return Choice(find_weights(path), "")
-    if dtype == "float32" and exists(path / WEIGHTS):
-        return Choice(
-            find_weights(path), line(find_weights(path), "dtype float32 asks for weights without rounding", [])
-        )
+    unrounded = dtype == "float32" and exists(path / WEIGHTS)
     passed_over: list[str] = []
-    for weights in smaller_files(path):
+    for weights in [] if unrounded else smaller_files(path):
         allowed, why = verdict(weights, thresholds or {}, kv_cache)
         if allowed:
             return Choice(weights, line(weights, why, passed_over))
         passed_over.append(f"{weights.name} ({why})")
     weights = find_weights(path)
-    return Choice(weights, line(weights, "", passed_over))
+    why = "dtype float32 asks for weights without rounding" if unrounded else ""
+    return Choice(weights, line(weights, why, passed_over))
 
 
 def line(weights: Path, why: str, passed_over: list[str]) -> str:
